@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input or a bad setting. The message is one line: the file, the row where there is one, and the remedy."""
@@ -12,3 +15,12 @@ class MissingExtraError(ImportError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f'{purpose} needs {library}: pip install "codeact[{extra}]"', name=library)
+
+
+def one_of(what: str, name: str, choices: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``choices``; else raise an InputError that lists them, the closest first."""
+    choices = list(choices)
+    if name in choices:
+        return name
+    ranked = difflib.get_close_matches(name, choices, n=max(len(choices), 1), cutoff=0.0)
+    raise InputError(f"{what} {name!r} is unknown; choose one of: {', '.join(ranked)}")
