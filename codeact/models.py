@@ -1,0 +1,100 @@
+"""Causal models: loading them safely, fingerprinting them, and proving that a pack keeps their samples apart."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from codeact.errors import InputError
+from codeact.varlen import PackedBatch, isolating_attention
+
+
+def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Load model and tokenizer from a folder or the hub: safetensors only, and none of the model's own code.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded under those rules.
+    """
+    attention = isolating_attention(device)
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"cannot load model {name!r}: {reason or type(error).__name__}; give a folder with config.json and "
+            "*.safetensors, or a hub name that this machine can reach"
+        ) from None
+    return model.eval().to(device), tokenizer
+
+
+def model_fingerprint(name: str, model: PreTrainedModel) -> str:
+    """Return the hub commit that was loaded, or the sha256 of a local folder's configuration, tokenizer and weights."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"hub:{getattr(model.config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
+    ):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmHead:
+    """What turns hidden states into logits. ``weight``: (V, D); ``bias``: (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
+    """Split a causal model into its trunk (ids -> hidden states) and its LM head, and prove both on a small pack.
+
+    Two samples are run through the trunk in one pack and through the whole model one by one. The logits must agree:
+    this catches an attention that lets samples see each other, a recurrent state carried from one to the next, and
+    a head that does more than ``hidden @ weight.T`` (a scale, say), whatever the architecture.
+
+    Raises:
+        InputError: they do not agree, or the model has no such head.
+    """
+    trunk, output = model.base_model, model.get_output_embeddings()
+    if output is None or trunk is model:
+        raise InputError(f"{type(model).__name__} is no causal language model with an LM head")
+    text_config = model.config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    head = LmHead(weight=output.weight, bias=getattr(output, "bias", None), softcap=softcap)
+
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(head.weight.shape[0], (n,), generator=generator).numpy() for n in (5, 9, 7)]
+    device = head.weight.device
+    with torch.inference_mode():
+        packed = trunk(**PackedBatch.from_samples(samples).model_inputs(device)).last_hidden_state[0]
+        logits = torch.nn.functional.linear(packed, head.weight, head.bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        alone = torch.cat(
+            [model(**PackedBatch.from_samples([sample]).model_inputs(device)).logits[0] for sample in samples]
+        )
+    # bfloat16 keeps 8 bits and the two runs round in another order; a leak changes logits by much more than that.
+    tolerance = (1e-3 if packed.dtype == torch.float32 else 5e-2) * float(alone.float().abs().max())
+    difference = float((logits.float() - alone.float()).abs().max())
+    if not difference <= tolerance:
+        raise InputError(
+            f"{type(model).__name__} cannot be packed: the samples of a pack get other logits than alone (difference "
+            f"{difference:.2g}); its attention ({model.config._attn_implementation}) or its LM head is not supported"
+        )
+    return trunk, head

@@ -1,0 +1,102 @@
+"""Per-token negative log-likelihood from hidden states and the LM head, without holding the logits.
+
+Shapes: T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from codeact.errors import one_of
+
+BACKENDS = ("torch",)
+
+# A block of float32 logits: 32 MiB, small beside any model and large enough that the matrix product runs at full speed.
+_BLOCK_LOGITS = 1 << 23
+_BLOCK_TOKENS = 1024
+
+
+def token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute ``F.cross_entropy((hidden @ weight.T + bias).float(), targets, reduction="none")`` block by block.
+
+    Args:
+        hidden: (T, D) floating point.
+        weight: (V, D), same dtype and device: the LM head.
+        targets: (T,) int64 in ``[0, V)``, or ``ignore_index``.
+        bias: (V,) or None.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax (Gemma 2).
+        ignore_index: a target with this value has loss 0.
+        backend: "torch", or "auto" for the best one present. ``CODEACT_BACKEND`` forces one for the whole process.
+
+    Returns:
+        float32 (T,), in nats.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown.
+    """
+    one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
+    _check(hidden, weight, targets, bias, softcap, ignore_index)
+    return _torch_nll(hidden, weight, targets, bias, softcap, ignore_index)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden (T, D) and weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight need one floating-point dtype, not {hidden.dtype} and {weight.dtype}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 ({hidden.shape[0]},), not {targets.dtype} {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, not {softcap}")
+    if len({t.device for t in (hidden, weight, targets, bias) if t is not None}) > 1:
+        raise ValueError("hidden, weight, targets and bias must be on one device")
+    # On a device this look would wait for every kernel in flight, and PyTorch's own assert catches it there.
+    if targets.device.type == "cpu":
+        wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"targets[{at}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
+
+
+def _torch_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+) -> Tensor:
+    """Blocks of tokens by blocks of vocabulary: each block of the head is read once per block of tokens."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    kept = targets != ignore_index
+    safe = targets.where(kept, 0)
+    width = max(1, _BLOCK_LOGITS // min(max(tokens, 1), _BLOCK_TOKENS))
+    losses = []
+    for first in range(0, max(tokens, 1), _BLOCK_TOKENS):
+        hidden_block, target_block = hidden[first : first + _BLOCK_TOKENS], safe[first : first + _BLOCK_TOKENS]
+        lse = hidden_block.new_full((hidden_block.shape[0],), -torch.inf, dtype=torch.float32)
+        target_logit = torch.zeros_like(lse)
+        for start in range(0, vocabulary, width):
+            logits = (hidden_block @ weight[start : start + width].T).float()
+            if bias is not None:
+                logits += bias[start : start + width].float()
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
+            column = target_block - start
+            inside = (column >= 0) & (column < logits.shape[1])
+            picked = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+            target_logit = torch.where(inside, picked, target_logit)
+        losses.append(lse - target_logit)
+    # A row that is ignored loses nothing, whatever it holds.
+    return torch.where(kept, torch.cat(losses), 0.0)

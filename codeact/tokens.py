@@ -1,0 +1,237 @@
+"""Record + template -> token ids of the two passes that an IFD score compares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codeact.errors import InputError, one_of
+from codeact.records import BadRow, Record
+
+PROTOCOLS = ("exact", "seed")
+
+_QA = "Question:\n{question}\n\nAnswer:\n"
+
+TEMPLATES = {
+    "qa": _QA,
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{question}\n\n### Response:\n"
+    ),
+    "deepseek": (
+        "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and "
+        "you only answer questions related to computer science. For politically sensitive questions, security and "
+        "privacy issues, and other non-computer science questions, you will refuse to answer.\n"
+        "### Instruction:\n{question}\n### Response:\n"
+    ),
+}
+"""Prompts by name; ``chat`` besides, the tokenizer's own template."""
+
+STATUSES = (
+    "ok",
+    "unreadable",
+    "empty_question",
+    "empty_answer",
+    "answer_too_short",
+    "prompt_too_long",
+    "nonfinite",
+)
+"""What can become of a row. ``answer_too_short``: one answer token and no BOS before it, so nothing can be scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedRecord:
+    """The two sequences of a record, and from which token on each is scored.
+
+    ``conditional`` is ``[BOS] prompt answer``, ``unconditional`` is ``[BOS] answer``; the tokens from ``*_start`` to
+    the end of each are scored. Both are empty unless ``status`` is "ok". ``answer_tokens`` counts the whole answer,
+    also where ``truncated`` says that its end was cut to fit.
+    """
+
+    status: str
+    reason: str | None = None
+    truncated: bool = False
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    conditional: Sequence[int] = ()
+    conditional_start: int = 0
+    unconditional: Sequence[int] = ()
+    unconditional_start: int = 0
+
+
+class PromptBuilder:
+    """Renders the question of a record the way the model will be asked it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: a name in ``TEMPLATES``, ``chat``, or text of your own that contains ``{question}``.
+
+    Raises:
+        InputError: the template is unknown, or ``chat`` and the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.chat = template == "chat"
+        if self.chat:
+            self.text: str = tokenizer.chat_template
+            if not isinstance(self.text, str):
+                raise InputError(f"this tokenizer has no chat template; choose one of: {', '.join(TEMPLATES)}")
+        elif "{question}" in template:
+            self.text = template
+        else:
+            one_of("template", template, [*TEMPLATES, "chat"])
+            self.text = TEMPLATES[template]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the template's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def render(self, record: Record) -> str:
+        """Return the text that stands before the answer.
+
+        Raises:
+            ValueError: the chat template refuses this conversation.
+        """
+        if self.chat:
+            turns = [{"role": role, "content": text} for role, text in (*record.history, ("user", record.question))]
+            try:
+                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            except Exception as error:  # a template is a program and may raise anything
+                raise ValueError(f"the chat template refuses it: {error}") from None
+        # Not str.format: questions and templates may hold braces of their own.
+        parts = []
+        for role, text in record.history:
+            parts.append(self.text.replace("{question}", text) if role == "user" else f"{text}\n\n")
+        return "".join(parts) + self.text.replace("{question}", record.question)
+
+
+def leading_bos(tokenizer: Any) -> list[int]:
+    """Return ``[bos]`` if the tokenizer itself puts its BOS before a text, else ``[]``.
+
+    A tokenizer may define a BOS that it never writes (SmolLM2's is ``<|im_start|>``, the opening of a chat turn): the
+    model was not trained to see it before plain text, so it is not added here either.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
+
+
+def tokenize(
+    rows: Sequence[Record | BadRow],
+    tokenizer: Any,
+    prompts: PromptBuilder,
+    max_length: int,
+    protocol: str = "exact",
+) -> list[TokenizedRecord]:
+    """Tokenize rows for scoring; one result a row, in order, whatever became of it.
+
+    Args:
+        rows: records, and the rows that hold none.
+        tokenizer: a transformers tokenizer.
+        prompts: how the question is put.
+        max_length: tokens that a sequence may hold, its BOS included.
+        protocol: "exact" tokenizes the answer once and uses those ids in both passes; an answer that does not fit is
+            cut at its end, the same in both. "seed" repeats the paper's reference script: prompt and answer are encoded
+            as one text, the prompt once more alone to find where it ends, and the answer alone.
+    """
+    results: list[TokenizedRecord | None] = [None] * len(rows)
+    texts: list[tuple[int, str, str]] = []
+    for index, row in enumerate(rows):
+        if isinstance(row, BadRow):
+            status = row.reason if row.reason in STATUSES else "unreadable"
+            results[index] = TokenizedRecord(status=status, reason=f"{row.reason}: {row.message}")
+            continue
+        try:
+            texts.append((index, prompts.render(row), row.answer))
+        except ValueError as error:
+            results[index] = TokenizedRecord(status="unreadable", reason=f"template_refused: row {row.row}: {error}")
+    if texts:
+        indices, prompt_texts, answers = zip(*texts, strict=True)
+        build = {"exact": _exact, "seed": _seed}[one_of("protocol", protocol, PROTOCOLS)]
+        for index, result in zip(indices, build(tokenizer, prompt_texts, answers, max_length), strict=True):
+            results[index] = result
+    return [result for result in results if result is not None]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    # verbose=False: a text longer than the model's limit is handled below, the tokenizer need not warn of it.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _exact(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> list[TokenizedRecord]:
+    bos = leading_bos(tokenizer)
+    results = []
+    encoded = zip(_encode(tokenizer, prompts, False), _encode(tokenizer, answers, False), strict=True)
+    for prompt, answer in encoded:
+        if bos and prompt[:1] == bos:  # a chat template writes the BOS itself
+            del prompt[0]
+        room = max_length - len(bos) - len(prompt)
+        # Without a BOS nothing stands before the first answer token of the unconditional pass, so neither scores it.
+        first = 0 if bos else 1
+        counts: dict[str, Any] = {
+            "prompt_tokens": len(prompt),
+            "answer_tokens": len(answer),
+            "truncated": len(answer) > room,
+        }
+        if not answer:
+            results.append(TokenizedRecord(status="empty_answer", reason="empty_answer: it has no tokens", **counts))
+        elif len(answer) <= first:
+            reason = "answer_too_short: one token, and without a BOS the first cannot be scored"
+            results.append(TokenizedRecord(status="answer_too_short", reason=reason, **counts))
+        elif room <= first:
+            reason = f"prompt_too_long: {len(prompt)} tokens leave no room for an answer in {max_length}"
+            results.append(TokenizedRecord(status="prompt_too_long", reason=reason, **counts))
+        else:
+            kept = answer[:room]
+            results.append(
+                TokenizedRecord(
+                    status="ok",
+                    conditional=[*bos, *prompt, *kept],
+                    conditional_start=len(bos) + len(prompt) + first,
+                    unconditional=[*bos, *kept],
+                    unconditional_start=len(bos) + first,
+                    **counts,
+                )
+            )
+    return results
+
+
+def _seed(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> list[TokenizedRecord]:
+    results = []
+    encoded = zip(
+        _encode(tokenizer, prompts, True),
+        _encode(tokenizer, [p + a for p, a in zip(prompts, answers, strict=True)], True),
+        _encode(tokenizer, answers, True),
+        strict=True,
+    )
+    for prompt, full, answer in encoded:
+        end = min(len(prompt), max_length)
+        alone = answer[: max_length - end + 1]
+        counts: dict[str, Any] = {
+            "prompt_tokens": end,
+            "answer_tokens": len(full) - end,
+            "truncated": len(full) > max_length or len(alone) < len(answer),
+        }
+        # What the shifted loss scores: full[max(end, 1):] and alone[1:].
+        if min(len(full), max_length) <= end:
+            reason = f"prompt_too_long: {len(prompt)} tokens leave no room for an answer in {max_length}"
+            results.append(TokenizedRecord(status="prompt_too_long", reason=reason, **counts))
+        elif len(alone) < 2:
+            reason = "answer_too_short: the answer alone has one token, and the first is not scored"
+            results.append(TokenizedRecord(status="answer_too_short", reason=reason, **counts))
+        else:
+            results.append(
+                TokenizedRecord(
+                    status="ok",
+                    conditional=full[:max_length],
+                    conditional_start=max(end, 1),
+                    unconditional=alone,
+                    unconditional_start=1,
+                    **counts,
+                )
+            )
+    return results

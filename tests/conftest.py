@@ -1,0 +1,113 @@
+"""Models and data that the tests share. Real ones come from wheels of the package index; tiny ones are made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from codeact import embedded
+from codeact.records import Columns, Record, RecordSet, open_records
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of data sets that may not be copied into the project."""
+    folder = os.environ.get("CODEACT_SHARED_DATA")
+    if not folder:
+        pytest.skip("CODEACT_SHARED_DATA names no folder with code_alpaca_2k.json")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def code_alpaca(shared_data: Path) -> RecordSet:
+    return open_records(shared_data / "code_alpaca_2k.json", Columns(input="input"))
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct."""
+    return embedded.causal_lm()
+
+
+@pytest.fixture(scope="session")
+def embedder_path() -> Path:
+    """all-MiniLM-L6-v2."""
+    return embedded.sentence_embedder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_path: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="session")
+def model(model_path: Path):
+    """SmolLM2 in float32 with PyTorch's own attention: what references run on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A random two-layer Llama with grouped heads and SmolLM2's tokenizer: the same code paths in milliseconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,  # far from uniform, so that a leak between samples shows
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_model_path: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+def make_records(count: int, seed: int = 0) -> list[Record]:
+    """Questions and answers of very different lengths, deterministic."""
+    import random
+
+    rng = random.Random(seed)
+    words = "def return list value for in range sorted key lambda print class self index tree node None True".split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+    return [Record(id=str(n), row=n, question=text(1, 60), answer=text(2, 80)) for n in range(count)]
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    return make_records(12)
