@@ -1,0 +1,56 @@
+# make demo | test | check | bench : each makes the virtual environment first, if need be.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench models format clean
+
+help:
+	@echo "make demo    score, embed, cluster and select on embedded models and data (about 4 minutes on 2 cores)"
+	@echo "make test    all tests"
+	@echo "make check   lint, types, format, sanitizers over the C++"
+	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
+
+$(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "codeact: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "codeact: Python 3.11 or newer is needed; say make PYTHON=..."; exit 1; }
+	@for c in "$${CXX:-c++}" g++ clang++; do command -v $$c >/dev/null && exit 0; done; echo "codeact: no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"; exit 1
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing codeact and its pinned dependencies into $(VENV) ..."
+	@$(BIN)/python -m pip install -q -c constraints.txt -U pip
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+models: $(BIN)/codeact
+	@$(BIN)/python -m codeact.embedded >/dev/null
+
+demo: models
+	$(BIN)/codeact demo --output demo-run $(DEMO_ARGS)
+
+test: models
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(BIN)/codeact
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp tests/native/*.cpp
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+bench: models
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks
+
+format: $(BIN)/codeact
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp tests/native/*.cpp
+
+clean:
+	rm -rf $(VENV) build dist demo-run *.egg-info codeact/*.so

@@ -1,0 +1,5 @@
+"""``python -m codeact``."""
+
+from codeact.cli import main
+
+main()

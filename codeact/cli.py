@@ -1,0 +1,253 @@
+"""One thin command per stage."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from codeact import __version__, pipeline
+from codeact.errors import InputError, MissingExtraError
+
+app = typer.Typer(
+    help=(
+        "Fine-tune a code model on the part of the data that teaches most. The flow: "
+        "score (and merge) -> embed -> select. Each command has --help."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="File or folder (.json, .jsonl, .parquet), or a hub data set.")
+]
+Question = Annotated[str, typer.Option("--question-column", "--column", help="Column of the question.")]
+Answer = Annotated[str, typer.Option("--answer-column", help="Column of the answer.")]
+Input = Annotated[str | None, typer.Option("--input-column", help="Column appended to the question (Alpaca form).")]
+Conversation = Annotated[
+    str | None, typer.Option("--conversation-column", help="Column of turns, instead of question and answer.")
+]
+IdColumn = Annotated[str | None, typer.Option("--id-column", help="Column of unique ids; default: the row number.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+ConfigName = Annotated[str | None, typer.Option("--config-name", help="Configuration of a hub data set.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")]
+Protocol = Annotated[str, typer.Option(help="exact, or seed: the numbers of the paper's scripts.")]
+
+
+def _data(
+    source: str,
+    question: str,
+    answer: str,
+    input_column: str | None,
+    conversation: str | None,
+    id_column: str | None,
+    split: str,
+    config_name: str | None,
+) -> pipeline.DataSettings:
+    return pipeline.DataSettings(
+        source=source,
+        question=question,
+        answer=answer,
+        input=input_column,
+        conversation=conversation,
+        id=id_column,
+        split=split,
+        config_name=config_name,
+    )
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(f"codeact {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def harvest(
+    target: Annotated[str, typer.Argument(metavar="PACKAGE_OR_FOLDER", help="A package, a folder, or stdlib.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to write: id, instruction, output, path, line.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows, spread evenly over all.")] = None,
+) -> None:
+    """Make instruction rows from the functions with docstrings of Python code; the code is parsed, never run."""
+    from codeact.harvest import write_harvest
+
+    print(write_harvest(target, output, limit=limit))
+
+
+@app.command()
+def score(
+    data: Data,
+    model: Annotated[str, typer.Option(help="Causal language model: a folder or a hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder of the scores; a rerun does only what is missing there.")],
+    question_column: Question = "instruction",
+    answer_column: Answer = "output",
+    input_column: Input = None,
+    conversation_column: Conversation = None,
+    id_column: IdColumn = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+    template: Annotated[str, typer.Option(help="qa, alpaca, deepseek, chat, or text with {question}.")] = "qa",
+    max_length: Annotated[int, typer.Option(help="Tokens of a sequence; a longer answer is cut and marked.")] = 2048,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tokens_per_pack: Annotated[
+        int | None, typer.Option(help="Tokens of a forward pass; default 2048 on a CPU, 8192 on a GPU.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Rows of a shard, which is what a kill can lose.")] = 10_000,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Do every N-th shard from I (0 to N - 1), do not merge.")
+    ] = "0/1",
+    protocol: Protocol = "exact",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Discard scores of other settings in --output.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False,
+) -> None:
+    """Score every row by Instruction-Following Difficulty."""
+    totals = pipeline.score(
+        _data(data, question_column, answer_column, input_column, conversation_column, id_column, split, config_name),
+        pipeline.ScoreSettings(
+            model=model,
+            template=template,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+            tokens_per_pack=tokens_per_pack,
+            shard_size=shard_size,
+            protocol=protocol,  # type: ignore[arg-type]  # pydantic checks it
+        ),
+        output,
+        shard=pipeline.parse_shard(shard),
+        overwrite=overwrite,
+        strict=strict,
+    )
+    if totals is None:
+        print(f"shards {shard} are done; when all are: codeact merge {output}")
+    else:
+        _print_scores(output, totals)
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score.")],
+    seed_json: Annotated[
+        Path | None, typer.Option(help="Also write the paper's JSON: a list of {question, answer, IFD}.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the data lies now, for --seed-json.")] = None,
+) -> None:
+    """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
+    from codeact.scores import ScoreFolder, write_seed_json
+
+    scores = ScoreFolder.open(folder)
+    _print_scores(folder, scores.merge())
+    if seed_json is not None:
+        count = write_seed_json(seed_json, scores.read(), pipeline.open_scored_data(scores, data))
+        print(f"{count:,} rows in {seed_json}")
+
+
+@app.command()
+def embed(
+    data: Data,
+    output: Annotated[Path, typer.Option(help="FILE.npy to write; the row ids go to FILE.rows.parquet beside it.")],
+    model: Annotated[
+        str, typer.Option(help="sentence-transformers model: a folder or a hub name.")
+    ] = "sentence-transformers/all-mpnet-base-v2",
+    question_column: Question = "instruction",
+    answer_column: Answer = "output",
+    input_column: Input = None,
+    conversation_column: Conversation = None,
+    id_column: IdColumn = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+    batch_size: Annotated[int, typer.Option(help="Texts of a batch.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Embed the questions."""
+    pipeline.embed(
+        _data(data, question_column, answer_column, input_column, conversation_column, id_column, split, config_name),
+        pipeline.EmbedSettings(model=model, batch_size=batch_size, dtype=dtype, device=device),
+        output,
+    )
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Option(help="Merged folder of codeact score.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to write: one conversation a line.")],
+    embeddings: Annotated[Path | None, typer.Option(help="FILE.npy of codeact embed; cdas needs it.")] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the rows to choose, above 0, at most 1.")] = 0.4,
+    clusters: Annotated[int, typer.Option(help="Number of clusters.")] = 10,
+    strategy: Annotated[str, typer.Option(help="cdas, top_ifd or random.")] = "cdas",
+    protocol: Protocol = "exact",
+    seed: Annotated[int, typer.Option(help="Of k-means and of strategy random.")] = 42,
+    backend: Annotated[str, typer.Option(help="k-means of: auto, sklearn or cuml.")] = "auto",
+    data: Annotated[str | None, typer.Option(help="Where the data lies now, if it was moved since scoring.")] = None,
+) -> None:
+    """Choose the difficult part of every cluster (CDAS)."""
+    settings = pipeline.SelectSettings(
+        ratio=ratio,
+        clusters=clusters,
+        strategy=strategy,  # type: ignore[arg-type]  # pydantic checks them
+        protocol=protocol,  # type: ignore[arg-type]
+        seed=seed,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    chosen = pipeline.select(scores, embeddings, output, settings, data)
+    pipeline.print_table(pipeline.selection_lines(chosen))
+    print(f"{len(chosen['positions']):,} conversations in {output}")
+
+
+@app.command()
+def run(config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages.")]) -> None:
+    """Run the whole flow from one YAML file; what is done already is kept."""
+    settings = pipeline.read_settings(config)
+    lines = pipeline.run(settings)
+    pipeline.print_table(lines)
+    print(f"everything is in {settings.output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("demo-run"),
+    rows: Annotated[int, typer.Option(min=10, help="Rows to score.")] = 240,
+) -> None:
+    """Run the whole flow on small embedded models and this Python's standard library."""
+    pipeline.demo(output, rows)
+
+
+def _print_scores(folder: Path, totals: dict[str, object]) -> None:
+    pipeline.print_table(pipeline.score_lines(totals, folder))
+    print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line for what the user can mend, 130 for Ctrl-C."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("codeact").setLevel(logging.INFO)
+    try:
+        app()
+    except (InputError, MissingExtraError) as error:
+        _stop(str(error))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+        _stop(f"--{name} {problem['input']!r}: {problem['msg'].lower()}")
+    except KeyboardInterrupt:
+        print("\ncodeact: stopped; the same command goes on where this one was", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _stop(message: str) -> None:
+    print(f"codeact: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
