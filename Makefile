@@ -29,7 +29,7 @@ models: $(BIN)/codeact
 	@$(BIN)/python -m codeact.embedded >/dev/null
 
 demo: models
-	$(BIN)/codeact demo --output demo-run $(DEMO_ARGS)
+	$(BIN)/codeact demo $(DEMO_ARGS)
 
 test: models
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -44,7 +44,7 @@ check: $(BIN)/codeact
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 bench: models
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
 
 format: $(BIN)/codeact

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,11 +150,17 @@ def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path,
     assert_same_table(folder, uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory: pytest.TempPathFactory, data_path, tiny_model_path) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "scores"
+    score(data_path, tiny_model_path, folder, shard_size=60)
+    return folder
+
+
 class TestRefusals:
     @pytest.fixture
-    def folder(self, data_path, tiny_model_path, tmp_path):
-        score(data_path, tiny_model_path, tmp_path / "s", shard_size=60)
-        return tmp_path / "s"
+    def folder(self, two_shards, tmp_path):
+        return shutil.copytree(two_shards, tmp_path / "s")
 
     def test_other_settings(self, folder, data_path, tiny_model_path):
         ours = ScoreFolder.open(folder).hash

@@ -1,0 +1,239 @@
+"""The commands as a person types them: whole flow, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from codeact import pipeline
+from codeact.cli import main
+from codeact.errors import InputError
+from codeact.pipeline import read_settings
+from codeact.records import write_jsonl
+from tests.conftest import make_records
+
+ROWS = 40
+
+
+@pytest.fixture
+def codeact(monkeypatch, capsys):
+    """Run ``codeact ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["codeact", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"q": record.question, "a": record.answer, "tag": record.row} for record in make_records(ROWS)]
+    rows[3]["a"] = ""
+    write_jsonl(path, rows)
+    return path
+
+
+COLUMNS = ("--question-column", "q", "--answer-column", "a")
+
+
+def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path):
+    options = ("--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "scores", *COLUMNS)
+    code, out, err = codeact("score", data, *options)
+    assert code == 0, err
+    assert "rows refused" in out
+    assert "rows.jsonl row 3 (line 4)" in out
+    code, _, err = codeact("embed", data, "--model", embedder_path, "--output", tmp_path / "e.npy", *COLUMNS)
+    assert code == 0, err
+    assert "embedded 39 questions" in err
+    selecting = ("--scores", tmp_path / "scores", "--embeddings", tmp_path / "e.npy", "--clusters", 3)
+    code, out, err = codeact("select", *selecting, "--output", tmp_path / "chosen.jsonl")
+    assert code == 0, err
+    chosen = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    assert f"{len(chosen)} conversations" in out
+    assert 0 < len(chosen) <= 16
+    original = [json.loads(line) for line in data.read_text().splitlines()]
+    for line in chosen:
+        source = original[int(line["id"])]
+        assert line["conversation"] == [
+            {"role": "user", "content": source["q"]},
+            {"role": "assistant", "content": source["a"]},
+        ]
+        assert line["extra"] == {"tag": source["tag"]}
+        assert 0 < line["ifd"] < 1
+        assert line["cluster"] in (0, 1, 2)
+    code, out, err = codeact("merge", tmp_path / "scores", "--seed-json", tmp_path / "seed.json")
+    assert code == 0, err
+    assert "39 rows in" in out
+
+
+def test_a_run_from_one_file_and_again(codeact, data, tiny_model_path, embedder_path, tmp_path):
+    config = tmp_path / "run.yaml"
+    settings = {
+        "output": str(tmp_path / "run"),
+        "data": {"source": str(data), "question": "q", "answer": "a"},
+        "score": {"model": str(tiny_model_path), "max_length": 256, "shard_size": 16},
+        "embed": {"model": str(embedder_path)},
+        "select": {"clusters": 3, "ratio": 0.25},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    code, out, err = codeact("run", config)
+    assert code == 0, err
+    assert "rows chosen" in out
+    chosen = (tmp_path / "run" / "selected.jsonl").read_bytes()
+    assert 0 < chosen.count(b"\n") <= 10
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "scores" / "shards").iterdir()}
+    code, _, err = codeact("run", config)
+    assert code == 0
+    assert "0 of 3 shards to do" in err
+    assert "is up to date" in err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (tmp_path / "run" / "selected.jsonl").read_bytes() == chosen
+
+
+def test_embeddings_of_other_data_are_refused(codeact, data, tiny_model_path, embedder_path, tmp_path):
+    codeact("score", data, "--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s", *COLUMNS)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(b"\n".join(data.read_bytes().splitlines()[1:]))
+    codeact("embed", other, "--model", embedder_path, "--output", tmp_path / "e.npy", *COLUMNS)
+    selecting = ("--scores", tmp_path / "s", "--embeddings", tmp_path / "e.npy", "--output", tmp_path / "o.jsonl")
+    code, _, err = codeact("select", *selecting)
+    assert code == 2
+    assert "different data" in err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_changed_data_is_refused_and_moved_data_is_found(codeact, data, tiny_model_path, tmp_path):
+    codeact("score", data, "--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s", *COLUMNS)
+    moved = data.rename(tmp_path / "moved.jsonl")
+    selecting = ("select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl")
+    code, _, err = codeact(*selecting)
+    assert code == 2
+    assert "if the data has moved, say where with --data" in err
+    code, _, err = codeact(*selecting, "--data", moved)
+    assert code == 0, err
+    moved.write_bytes(moved.read_bytes().replace(b"def", b"fed"))
+    code, _, err = codeact(*selecting, "--data", moved)
+    assert code == 2
+    assert "is not the data that was scored" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "nowhere.jsonl", "--model", "M", "--output", "O"), "no such file: nowhere.jsonl"),
+        (("score", "DATA", "--model", "./nowhere", "--output", "O"), "no column 'instruction'"),
+        (("score", "DATA", "--model", "./nowhere", "--output", "O", *COLUMNS), "no such folder: ./nowhere"),
+        (
+            ("score", "DATA", "--model", "MODEL", "--output", "O", "--shard", "2/2", *COLUMNS),
+            "--shard '2/2' must be I/N",
+        ),
+        (("score", "DATA", "--model", "MODEL", "--output", "O", "--protocol", "sed", *COLUMNS), "--protocol 'sed'"),
+        (("score", "DATA", "--model", "MODEL", "--output", "O", "--max-length", "1", *COLUMNS), "--max-length 1"),
+        (("score", "DATA", "--model", "MODEL", "--output", "O", "--device", "tpu", *COLUMNS), "device 'tpu'"),
+        (("score", "DATA", "--model", "MODEL", "--output", "O", "--device", "cuda:9", *COLUMNS), "use --device cpu"),
+        (
+            ("score", "DATA", "--model", "MODEL", "--output", "O", "--dtype", "bf16", *COLUMNS),
+            "choose one of: bfloat16",
+        ),
+        (
+            (
+                "score",
+                "DATA",
+                "--model",
+                "MODEL",
+                "--output",
+                "O",
+                "--template",
+                "chta",
+                "--max-length",
+                "99",
+                *COLUMNS,
+            ),
+            "choose one of: chat",
+        ),
+        (("merge", "nowhere"), "holds no scores"),
+        (("embed", "DATA", "--output", "vectors.txt", *COLUMNS), "must end in .npy"),
+        (("select", "--scores", "nowhere", "--output", "o.jsonl"), "holds no scores"),
+        (("select", "--scores", "nowhere", "--output", "o.jsonl", "--ratio", "0"), "--ratio 0"),
+        (("select", "--scores", "nowhere", "--output", "o.jsonl", "--strategy", "best"), "--strategy 'best'"),
+        (("run", "nowhere.yaml"), "cannot read nowhere.yaml"),
+        (("harvest", "no_such_package", "--output", "o.jsonl"), "no_such_package"),
+    ],
+)
+def test_one_clear_line(codeact, data, tiny_model_path, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    places = {"DATA": data, "MODEL": tiny_model_path}
+    code, out, err = codeact(*(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("codeact: error: ")]
+    assert message in line
+    assert "Traceback" not in err
+
+
+def test_unknown_option_names_the_closest(codeact):
+    code, _, err = codeact("score", "DATA", "--model", "M", "--output", "O", "--max-lenght", 5)
+    assert code == 2
+    assert "--max-length" in err
+
+
+def test_help_reads_like_the_flow(codeact):
+    code, out, _ = codeact("--help")
+    assert code == 0
+    names = ["harvest", "score", "merge", "embed", "select", "run", "demo"]
+    commands = out[out.index("Commands:") :]
+    positions = [commands.index(f"\n  {name} ") for name in names]
+    assert positions == sorted(positions)
+
+
+def test_version(codeact):
+    assert codeact("--version")[1].startswith("codeact 0.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sorce": {}}, "sorce: unknown key; did you mean score?"),
+        ({"score": {"model": "m", "max_lenght": 5}}, "score.max_lenght: unknown key; did you mean max_length?"),
+        ({"score": {}}, "score.model: field required"),
+        ({"score": {"model": "m", "max_length": "long"}}, "score.max_length: input should be a valid integer"),
+        ({"select": {"ratio": 2}}, "select.ratio: input should be less than or equal to 1"),
+    ],
+)
+def test_settings_that_are_wrong_name_the_key(tmp_path, change, message):
+    path = tmp_path / "run.yaml"
+    settings = {"output": "o", "data": {"source": "s"}, "score": {"model": "m"}, **change}
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError) as caught:
+        read_settings(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00"])
+def test_a_file_that_holds_no_settings(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        read_settings(path)
+
+
+def test_padding_of_batches_is_counted():
+    import pyarrow as pa
+
+    lengths = [5, 1, 1, 9, 2]
+    table = pa.table({"status": ["ok"] * 4 + ["unreadable"], "prompt_tokens": lengths, "answer_tokens": [0] * 5})
+    # batches of 2: (5, 1) and (1, 9) become 10 and 18 tokens; the last row was not scored
+    assert pipeline._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)
