@@ -14,8 +14,9 @@ from codeact.errors import one_of
 
 BACKENDS = ("torch",)
 
-# A block of float32 logits: 32 MiB, small beside any model and large enough that the matrix product runs at full speed.
-_BLOCK_LOGITS = 1 << 23
+# A block of logits: 4 MiB of float32. It stays in the cache while the softmax passes over it, and every product is
+# written to the same memory: fresh memory for each costs more than the softmax.
+_BLOCK_LOGITS = 1 << 20
 _BLOCK_TOKENS = 1024
 
 
@@ -40,7 +41,7 @@ def token_nll(
         backend: "torch", or "auto" for the best one present. ``CODEACT_BACKEND`` forces one for the whole process.
 
     Returns:
-        float32 (T,), in nats.
+        float32 (T,), in nats. It carries no gradient: this is for scoring.
 
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown.
@@ -73,6 +74,7 @@ def _check(
             raise ValueError(f"targets[{at}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
 
 
+@torch.no_grad()
 def _torch_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
 ) -> Tensor:
@@ -80,23 +82,28 @@ def _torch_nll(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     kept = targets != ignore_index
     safe = targets.where(kept, 0)
-    width = max(1, _BLOCK_LOGITS // min(max(tokens, 1), _BLOCK_TOKENS))
-    losses = []
-    for first in range(0, max(tokens, 1), _BLOCK_TOKENS):
-        hidden_block, target_block = hidden[first : first + _BLOCK_TOKENS], safe[first : first + _BLOCK_TOKENS]
-        lse = hidden_block.new_full((hidden_block.shape[0],), -torch.inf, dtype=torch.float32)
+    rows = min(max(tokens, 1), _BLOCK_TOKENS)
+    width = min(vocabulary, max(1, _BLOCK_LOGITS // rows))
+    block = hidden.new_empty(rows, width)
+    losses = hidden.new_zeros(tokens, dtype=torch.float32)
+    for first in range(0, tokens, rows):
+        part, target = hidden[first : first + rows], safe[first : first + rows]
+        lse = losses.new_full((len(part),), -torch.inf)
         target_logit = torch.zeros_like(lse)
         for start in range(0, vocabulary, width):
-            logits = (hidden_block @ weight[start : start + width].T).float()
+            columns = weight[start : start + width]
+            logits = torch.mm(part, columns.T, out=block[: len(part), : len(columns)]).float()
             if bias is not None:
                 logits += bias[start : start + width].float()
             if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
-            column = target_block - start
-            inside = (column >= 0) & (column < logits.shape[1])
-            picked = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+                logits.div_(softcap).tanh_().mul_(softcap)
+            column = target - start
+            inside = (column >= 0) & (column < len(columns))
+            picked = logits.gather(1, column.clamp(0, len(columns) - 1)[:, None]).squeeze(1)
             target_logit = torch.where(inside, picked, target_logit)
-        losses.append(lse - target_logit)
+            largest = logits.amax(dim=1)
+            total = logits.sub_(largest[:, None]).exp_().sum(dim=1)
+            lse = torch.logaddexp(lse, total.log_().add_(largest))
+        losses[first : first + rows] = lse - target_logit
     # A row that is ignored loses nothing, whatever it holds.
-    return torch.where(kept, torch.cat(losses), 0.0)
+    return torch.where(kept, losses, 0.0)
