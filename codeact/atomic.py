@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be written to, or the disk is full; the message names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{path.name}")
+    temporary = path.with_name(
+        f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -45,7 +45,8 @@ def cluster(
     Args:
         vectors: (N, D) floating point, finite; may be a memory map, or a torch tensor on the CPU or the current GPU.
             For unit vectors Euclidean distance orders as cosine does.
-        k: number of clusters, 1 to N. Fewer come back when fewer vectors are distinct.
+        k: number of clusters, 1 to N. Fewer may come back when k is close to the number of
+            distinct vectors.
         backend: ``sklearn``, ``cuml`` (an NVIDIA GPU and ``codeact[gpu]``), or ``auto``: cuml where it works.
         n_init: runs from different starts, of which the tightest is kept. Of twelve seeds on 2,017 real questions
             (k = 10) the worst was 1.3 % looser than the best with 1 run, 0.5 % with 3, and still 0.5 % with 10.
@@ -96,9 +97,13 @@ def _check(vectors: Any, k: int, seed: int, n_init: int) -> None:
         raise InputError(f"seed must be from 0 to 2^32 - 1, not {seed}")
     for start in range(0, rows, BLOCK_ROWS):
         block = vectors[start : start + BLOCK_ROWS]
-        finite = np.isfinite(_to_numpy(block)).all(axis=1)
-        if not finite.all():
-            raise InputError(f"vector {start + finite.argmin()} is not finite in float32; run codeact embed again")
+        if isinstance(block, np.ndarray):
+            finite = np.isfinite(_to_numpy(block)).all(axis=1)
+        else:
+            finite = block.float().isfinite().all(dim=1)  # where the tensor is: one flag comes back, not the block
+        if not bool(finite.all()):
+            first = int((finite * 1).argmin())
+            raise InputError(f"vector {start + first} is not finite in float32; run codeact embed again")
 
 
 def _to_numpy(vectors: NDArray[Any] | torch.Tensor) -> NDArray[np.float32]:

@@ -31,7 +31,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return bfloat16 where ``device`` computes it natively, else float32; or the dtype asked for by name."""
     if name != "auto":
         return _DTYPES[one_of("dtype", name, _DTYPES)]
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = cpu_has_bf16()
     return torch.bfloat16 if native else torch.float32
 
 

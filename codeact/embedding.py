@@ -60,6 +60,8 @@ class EmbeddingMetadata:
     skipped: int
     truncated: int
     tokens: int
+    model_fingerprint: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -245,11 +247,22 @@ def embed_records(
             skipped=skipped,
             truncated=truncated,
             tokens=tokens,
+            model_fingerprint=embedder_fingerprint(model),
+            dtype=str(getattr(encoder, "dtype", "")).removeprefix("torch."),
         )
 
     _write_pair(Path(path), blocks(), metadata)
     _log_truncated(truncated, rows_done, encoder)
     return metadata()
+
+
+def embedder_fingerprint(model: str | os.PathLike[str] | SentenceTransformer) -> str:
+    """Sha256 of a model folder's files; empty for a hub name or a loaded model."""
+    if not isinstance(model, str | os.PathLike) or not Path(model).is_dir():
+        return ""
+    from codeact.models import folder_fingerprint
+
+    return folder_fingerprint(Path(model))
 
 
 def write_embeddings(

@@ -6,6 +6,7 @@ IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quant
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from codeact.nll import token_nll
 from codeact.packing import pack
 from codeact.records import BadRow, Record
 from codeact.scores import SCHEMA
-from codeact.tokens import PROTOCOLS, PromptBuilder, TokenizedRecord, tokenize
+from codeact.templates import PromptBuilder
+from codeact.tokens import PROTOCOLS, TokenizedRecord, tokenize
 from codeact.varlen import PackedBatch, isolating_attention
 
 
@@ -42,7 +44,7 @@ class IfdScorer:
     Args:
         model: a causal transformers model; its attention is switched to one that keeps the samples of a pack apart.
         tokenizer: its tokenizer.
-        template: a name in ``codeact.tokens.TEMPLATES``, "chat", or text that contains ``{question}``.
+        template: a name in ``codeact.templates`` (TEMPLATES, FAMILIES), "chat", or text that contains ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
         tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. A longer sequence has
             a pack of its own.
@@ -105,8 +107,8 @@ class IfdScorer:
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
-        packs = pack(lengths, max(self.tokens_per_pack, int(lengths.max())))
-        done = 0
+        packs = self._plan(lengths)
+        total, done = int(lengths.sum()), 0
         parts = []
         for indices in packs:
             members = [int(index) for index in indices]
@@ -114,20 +116,33 @@ class IfdScorer:
             tokens = int(lengths[indices].sum())
             done += tokens
             if progress is not None:
-                progress(done / packs.tokens, tokens)
+                progress(done / total, tokens)
         sums = np.empty(len(sequences))
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
-        sums[packs.indices] = torch.cat(parts).cpu().numpy()
-        return sums, ScoreCost(
-            sequences=len(sequences),
-            tokens=packs.tokens,
-            packs=len(packs),
-            capacity_tokens=len(packs) * packs.capacity,
-        )
+        sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
+        capacity = sum(max(self.tokens_per_pack, int(lengths[indices].sum())) for indices in packs)
+        return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
-    @torch.inference_mode()
+    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Return the members of each pack, the largest first: what does not fit in memory fails at once."""
+        longer = np.flatnonzero(lengths > self.tokens_per_pack)
+        rest = np.flatnonzero(lengths <= self.tokens_per_pack)
+        alone = [np.array([index]) for index in longer[np.argsort(-lengths[longer], kind="stable")]]
+        return alone + [rest[indices] for indices in pack(lengths[rest], self.tokens_per_pack)]
+
     def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
         """Run one pack; float64 (N,) on the model's device."""
+        try:
+            return self._run_pack(samples, starts)
+        except torch.OutOfMemoryError:
+            tokens = sum(map(len, samples))
+            raise InputError(
+                f"a pack of {tokens:,} tokens does not fit on {self.device}: lower --tokens-per-pack (now "
+                f"{self.tokens_per_pack:,}) or --max-length (now {self.max_length:,})"
+            ) from None
+
+    @torch.inference_mode()
+    def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
         batch = PackedBatch.from_samples(samples)
         offset = batch.cu_seqlens[:-1].tolist()
         spans = [np.arange(o + start, o + len(s)) for o, start, s in zip(offset, starts, samples, strict=True)]
@@ -165,7 +180,7 @@ class IfdScorer:
         for index in scored:
             if not np.isfinite(ifd[index]):
                 statuses[index] = "nonfinite"
-                reasons[index] = f"nonfinite: NLL sums {nll[index, 0]} and {nll[index, 1]}"
+                reasons[index] = f"nonfinite: row {rows[index].row}: NLL sums {nll[index, 0]} and {nll[index, 1]}"
                 nll[index] = ifd[index] = np.nan
         columns = [
             [row.id for row in rows],
@@ -188,7 +203,7 @@ class IfdScorer:
 
 
 def score_ifd(
-    model: PreTrainedModel | str,
+    model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: Any = None,
     records: Iterable[Record | BadRow] = (),
     template: str = "qa",
@@ -204,7 +219,7 @@ def score_ifd(
         model: a causal transformers model, or the name or folder of one, loaded as ``dtype`` on ``device``.
         tokenizer: its tokenizer; may be None when ``model`` is a name.
         records: what to score; rows that hold no record are kept with their reason.
-        template: a name in ``codeact.tokens.TEMPLATES``, "chat", or text that contains ``{question}``.
+        template: a name in ``codeact.templates`` (TEMPLATES, FAMILIES), "chat", or text that contains ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
         tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU.
         protocol: "exact", or "seed" for the numbers of the paper's reference script.
@@ -217,9 +232,11 @@ def score_ifd(
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.
     """
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         place = resolve_device(device)
-        model, loaded = load_causal_lm(model, place, resolve_dtype(dtype, place))
+        model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
         tokenizer = tokenizer or loaded
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
     scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol)
     return scorer.score(list(records))[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,34 +25,60 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
     attention = isolating_attention(device)
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"cannot load model {name!r}: {reason or type(error).__name__}; give a folder with config.json and "
             "*.safetensors, or a hub name that this machine can reach"
         ) from None
+    # transformers fills in what a checkpoint lacks with random numbers, and says so in a log only.
+    lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+    if lacking:
+        raise InputError(
+            f"model {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}: it is no "
+            "complete causal language model"
+        )
     return model.eval().to(device), tokenizer
 
 
 def model_fingerprint(name: str, model: PreTrainedModel) -> str:
     """Return the hub commit that was loaded, or the sha256 of a local folder's configuration, tokenizer and weights."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"hub:{getattr(model.config, '_commit_hash', None)}"
+    folder = Path(name).expanduser()
+    return folder_fingerprint(folder) if folder.is_dir() else f"hub:{getattr(model.config, '_commit_hash', None)}"
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return the sha256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
     for path in sorted(
-        p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
+        p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
     ):
         with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path.relative_to(folder)}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def _refusals_of(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what an attention refuses (a dtype, a softcap, sinks) into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        attention, dtype = model.config._attn_implementation, model.dtype
+        raise InputError(f"{type(model).__name__} in {dtype} cannot be packed with {attention}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +110,7 @@ def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randint(head.weight.shape[0], (n,), generator=generator).numpy() for n in (5, 9, 7)]
     device = head.weight.device
-    with torch.inference_mode():
+    with torch.inference_mode(), _refusals_of(model):
         packed = trunk(**PackedBatch.from_samples(samples).model_inputs(device)).last_hidden_state[0]
         logits = torch.nn.functional.linear(packed, head.weight, head.bias)
         if softcap is not None:

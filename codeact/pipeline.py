@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from codeact.atomic import atomic_path
+from codeact.atomic import atomic_path, remove_leftovers
 from codeact.errors import InputError
 from codeact.records import BadRow, Columns, RecordSet, open_records
 
@@ -194,18 +194,22 @@ def score(
 
 def embed(data: DataSettings, settings: EmbedSettings, output: str | Path) -> None:
     """Embed the questions of a data set into ``output`` (.npy); done already for this data and model: nothing to do."""
-    from codeact.embedding import embed_records, read_embeddings
+    from codeact.devices import resolve_device, resolve_dtype
+    from codeact.embedding import embed_records, embedder_fingerprint, read_embeddings
 
     records = data.open()
+    dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
+    wanted = (records.fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
     if Path(output).exists():
         try:
             known = read_embeddings(output).metadata
         except InputError:
             known = None  # of a killed or another run: made anew
-        if known and (known.data_fingerprint, known.model) == (records.fingerprint, settings.model):
+        if known and (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == wanted:
             _say(f"{output} is up to date: {known.rows:,} embeddings")
             return
     _quiet_transformers()
+    remove_leftovers(Path(output).parent)
     done = embed_records(
         records,
         output,
@@ -291,11 +295,16 @@ def open_scored_data(folder: Any, source: str | None = None) -> RecordSet:
     return records
 
 
-def run(settings: RunSettings) -> list[tuple[str, str]]:
-    """Run every stage into ``settings.output``; what is done already is kept. Returns the summary table's lines."""
+def run(settings: RunSettings, overwrite: bool = False) -> list[tuple[str, str]]:
+    """Run every stage into ``settings.output``; what is done already is kept. Returns the summary table's lines.
+
+    Args:
+        settings: the run.
+        overwrite: discard scores that were made there with other settings.
+    """
     output = settings.output
     begin = time.perf_counter()
-    totals = score(settings.data, settings.score, output / "scores")
+    totals = score(settings.data, settings.score, output / "scores", overwrite=overwrite)
     assert totals is not None
     embed(settings.data, settings.embed, output / "embeddings.npy")
     chosen = select(
@@ -381,7 +390,7 @@ def demo(output: Path, rows: int) -> None:
     )
     with atomic_path(output / "run.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False))
-    lines = run(settings)
+    lines = run(settings, overwrite=True)  # of an earlier demo of other rows
     print()
     print_table(lines)
     print(f"""

@@ -2,8 +2,9 @@
 
     open_records(data, columns) -> RecordSet -> rows(start, stop) -> [Record | BadRow, ...]
 
-Built for 100 million rows: a JSON file costs eight bytes of memory a row (where the row starts), Parquet and hub data
-stay in memory-mapped Arrow, and only the rows that are asked for become Python objects.
+Built for 100 million rows: JSON lines cost eight bytes of memory a row (where the row starts), Parquet and hub data
+stay in memory-mapped Arrow, and only the rows that are asked for become Python objects. A JSON array is read as a whole
+once, to find its rows: prefer lines for large data.
 
 What counts as a row of JSON: a line that is not blank, or an element of the file's one array. Of a key that a row holds
 twice the last one counts; NaN and Infinity are accepted in columns that are only carried along.
@@ -11,11 +12,14 @@ twice the last one counts; NaN and Infinity are accepted in columns that are onl
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -109,7 +113,7 @@ class BadRow:
 class RecordSet:
     """Rows in a fixed order, parsed when they are asked for. Made by `open_records`.
 
-    ``source`` is what to print, ``fingerprint`` changes when the content does.
+    ``source`` is what to print, ``fingerprint`` changes when the content or the columns do.
     """
 
     def __init__(self, source: Source, columns: Columns) -> None:
@@ -140,8 +144,12 @@ class RecordSet:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits: of the bytes of every file in order, or of hub name, configuration, split and revision."""
-        return self._source.fingerprint
+        """64 hex digits: of the bytes of every file in order, or of hub name, configuration, split and revision.
+
+        Of the columns as well: other columns make other questions of the same file.
+        """
+        identity = json.dumps([self._source.fingerprint, asdict(self.columns)])
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def check_columns(self) -> None:
         """Refuse a column that no row has, which would make every row bad.
@@ -259,6 +267,23 @@ def open_records(
         raise refusal(f"{records.source} holds no rows; give a file with at least one")
     records.check_columns()
     return records
+
+
+def jsonable(value: Any) -> Any:
+    """Turn what a column may carry into what JSON can hold: dates to ISO 8601, bytes to base64, NaN to null."""
+    match value:
+        case dict():
+            return {str(key): jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [jsonable(item) for item in value]
+        case bytes():
+            return base64.b64encode(value).decode()
+        case float() if not math.isfinite(value):
+            return None
+        case None | str() | int() | float():
+            return value
+        case _:
+            return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -18,6 +18,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,8 @@ class ScoreFolder:
             InputError: it holds the scores of other settings (both hashes and what differs are named), or it cannot be
                 written to.
         """
-        if overwrite and self.folder.exists():
-            for name in ("manifest.json", "scores.parquet"):
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "shards", ignore_errors=True)
+        if overwrite:
+            self._discard_others()
         if _read_manifest(self.folder) is None:
             self._write_manifest({})
         # Read what is there now: another process may have claimed the folder in the meantime.
@@ -104,6 +103,20 @@ class ScoreFolder:
                 f"{self.folder} holds scores made with other settings (hash {settings_hash(theirs)}, this run "
                 f"{self.hash}): {differences}; choose another --output, or discard them with --overwrite"
             )
+
+    def _discard_others(self) -> None:
+        """Remove the scores of other settings; this run's own finished shards stay."""
+        with suppress(InputError):  # a damaged manifest is nobody's
+            manifest = _read_manifest(self.folder)
+            if manifest is None or manifest["hash"] == self.hash:
+                return
+        try:
+            for name in ("manifest.json", "scores.parquet"):
+                (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / "shards").exists():
+                shutil.rmtree(self.folder / "shards")
+        except OSError as error:
+            raise InputError(f"cannot discard the scores in {self.folder}: {error.strerror or error}") from None
 
     def path(self, shard: int) -> Path:
         """Return the file of one shard."""
@@ -182,7 +195,7 @@ class ScoreFolder:
             for shard in range(self.shards):
                 path = self.path(shard)
                 facts = self._facts(path)
-                table = pq.read_table(path, schema=SCHEMA).replace_schema_metadata(None)
+                table = _read_shard(path)
                 first = shard * self.shard_size
                 expected = range(first, first + self.shard_rows(shard))
                 if table["row"].to_pylist() != list(expected):
@@ -239,6 +252,13 @@ class ScoreFolder:
         content = {"hash": self.hash, "settings": self.settings, "shards": self.shards, "versions": _versions(), **more}
         with atomic_path(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_shard(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=SCHEMA).replace_schema_metadata(None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and score again") from None
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

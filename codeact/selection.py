@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from codeact.errors import InputError, one_of
-from codeact.records import BadRow, write_jsonl
+from codeact.records import BadRow, jsonable, write_jsonl
 
 if TYPE_CHECKING:
     from codeact.records import RecordSet
@@ -190,7 +190,7 @@ def join_labels(
     if table_fingerprint and embeddings_fingerprint and table_fingerprint != embeddings_fingerprint:
         raise InputError(
             f"scores and embeddings are of different data: fingerprints {table_fingerprint} and "
-            f"{embeddings_fingerprint}; score and embed the same file"
+            f"{embeddings_fingerprint}; score and embed the same file, by the same columns"
         )
     _check_columns(table, ("id", "row", "status"))
     embedded = np.asarray(embeddings_rows, dtype=np.int64)
@@ -290,7 +290,7 @@ def _conversations(
                 "conversation": [{"role": role, "content": content} for role, content in turns],
                 "ifd": float(ifd[index]),
                 "cluster": None if clusters is None else int(clusters[index]),
-                "extra": dict(record.extra),
+                "extra": jsonable(record.extra),
             }
         start = stop
 

@@ -90,12 +90,11 @@ def isolating_attention(device: torch.device | str) -> str:
     if kind == "cpu":
         return ATTENTION
     if kind == "cuda":
-        if is_flash_attn_3_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (9, 0) and is_flash_attn_3_available():
             return "flash_attention_3"
-        if is_flash_attn_2_available():
-            return "flash_attention_2"
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return ATTENTION
+        if capability >= (8, 0):
+            return "flash_attention_2" if is_flash_attn_2_available() else ATTENTION
     raise InputError(
         f"no attention on {device} keeps the samples of a pack apart: it takes a CUDA device of compute capability "
         "8.0 or newer, or --device cpu"

@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from codeact import embedded
 from codeact.records import Columns, Record, RecordSet, open_records
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# In CI the same examples every time: a failure there is a failure of the change, not of a lucky draw.
+settings.register_profile("codeact", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("codeact")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,6 +57,20 @@ def tokenizer(model_path: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer):
+    """A tokenizer that writes its BOS itself, as Llama's does."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    return changed
 
 
 @pytest.fixture(scope="session")

@@ -646,6 +646,8 @@ def test_the_fingerprint_follows_the_content_in_order(tmp_path: Path) -> None:
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
     assert open_records(one / "x.jsonl", PLAIN).fingerprint == open_records(two / "x.jsonl", PLAIN).fingerprint
+    other_columns = Columns(question=PLAIN.answer, answer=PLAIN.question)
+    assert open_records(one, other_columns).fingerprint != prints[0]
     assert open_records(one, PLAIN).source == str(one)
 
 

@@ -176,6 +176,7 @@ class TestCuda:
             (True, True, (9, 0), "flash_attention_3"),
             (False, True, (8, 0), "flash_attention_2"),
             (False, False, (8, 0), ATTENTION),
+            (True, False, (8, 0), ATTENTION),
         ],
     )
     def test_choice(self, monkeypatch, fa3, fa2, capability, expected):
@@ -186,8 +187,8 @@ class TestCuda:
 
     @pytest.mark.parametrize("device", ["cuda", "mps"])
     def test_no_choice_is_refused(self, monkeypatch, device):
-        monkeypatch.setattr(varlen, "is_flash_attn_3_available", lambda: False)
-        monkeypatch.setattr(varlen, "is_flash_attn_2_available", lambda: False)
+        monkeypatch.setattr(varlen, "is_flash_attn_3_available", lambda: True)
+        monkeypatch.setattr(varlen, "is_flash_attn_2_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         with pytest.raises(InputError, match="keeps the samples of a pack apart"):
             isolating_attention(device)
