@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from codeact.records import Record
-from codeact.tokens import PromptBuilder, leading_bos
+from codeact.templates import PromptBuilder
+from codeact.tokens import leading_bos
 
 
 @torch.inference_mode()

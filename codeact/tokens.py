@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from codeact.errors import InputError, one_of
+from codeact.errors import one_of
 from codeact.records import BadRow, Record
+from codeact.templates import PromptBuilder
 
 PROTOCOLS = ("exact", "seed")
-
-_QA = "Question:\n{question}\n\nAnswer:\n"
-
-TEMPLATES = {
-    "qa": _QA,
-    "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{question}\n\n### Response:\n"
-    ),
-    "deepseek": (
-        "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and "
-        "you only answer questions related to computer science. For politically sensitive questions, security and "
-        "privacy issues, and other non-computer science questions, you will refuse to answer.\n"
-        "### Instruction:\n{question}\n### Response:\n"
-    ),
-}
-"""Prompts by name; ``chat`` besides, the tokenizer's own template."""
 
 STATUSES = (
     "ok",
@@ -59,54 +42,6 @@ class TokenizedRecord:
     conditional_start: int = 0
     unconditional: Sequence[int] = ()
     unconditional_start: int = 0
-
-
-class PromptBuilder:
-    """Renders the question of a record the way the model will be asked it.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        template: a name in ``TEMPLATES``, ``chat``, or text of your own that contains ``{question}``.
-
-    Raises:
-        InputError: the template is unknown, or ``chat`` and the tokenizer has none.
-    """
-
-    def __init__(self, tokenizer: Any, template: str) -> None:
-        self.tokenizer = tokenizer
-        self.chat = template == "chat"
-        if self.chat:
-            self.text: str = tokenizer.chat_template
-            if not isinstance(self.text, str):
-                raise InputError(f"this tokenizer has no chat template; choose one of: {', '.join(TEMPLATES)}")
-        elif "{question}" in template:
-            self.text = template
-        else:
-            one_of("template", template, [*TEMPLATES, "chat"])
-            self.text = TEMPLATES[template]
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of the template's text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def render(self, record: Record) -> str:
-        """Return the text that stands before the answer.
-
-        Raises:
-            ValueError: the chat template refuses this conversation.
-        """
-        if self.chat:
-            turns = [{"role": role, "content": text} for role, text in (*record.history, ("user", record.question))]
-            try:
-                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            except Exception as error:  # a template is a program and may raise anything
-                raise ValueError(f"the chat template refuses it: {error}") from None
-        # Not str.format: questions and templates may hold braces of their own.
-        parts = []
-        for role, text in record.history:
-            parts.append(self.text.replace("{question}", text) if role == "user" else f"{text}\n\n")
-        return "".join(parts) + self.text.replace("{question}", record.question)
 
 
 def leading_bos(tokenizer: Any) -> list[int]:
@@ -152,7 +87,8 @@ def tokenize(
         indices, prompt_texts, answers = zip(*texts, strict=True)
         build = {"exact": _exact, "seed": _seed}[one_of("protocol", protocol, PROTOCOLS)]
         for index, result in zip(indices, build(tokenizer, prompt_texts, answers, max_length), strict=True):
-            results[index] = result
+            reason = result.reason and f"{result.status}: row {rows[index].row}: {result.reason}"
+            results[index] = replace(result, reason=reason)
     return [result for result in results if result is not None]
 
 
@@ -175,15 +111,15 @@ def _exact(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_l
         counts: dict[str, Any] = {
             "prompt_tokens": len(prompt),
             "answer_tokens": len(answer),
-            "truncated": len(answer) > room,
+            "truncated": first < room < len(answer),
         }
         if not answer:
-            results.append(TokenizedRecord(status="empty_answer", reason="empty_answer: it has no tokens", **counts))
+            results.append(TokenizedRecord(status="empty_answer", reason="the answer has no tokens", **counts))
         elif len(answer) <= first:
-            reason = "answer_too_short: one token, and without a BOS the first cannot be scored"
+            reason = "the answer is one token, and without a BOS before it the first cannot be scored"
             results.append(TokenizedRecord(status="answer_too_short", reason=reason, **counts))
         elif room <= first:
-            reason = f"prompt_too_long: {len(prompt)} tokens leave no room for an answer in {max_length}"
+            reason = f"{len(prompt)} tokens leave no room for an answer in {max_length}"
             results.append(TokenizedRecord(status="prompt_too_long", reason=reason, **counts))
         else:
             kept = answer[:room]
@@ -214,14 +150,14 @@ def _seed(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_le
         counts: dict[str, Any] = {
             "prompt_tokens": end,
             "answer_tokens": len(full) - end,
-            "truncated": len(full) > max_length or len(alone) < len(answer),
+            "truncated": end < max_length and (len(full) > max_length or len(alone) < len(answer)),
         }
         # What the shifted loss scores: full[max(end, 1):] and alone[1:].
         if min(len(full), max_length) <= end:
-            reason = f"prompt_too_long: {len(prompt)} tokens leave no room for an answer in {max_length}"
+            reason = f"{len(prompt)} tokens leave no room for an answer in {max_length}"
             results.append(TokenizedRecord(status="prompt_too_long", reason=reason, **counts))
         elif len(alone) < 2:
-            reason = "answer_too_short: the answer alone has one token, and the first is not scored"
+            reason = "the answer alone is one token, and the first is not scored"
             results.append(TokenizedRecord(status="answer_too_short", reason=reason, **counts))
         else:
             results.append(

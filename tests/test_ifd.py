@@ -15,7 +15,8 @@ from codeact.ifd import IfdScorer, score_ifd
 from codeact.models import load_causal_lm, split_head
 from codeact.records import BadRow, Record
 from codeact.scores import SCHEMA
-from codeact.tokens import TEMPLATES, PromptBuilder, leading_bos, tokenize
+from codeact.templates import TEMPLATES, PromptBuilder
+from codeact.tokens import leading_bos, tokenize
 from tests.conftest import make_records
 
 CPU = torch.device("cpu")
@@ -23,20 +24,6 @@ CPU = torch.device("cpu")
 
 def row(question="Add two numbers.", answer="def add(a, b):\n    return a + b", number=0, **more):
     return Record(id=str(number), row=number, question=question, answer=answer, **more)
-
-
-@pytest.fixture
-def bos_tokenizer(tokenizer):
-    """A tokenizer that writes its BOS itself, as Llama's does."""
-    import copy
-
-    from tokenizers.processors import TemplateProcessing
-
-    changed = copy.deepcopy(tokenizer)
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
-    )
-    return changed
 
 
 class TestTokens:
@@ -76,7 +63,7 @@ class TestTokens:
         text = PromptBuilder(tokenizer, "qa").render(row("Q2 {question} {}", history=history))
         assert text == "S\n\nQuestion:\nQ1 {x}\n\nAnswer:\nA1\n\nQuestion:\nQ2 {question} {}\n\nAnswer:\n"
 
-    @pytest.mark.parametrize("name", [*TEMPLATES, "chat", "Q: {question}\nA:"])
+    @pytest.mark.parametrize("name", [*TEMPLATES, "deepseek", "chat", "Q: {question}\nA:"])
     def test_every_template_holds_the_question_once(self, tokenizer, name):
         assert PromptBuilder(tokenizer, name).render(row("xyzzy")).count("xyzzy") == 1
 
@@ -110,6 +97,7 @@ class TestTokens:
                     assert item.truncated == (len(kept) < item.answer_tokens)
             else:
                 assert item.status == "prompt_too_long"
+                assert not item.truncated
                 assert str(limit) in item.reason
 
     def test_rows_without_a_record_keep_their_place(self, tokenizer):
@@ -123,8 +111,9 @@ class TestTokens:
         assert items[0].reason == "broken_json: f row 0: broken"
 
     def test_one_token_and_no_bos(self, tokenizer):
-        (item,) = tokenize([row(answer="x")], tokenizer, PromptBuilder(tokenizer, "qa"), 100)
+        (item,) = tokenize([row(answer="x", number=7)], tokenizer, PromptBuilder(tokenizer, "qa"), 100)
         assert item.status == "answer_too_short"
+        assert item.reason.startswith("answer_too_short: row 7: ")
 
 
 class TestExact:
@@ -151,6 +140,18 @@ class TestExact:
         assert table["scored_tokens"].to_pylist() == table["answer_tokens"].to_pylist()
         for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
             assert value == pytest.approx(exact_ifd(tiny_model, bos_tokenizer, record), rel=1e-4)
+
+    def test_a_longer_sequence_has_a_pack_of_its_own(self, tiny_model, tokenizer):
+        rows = [row(answer="def f(): return 1 " * n, number=n) for n in (1, 2, 3, 40)]
+        scorer = IfdScorer(tiny_model, tokenizer, max_length=512, tokens_per_pack=64)
+        packs = []
+        real = scorer._pack_sums
+        scorer._pack_sums = lambda samples, starts: packs.append([len(s) for s in samples]) or real(samples, starts)
+        scorer.score(rows)
+        assert sum(map(len, packs)) == 8
+        assert all(len(pack) == 1 or sum(pack) <= 64 for pack in packs)
+        assert max(map(sum, packs)) > 64
+        assert max(map(len, packs)) > 1
 
     def test_sums_and_counts_give_the_score(self, tiny_model, tokenizer, records):
         for item in score_ifd(tiny_model, tokenizer, records, max_length=512).to_pylist():
@@ -232,6 +233,36 @@ class TestFailures:
         torch.save(tiny_model.state_dict(), tmp_path / "pytorch_model.bin")
         with pytest.raises(InputError, match="cannot load model"):
             load_causal_lm(str(tmp_path), CPU, torch.float32)
+
+    def test_a_checkpoint_that_lacks_weights_is_refused(self, tiny_model, tokenizer, tmp_path):
+        """transformers would fill in a random head, and every score would be noise with status ok."""
+        tiny_model.base_model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=r"lacks 1 weights .*lm_head"):
+            load_causal_lm(str(tmp_path), CPU, torch.float32)
+
+    def test_a_model_file_cut_short_is_refused(self, tiny_model_path, tmp_path):
+        import shutil
+
+        folder = shutil.copytree(tiny_model_path, tmp_path / "model")
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        with pytest.raises(InputError, match="cannot load model"):
+            load_causal_lm(str(folder), CPU, torch.float32)
+
+    def test_a_pack_that_does_not_fit_on_the_device(self, tiny_model, tokenizer, records, monkeypatch):
+        scorer = IfdScorer(tiny_model, tokenizer, max_length=512)
+
+        def full(*_, **__):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(scorer, "trunk", full)
+        with pytest.raises(InputError, match="lower --tokens-per-pack"):
+            scorer.score(records)
+
+    def test_a_loaded_model_without_a_tokenizer(self, tiny_model, records):
+        with pytest.raises(InputError, match="needs its tokenizer"):
+            score_ifd(tiny_model, records=records)
 
     def test_an_attention_that_leaks_is_refused(self, tiny_model, monkeypatch):
         """The check runs the model, so it sees a leak whatever its cause."""
