@@ -208,11 +208,60 @@ def select(
     print(f"{len(chosen['positions']):,} conversations in {output}")
 
 
+@app.command("pack-stats")
+def pack_stats(
+    data: Data,
+    tokenizer: Annotated[str, typer.Option(help="A model's folder or hub name.")],
+    capacity: Annotated[int, typer.Option(min=1, help="Tokens of a training row.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a padded batch.")] = 16,
+    template: Annotated[str, typer.Option(help="How conversations are written: chat, or a model family.")] = "chat",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the packs into this PNG.")] = None,
+    question_column: Question = "instruction",
+    answer_column: Answer = "output",
+    input_column: Input = None,
+    conversation_column: Conversation = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+) -> None:
+    """Count padding, rows and memory of every padding and packing strategy on a data set."""
+    from codeact.pack_figure import plot_packs, require_matplotlib
+    from codeact.pack_stats import stats_for_data
+    from codeact.records import Columns
+
+    if plot is not None:
+        require_matplotlib()
+    columns = Columns(
+        question=question_column, answer=answer_column, input=input_column, conversation=conversation_column
+    )
+    report = stats_for_data(
+        data,
+        tokenizer,
+        capacity,
+        columns=columns,
+        split=split,
+        config_name=config_name,
+        model_type=template,
+        batch_size=batch_size,
+    )
+    print(report.summary())
+    print(report.table())
+    if json_file is not None:
+        report.write_json(json_file)
+        print(f"all figures are in {json_file}")
+    if plot is not None:
+        plot_packs(report.lengths, capacity, plot, batch_size=batch_size)
+        print(f"the picture is {plot}")
+
+
 @app.command()
-def run(config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages.")]) -> None:
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard scores of other settings there.")] = False,
+) -> None:
     """Run the whole flow from one YAML file; what is done already is kept."""
     settings = pipeline.read_settings(config)
-    lines = pipeline.run(settings)
+    lines = pipeline.run(settings, overwrite)
     pipeline.print_table(lines)
     print(f"everything is in {settings.output}")
 
@@ -243,8 +292,10 @@ def main() -> None:
         problem = error.errors()[0]
         name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
         _stop(f"--{name} {problem['input']!r}: {problem['msg'].lower()}")
+    except OSError as error:
+        _stop(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("\ncodeact: stopped; the same command goes on where this one was", file=sys.stderr)
+        print("\ncodeact: stopped; codeact score goes on where it was when it is run again", file=sys.stderr)
         raise SystemExit(130) from None
 
 

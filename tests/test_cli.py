@@ -103,6 +103,45 @@ def test_a_run_from_one_file_and_again(codeact, data, tiny_model_path, embedder_
     assert (tmp_path / "run" / "selected.jsonl").read_bytes() == chosen
 
 
+def test_carried_columns_of_any_type_survive(codeact, tiny_model_path, tmp_path):
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = make_records(10)
+    when = datetime.datetime(2024, 8, 5, 12)
+    carried = {"when": [when] * 10, "raw": [b"\xff"] * 10, "weight": [float("nan")] * 10, "tags": [["a"]] * 10}
+    columns = {"instruction": [r.question for r in rows], "output": [r.answer for r in rows], **carried}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    options = ("--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s")
+    assert codeact("score", tmp_path / "rows.parquet", *options)[0] == 0
+    selecting = ("--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl")
+    code, _, err = codeact("select", *selecting)
+    assert code == 0, err
+    line = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])
+    assert line["extra"] == {"when": "2024-08-05T12:00:00", "raw": "/w==", "weight": None, "tags": ["a"]}
+
+
+def test_a_changed_run_is_refused_until_overwrite(codeact, data, tiny_model_path, embedder_path, tmp_path):
+    config = tmp_path / "run.yaml"
+    settings = {
+        "output": str(tmp_path / "run"),
+        "data": {"source": str(data), "question": "q", "answer": "a"},
+        "score": {"model": str(tiny_model_path), "max_length": 256},
+        "embed": {"model": str(embedder_path)},
+        "select": {"clusters": 2},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    assert codeact("run", config)[0] == 0
+    settings["score"]["max_length"] = 200
+    config.write_text(yaml.safe_dump(settings))
+    code, _, err = codeact("run", config)
+    assert code == 2
+    assert "max_length 256 there, 200 here" in err
+    assert codeact("run", config, "--overwrite")[0] == 0
+
+
 def test_embeddings_of_other_data_are_refused(codeact, data, tiny_model_path, embedder_path, tmp_path):
     codeact("score", data, "--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s", *COLUMNS)
     other = tmp_path / "other.jsonl"
@@ -189,10 +228,19 @@ def test_unknown_option_names_the_closest(codeact):
     assert "--max-length" in err
 
 
+def test_pack_stats(codeact, data, tiny_model_path, tmp_path):
+    options = ("--tokenizer", tiny_model_path, "--capacity", 256, "--json", tmp_path / "p.json", *COLUMNS)
+    code, out, err = codeact("pack-stats", data, *options, "--plot", tmp_path / "p.png")
+    assert code == 0, err
+    assert "dynamic_pack" in out
+    assert json.loads((tmp_path / "p.json").read_text())
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_help_reads_like_the_flow(codeact):
     code, out, _ = codeact("--help")
     assert code == 0
-    names = ["harvest", "score", "merge", "embed", "select", "run", "demo"]
+    names = ["harvest", "score", "merge", "embed", "select", "pack-stats", "run", "demo"]
     commands = out[out.index("Commands:") :]
     positions = [commands.index(f"\n  {name} ") for name in names]
     assert positions == sorted(positions)
