@@ -53,11 +53,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data_path, tiny_mode
     return folder
 
 
-def assert_same_table(folder: Path, expected: Path) -> None:
+def assert_same_table(folder: Path, expected: Path, rtol: float = 1e-6) -> None:
     ours, theirs = ScoreFolder.open(folder).read(), ScoreFolder.open(expected).read()
     for name in ours.column_names:
         if name in ("cond_nll_sum", "uncond_nll_sum", "ifd"):
-            np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-6)
+            np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=rtol)
         else:
             assert ours[name].equals(theirs[name]), name
 
@@ -88,7 +88,8 @@ def test_totals_balance(uninterrupted):
 
 def test_shard_size_and_pack_size_do_not_change_scores(data_path, tiny_model_path, tmp_path, uninterrupted):
     score(data_path, tiny_model_path, tmp_path / "s", shard_size=1000, tokens_per_pack=300)
-    assert_same_table(tmp_path / "s", uninterrupted)
+    # other packs are other matrix shapes, which round their float32 sums in another order
+    assert_same_table(tmp_path / "s", uninterrupted, rtol=1e-4)
 
 
 def command(data_path, tiny_model_path, folder, *more: str) -> list[str]:
