@@ -36,7 +36,8 @@ from codeact.harvest import write_harvest
 from codeact.ifd import IfdScorer
 from codeact.models import load_causal_lm
 from codeact.records import Columns, Record, open_records
-from codeact.tokens import PROTOCOLS, PromptBuilder, tokenize
+from codeact.templates import PromptBuilder
+from codeact.tokens import PROTOCOLS, tokenize
 
 CHUNKS = 4
 BATCH = 16

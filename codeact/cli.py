@@ -96,7 +96,7 @@ def score(
     id_column: IdColumn = None,
     split: Split = "train",
     config_name: ConfigName = None,
-    template: Annotated[str, typer.Option(help="qa, alpaca, deepseek, chat, or text with {question}.")] = "qa",
+    template: Annotated[str, typer.Option(help="qa, alpaca, chat, a model family, or text with {question}.")] = "qa",
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence; a longer answer is cut and marked.")] = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",
