@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from codeact.errors import one_of
+from codeact.nll import check_operands
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -60,7 +61,7 @@ def linear_cross_entropy(
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     # As autocast treats a linear layer: float64 stays what it is.
     autocast = autocast and hidden.dtype != torch.float64
-    _check(hidden, weight, targets, bias, softcap, ignore_index, mixed=autocast)
+    check_operands(hidden, weight, targets, bias, softcap, ignore_index, mixed=autocast)
     head = _Head(
         softcap=softcap,
         product_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
@@ -85,35 +86,6 @@ class _Head:
     softcap: float | None
     product_dtype: torch.dtype
     sum_dtype: torch.dtype
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    mixed: bool,
-) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden (T, D) and weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if not (hidden.is_floating_point() and weight.is_floating_point()) or (hidden.dtype != weight.dtype and not mixed):
-        raise ValueError(f"hidden and weight need one floating-point dtype, not {hidden.dtype} and {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 ({hidden.shape[0]},), not {targets.dtype} {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, not {softcap}")
-    if len({t.device for t in (hidden, weight, targets, bias) if t is not None}) > 1:
-        raise ValueError("hidden, weight, targets and bias must be on one device")
-    # On a device this look would wait for every kernel in flight, and PyTorch's own assert catches it there.
-    if targets.device.type == "cpu":
-        wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(f"targets[{at}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
 
 
 class _Blocks:

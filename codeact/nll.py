@@ -47,16 +47,27 @@ def token_nll(
         ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown.
     """
     one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
-    _check(hidden, weight, targets, bias, softcap, ignore_index)
+    check_operands(hidden, weight, targets, bias, softcap, ignore_index)
     return _torch_nll(hidden, weight, targets, bias, softcap, ignore_index)
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+def check_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    mixed: bool = False,
 ) -> None:
+    """Check the operands that every loss over an LM head takes; ``mixed`` lets hidden and weight differ in dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or targets do not fit together.
+    """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden (T, D) and weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+    if not (hidden.is_floating_point() and weight.is_floating_point()) or (hidden.dtype != weight.dtype and not mixed):
         raise ValueError(f"hidden and weight need one floating-point dtype, not {hidden.dtype} and {weight.dtype}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 ({hidden.shape[0]},), not {targets.dtype} {tuple(targets.shape)}")
