@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codeact.clustering import cluster as cluster
+    from codeact.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from codeact.embedding import embed as embed
     from codeact.errors import InputError as InputError
     from codeact.ifd import score_ifd as score_ifd
@@ -30,6 +31,7 @@ _HOMES = {
     "Record": "records",
     "cluster": "clustering",
     "embed": "embedding",
+    "linear_cross_entropy": "cross_entropy",
     "open_records": "records",
     "pack": "packing",
     "score_ifd": "ifd",
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "pack",
     "Packs",
     "token_nll",
+    "linear_cross_entropy",
     "score_ifd",
     "embed",
     "cluster",

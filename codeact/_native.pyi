@@ -1,4 +1,4 @@
-"""The compiled core. `codeact.packing` checks its arguments and documents what it does."""
+"""The compiled core. `codeact.packing` and `codeact.nll` check its arguments and document what it does."""
 
 import numpy as np
 import numpy.typing as npt
@@ -17,4 +17,34 @@ def pack(
     Raises:
         TypeError: lengths holds no integers, or is in foreign byte order.
         ValueError: anything else; the message is one line and names the first bad length by position and value.
+    """
+
+def instruction_sets() -> list[str]:
+    """Return what `linear_nll` can run with on this CPU, best first: "avx512bf16", "avx512", "avx2", or nothing."""
+
+def linear_nll(
+    hidden: npt.NDArray[np.float32 | np.uint16],
+    weight: npt.NDArray[np.float32 | np.uint16],
+    targets: npt.NDArray[np.int64],
+    bias: npt.NDArray[np.float32] | None,
+    softcap: float | None,
+    ignore_index: int,
+    threads: int,
+    instruction_set: str,
+) -> npt.NDArray[np.float32]:
+    """Return the losses (T,); see `codeact.nll.token_nll`.
+
+    Args:
+        hidden: (T, D) float32, or uint16 that holds the bits of bfloat16; any row stride. Read without the GIL.
+        weight: (V, D), of the same dtype.
+        targets: (T,).
+        bias: (V,).
+        softcap: above 0, or None.
+        ignore_index: a target with this value has loss 0.
+        threads: at most so many run, the calling one included.
+        instruction_set: one of `instruction_sets()`.
+
+    Raises:
+        TypeError: hidden or weight holds something else.
+        ValueError: shapes do not fit, a target is out of range, or the instruction set is not here.
     """

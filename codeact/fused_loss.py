@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from codeact.linear_cross_entropy import linear_cross_entropy
+from codeact.cross_entropy import linear_cross_entropy
 from codeact.pack_dataset import IGNORE
 
 

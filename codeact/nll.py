@@ -5,17 +5,24 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from codeact.errors import one_of
+from codeact import _native
+from codeact.errors import InputError, one_of
 
-BACKENDS = ("torch",)
+BACKENDS = ("triton", "native", "torch")
 
-# A block of logits: 4 MiB of float32. It stays in the cache while the softmax passes over it, and every product is
-# written to the same memory: fresh memory for each costs more than the softmax.
+logger = logging.getLogger(__name__)
+
+# A block of logits of the torch backend: 4 MiB of float32. It stays in the cache while the softmax passes over it, and
+# every product is written to the same memory: fresh memory for each costs more than the softmax.
 _BLOCK_LOGITS = 1 << 20
 _BLOCK_TOKENS = 1024
 
@@ -29,7 +36,15 @@ def token_nll(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute ``F.cross_entropy((hidden @ weight.T + bias).float(), targets, reduction="none")`` block by block.
+    """Compute ``F.cross_entropy((hidden @ weight.T + bias).float(), targets, reduction="none")`` without the logits.
+
+    - "triton": kernels for CUDA and ROCm, in ``codeact_kernels``; float32, bfloat16, float16.
+    - "native": compiled, for x86-64 with AVX2 or better; float32 and bfloat16.
+    - "torch": blocks of logits; everything else.
+
+    Products are summed in float32 and the softmax is taken in float32, so bfloat16 operands lose nothing to bfloat16
+    logits (but with "torch", which rounds them as the model itself does). With "native" and "triton" a row has the same
+    bits in any batch.
 
     Args:
         hidden: (T, D) floating point.
@@ -37,18 +52,63 @@ def token_nll(
         targets: (T,) int64 in ``[0, V)``, or ``ignore_index``.
         bias: (V,) or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax (Gemma 2).
-        ignore_index: a target with this value has loss 0.
-        backend: "torch", or "auto" for the best one present. ``CODEACT_BACKEND`` forces one for the whole process.
+        ignore_index: a target with this value has loss 0, whatever its row holds.
+        backend: one of the above, or "auto" for the best one present, which it logs once. ``CODEACT_BACKEND`` forces
+            one for the whole process, and ``CODEACT_NATIVE_ISA`` (avx512bf16, avx512, avx2) an instruction set.
 
     Returns:
-        float32 (T,), in nats. It carries no gradient: this is for scoring.
+        float32 (T,), in nats. NaN for a row that holds NaN or infinity. It carries no gradient: this is for scoring.
 
     Raises:
-        ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown.
+        ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown, is not on this
+            machine or does not compute these operands.
     """
-    one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
     check_operands(hidden, weight, targets, bias, softcap, ignore_index)
-    return _torch_nll(hidden, weight, targets, bias, softcap, ignore_index)
+    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
+    if name == "auto":
+        best = "triton" if hidden.device.type == "cuda" else "native"
+        name = "torch" if _why_not(best, hidden) else best
+        _say_once(name, hidden.device.type, hidden.dtype)
+    elif reason := _why_not(name, hidden):
+        raise InputError(f"backend {name!r} {reason}; choose another one, or auto")
+    run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name]
+    with torch.no_grad():
+        return run(hidden, weight, targets, bias, softcap, ignore_index)
+
+
+_DTYPES = {
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "native": (torch.float32, torch.bfloat16),
+}
+
+
+def _why_not(backend: str, hidden: Tensor) -> str | None:
+    """Why a backend cannot compute with these operands here; None where it can."""
+    if backend == "torch":
+        return None
+    device = "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+    if hidden.device.type != device:
+        return f"runs on {device}, and the operands are on {hidden.device}"
+    if hidden.dtype not in _DTYPES[backend]:
+        return f"computes {', '.join(map(_name, _DTYPES[backend]))}, not {_name(hidden.dtype)}"
+    return _lacks(backend)
+
+
+@functools.cache
+def _lacks(backend: str) -> str | None:
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else 'needs Triton: pip install "codeact[gpu]"'
+    return None if _native.instruction_sets() else "needs an x86-64 CPU with AVX2"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _say_once(backend: str, device_type: str, dtype: torch.dtype) -> None:
+    which = f" ({native_instruction_set()})" if backend == "native" else ""
+    logger.info("NLL of %s on %s: backend %s%s", _name(dtype), device_type, backend, which)
 
 
 def check_operands(
@@ -85,7 +145,50 @@ def check_operands(
             raise ValueError(f"targets[{at}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
 
 
-@torch.no_grad()
+def _triton_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+) -> Tensor:
+    """kernels/codeact_kernels/linear_nll.py."""
+    from codeact_kernels.linear_nll import linear_nll
+
+    return linear_nll(hidden, weight, targets, bias, softcap, ignore_index)
+
+
+def _native_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
+) -> Tensor:
+    """csrc/linear_nll.cpp, on as many threads as PyTorch takes."""
+    losses = _native.linear_nll(
+        _rows(hidden),
+        _rows(weight),
+        targets.contiguous().numpy(),
+        None if bias is None else bias.detach().float().contiguous().numpy(),
+        softcap,
+        ignore_index,
+        torch.get_num_threads(),
+        native_instruction_set(),
+    )
+    return torch.from_numpy(losses)
+
+
+def _rows(matrix: Tensor) -> Any:
+    """A numpy view of a CPU matrix, copied only if a row's elements do not lie side by side; bfloat16 as uint16."""
+    matrix = matrix.detach()
+    matrix = matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    return (matrix.view(torch.uint16) if matrix.dtype == torch.bfloat16 else matrix).numpy()
+
+
+def native_instruction_set() -> str:
+    """The instruction set of the native backend: the best one here, or that of ``CODEACT_NATIVE_ISA``.
+
+    Raises:
+        InputError: the CPU lacks the one asked for.
+    """
+    here = _native.instruction_sets()
+    asked = os.environ.get("CODEACT_NATIVE_ISA")
+    return one_of("CODEACT_NATIVE_ISA (of those that this CPU has)", asked, here) if asked else here[0]
+
+
 def _torch_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
 ) -> Tensor:
@@ -94,7 +197,7 @@ def _torch_nll(
     kept = targets != ignore_index
     safe = targets.where(kept, 0)
     rows = min(max(tokens, 1), _BLOCK_TOKENS)
-    width = min(vocabulary, max(1, _BLOCK_LOGITS // rows))
+    width = max(1, min(vocabulary, _BLOCK_LOGITS // rows))
     block = hidden.new_empty(rows, width)
     losses = hidden.new_zeros(tokens, dtype=torch.float32)
     for first in range(0, tokens, rows):

@@ -1,4 +1,4 @@
-// codeact._native: checks, arrays in and out, and the GIL. The work is in packing.cpp, which knows nothing of Python.
+// codeact._native: checks, arrays in and out, and the GIL. The work is in files that know nothing of Python.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,9 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "linear_nll.hpp"
 #include "packing.hpp"
 
 namespace py = pybind11;
@@ -76,9 +78,57 @@ py::tuple pack(const py::array& lengths, std::int64_t capacity, const std::strin
   return py::make_tuple(std::move(indices), as_array(std::move(plan.offsets)), tokens, plan.lower_bound);
 }
 
+codeact::MatrixView matrix_view(const py::array& array, const char* name) {
+  if (array.ndim() != 2) throw py::value_error(std::string(name) + " must have two dimensions");
+  if (array.shape(0) > 0 && array.shape(1) > 1 && array.strides(1) != array.itemsize())
+    throw py::value_error(std::string(name) + " must have its elements side by side in a row");
+  return {.data = static_cast<const std::byte*>(array.data()),
+          .rows = array.shape(0),
+          .columns = array.shape(1),
+          .row_stride = array.strides(0)};
+}
+
+py::array_t<float> linear_nll(const py::array& hidden, const py::array& weight,
+                              const py::array_t<std::int64_t, py::array::c_style>& targets,
+                              const std::optional<py::array_t<float, py::array::c_style>>& bias,
+                              std::optional<float> softcap, std::int64_t ignore_index, int threads,
+                              const std::string& instruction_set) {
+  const bool half = hidden.dtype().is(py::dtype::of<std::uint16_t>());
+  if ((!half && !hidden.dtype().is(py::dtype::of<float>())) || !hidden.dtype().is(weight.dtype()))
+    throw py::type_error("hidden and weight must both be float32, or uint16 that holds bfloat16");
+  codeact::LinearNll problem{.element = half ? codeact::Element::bfloat16 : codeact::Element::float32,
+                             .hidden = matrix_view(hidden, "hidden"),
+                             .weight = matrix_view(weight, "weight"),
+                             .targets = targets.data(),
+                             .bias = bias ? bias->data() : nullptr,
+                             .softcap = softcap,
+                             .ignore_index = ignore_index,
+                             .losses = nullptr};
+  if (problem.hidden.columns != problem.weight.columns) throw py::value_error("hidden and weight differ in width");
+  if (targets.ndim() != 1 || targets.shape(0) != problem.hidden.rows)
+    throw py::value_error("targets must hold one value a row of hidden");
+  if (bias && (bias->ndim() != 1 || bias->shape(0) != problem.weight.rows))
+    throw py::value_error("bias must hold one value a row of weight");
+  py::array_t<float> losses(problem.hidden.rows);
+  problem.losses = losses.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    codeact::linear_nll(problem, threads, instruction_set);
+  }
+  return losses;
+}
+
+std::vector<std::string> instruction_sets() {
+  const auto names = codeact::instruction_sets();
+  return {names.begin(), names.end()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
-  module.doc() = "The compiled core of codeact. Use codeact.packing, which checks its arguments and documents them.";
+  module.doc() = "The compiled core of codeact. Use codeact.packing and codeact.nll, which check their arguments.";
   module.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("algorithm"), py::arg("max_items"));
+  module.def("instruction_sets", &instruction_sets);
+  module.def("linear_nll", &linear_nll, py::arg("hidden"), py::arg("weight"), py::arg("targets"), py::arg("bias"),
+             py::arg("softcap"), py::arg("ignore_index"), py::arg("threads"), py::arg("instruction_set"));
 }

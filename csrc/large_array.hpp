@@ -36,7 +36,7 @@ struct LargeArrayAllocator {
       return static_cast<T*>(memory);
     }
 #endif
-    return static_cast<T*>(::operator new(bytes));
+    return static_cast<T*>(::operator new(bytes, kLine));
   }
 
   void deallocate(T* memory, std::size_t count) noexcept {
@@ -46,7 +46,7 @@ struct LargeArrayAllocator {
       return;
     }
 #endif
-    ::operator delete(memory);
+    ::operator delete(memory, kLine);
   }
 
   // Default construction leaves plain data as it is; any other is the usual one.
@@ -62,6 +62,7 @@ struct LargeArrayAllocator {
   friend bool operator==(const LargeArrayAllocator&, const LargeArrayAllocator&) { return true; }
 
  private:
+  static constexpr std::align_val_t kLine{64};  // of the cache, and the widest vector
   static constexpr std::size_t kHugePage = std::size_t{1} << 21;
   static constexpr std::size_t rounded(std::size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
   static constexpr std::size_t kLarge = kHugePage / 4;  // from here on one huge page costs less than many small ones

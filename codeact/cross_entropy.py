@@ -21,8 +21,9 @@ from codeact.nll import check_operands
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# 64 MiB of float32 logits. Fewer rows and the matrix product waits for the head's weight; more bring nothing.
-_BLOCK_LOGITS = 1 << 24
+# 128 MiB of float32 logits. With fewer rows a block, the products wait for the head's weight and its gradient, which
+# are read once a block; more bring little.
+_BLOCK_LOGITS = 1 << 25
 
 
 def linear_cross_entropy(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codeact import linear_cross_entropy as module
+from codeact import cross_entropy as module
+from codeact.cross_entropy import linear_cross_entropy
 from codeact.errors import InputError
-from codeact.linear_cross_entropy import linear_cross_entropy
 
 
 @pytest.fixture(autouse=True, scope="module")
