@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("packing", "scoring")
+BENCHMARKS = ("packing", "nll", "scoring")
 
 
 def cpu_name() -> str:

@@ -105,6 +105,15 @@ def flops(model: Any, items: Sequence[Any]) -> float:
     return 2.0 * (linear * tokens + head * scored)
 
 
+def torch_nll(scorer: IfdScorer, rows: list[Record]) -> list[float]:
+    """The same without the native backend: what that is worth end to end."""
+    os.environ["CODEACT_BACKEND"] = "torch"
+    try:
+        return scorer.score(rows)[0]["ifd"].to_pylist()
+    finally:
+        del os.environ["CODEACT_BACKEND"]
+
+
 def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time every arm on every chunk in one dtype."""
     path = str(embedded.causal_lm())
@@ -115,6 +124,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
         "seed's loop": lambda chunk: [seed_ifd(plain, tokenizer, row) for row in chunk],
         f"padded batches of {BATCH}": lambda chunk: padded_batches(plain, tokenizer, chunk),
         "codeact, exact": lambda chunk: exact.score(chunk)[0]["ifd"].to_pylist(),
+        "codeact, exact, NLL in torch": lambda chunk: torch_nll(exact, chunk),
         "codeact, seed": lambda chunk: seed.score(chunk)[0]["ifd"].to_pylist(),
     }
     few = rows[: 2 * BATCH : 4]
