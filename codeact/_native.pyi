@@ -48,3 +48,28 @@ def linear_nll(
         TypeError: hidden or weight holds something else.
         ValueError: shapes do not fit, a target is out of range, or the instruction set is not here.
     """
+
+def varlen_attention(
+    query: npt.NDArray[np.float32 | np.uint16],
+    key: npt.NDArray[np.float32 | np.uint16],
+    value: npt.NDArray[np.float32 | np.uint16],
+    cu_seqlens: npt.NDArray[np.int32],
+    scale: float,
+    threads: int,
+    instruction_set: str,
+) -> npt.NDArray[np.float32 | np.uint16]:
+    """Return the causal attention of every sample on its own, (T, H, E); see `codeact.varlen.varlen_attention`.
+
+    Args:
+        query: (H, T, D) float32, or uint16 that holds the bits of bfloat16; any stride of heads and tokens.
+        key: (G, T, D), of the same dtype; G divides H.
+        value: (G, T, E).
+        cu_seqlens: (N + 1,), rising from 0 to T.
+        scale: of the scores, above 0.
+        threads: at most so many run, the calling one included.
+        instruction_set: one of `instruction_sets()`.
+
+    Raises:
+        TypeError: an operand holds something else.
+        ValueError: shapes or bounds do not fit, or the instruction set is not here.
+    """

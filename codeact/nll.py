@@ -9,12 +9,11 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from codeact import _native
+from codeact import _native, native
 from codeact.errors import InputError, one_of
 
 BACKENDS = ("triton", "native", "torch")
@@ -76,29 +75,26 @@ def token_nll(
         return run(hidden, weight, targets, bias, softcap, ignore_index)
 
 
-_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "native": (torch.float32, torch.bfloat16),
-}
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_not(backend: str, hidden: Tensor) -> str | None:
     """Why a backend cannot compute with these operands here; None where it can."""
-    if backend == "torch":
-        return None
-    device = "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
-    if hidden.device.type != device:
-        return f"runs on {device}, and the operands are on {hidden.device}"
-    if hidden.dtype not in _DTYPES[backend]:
-        return f"computes {', '.join(map(_name, _DTYPES[backend]))}, not {_name(hidden.dtype)}"
-    return _lacks(backend)
+    if backend == "native":
+        return native.why_not(hidden)
+    if backend == "triton":
+        device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+        if hidden.device.type != device:
+            return f"runs on {device}, and the operands are on {hidden.device}"
+        if hidden.dtype not in _TRITON_DTYPES:
+            return f"computes float32, bfloat16, float16, not {_name(hidden.dtype)}"
+        return None if _triton_is_here() else 'needs Triton: pip install "codeact[gpu]"'
+    return None
 
 
 @functools.cache
-def _lacks(backend: str) -> str | None:
-    if backend == "triton":
-        return None if importlib.util.find_spec("triton") else 'needs Triton: pip install "codeact[gpu]"'
-    return None if _native.instruction_sets() else "needs an x86-64 CPU with AVX2"
+def _triton_is_here() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -107,7 +103,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _say_once(backend: str, device_type: str, dtype: torch.dtype) -> None:
-    which = f" ({native_instruction_set()})" if backend == "native" else ""
+    which = f" ({native.instruction_set()})" if backend == "native" else ""
     logger.info("NLL of %s on %s: backend %s%s", _name(dtype), device_type, backend, which)
 
 
@@ -159,34 +155,16 @@ def _native_nll(
 ) -> Tensor:
     """csrc/linear_nll.cpp, on as many threads as PyTorch takes."""
     losses = _native.linear_nll(
-        _rows(hidden),
-        _rows(weight),
+        native.as_array(hidden),
+        native.as_array(weight),
         targets.contiguous().numpy(),
         None if bias is None else bias.detach().float().contiguous().numpy(),
         softcap,
         ignore_index,
         torch.get_num_threads(),
-        native_instruction_set(),
+        native.instruction_set(),
     )
-    return torch.from_numpy(losses)
-
-
-def _rows(matrix: Tensor) -> Any:
-    """A numpy view of a CPU matrix, copied only if a row's elements do not lie side by side; bfloat16 as uint16."""
-    matrix = matrix.detach()
-    matrix = matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-    return (matrix.view(torch.uint16) if matrix.dtype == torch.bfloat16 else matrix).numpy()
-
-
-def native_instruction_set() -> str:
-    """The instruction set of the native backend: the best one here, or that of ``CODEACT_NATIVE_ISA``.
-
-    Raises:
-        InputError: the CPU lacks the one asked for.
-    """
-    here = _native.instruction_sets()
-    asked = os.environ.get("CODEACT_NATIVE_ISA")
-    return one_of("CODEACT_NATIVE_ISA (of those that this CPU has)", asked, here) if asked else here[0]
+    return native.as_tensor(losses)
 
 
 def _torch_nll(

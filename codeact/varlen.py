@@ -11,6 +11,7 @@ PyTorch's SDPA.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from codeact import _native, native
 from codeact.errors import InputError
 
 ATTENTION = "codeact_varlen"
@@ -146,6 +148,9 @@ def varlen_attention(
     if query.device.type == "cuda":
         return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
     batch, heads, tokens, _ = query.shape
+    plain = batch == 1 and not dropout and softcap is None and (sliding_window is None or sliding_window >= tokens)
+    if plain and _native_runs(query, key, value):
+        return _native_varlen(query, key, value, bounds, scaling), None
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
     for start, end in itertools.pairwise(bounds.tolist()):
         # The bounds count along the batch laid end to end; no sample crosses from one row to the next.
@@ -168,6 +173,26 @@ def _sample_bounds(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tenso
     starts = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
     starts[:, 1:] = (position_ids[:, 1:] - position_ids[:, :-1] != 1).expand(batch, -1)
     return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * tokens).to(torch.int32)
+
+
+def _native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the compiled attention, which has no gradients, can serve these operands."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return not wanted and os.environ.get("CODEACT_BACKEND") != "torch" and native.why_not(query) is None
+
+
+def _native_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
+    """csrc/varlen_attention.cpp: (1, H, T, D) -> (1, T, H, D)."""
+    output = _native.varlen_attention(
+        native.as_array(query[0]),
+        native.as_array(key[0]),
+        native.as_array(value[0]),
+        bounds.numpy(),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        torch.get_num_threads(),
+        native.instruction_set(),
+    )
+    return native.as_tensor(output)[None]
 
 
 def _sample_attention(

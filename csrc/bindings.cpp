@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "linear_nll.hpp"
 #include "packing.hpp"
+#include "varlen_attention.hpp"
 
 namespace py = pybind11;
 
@@ -88,15 +90,22 @@ codeact::MatrixView matrix_view(const py::array& array, const char* name) {
           .row_stride = array.strides(0)};
 }
 
+// Of arrays of one dtype: float32, or uint16 that holds bfloat16, which numpy does not know.
+codeact::Element element_of(std::initializer_list<const py::array*> arrays) {
+  const py::dtype dtype = (*arrays.begin())->dtype();
+  const bool half = dtype.is(py::dtype::of<std::uint16_t>());
+  bool fits = half || dtype.is(py::dtype::of<float>());
+  for (const py::array* array : arrays) fits = fits && array->dtype().is(dtype);
+  if (!fits) throw py::type_error("operands must all be float32, or all uint16 that holds bfloat16");
+  return half ? codeact::Element::bfloat16 : codeact::Element::float32;
+}
+
 py::array_t<float> linear_nll(const py::array& hidden, const py::array& weight,
                               const py::array_t<std::int64_t, py::array::c_style>& targets,
                               const std::optional<py::array_t<float, py::array::c_style>>& bias,
                               std::optional<float> softcap, std::int64_t ignore_index, int threads,
                               const std::string& instruction_set) {
-  const bool half = hidden.dtype().is(py::dtype::of<std::uint16_t>());
-  if ((!half && !hidden.dtype().is(py::dtype::of<float>())) || !hidden.dtype().is(weight.dtype()))
-    throw py::type_error("hidden and weight must both be float32, or uint16 that holds bfloat16");
-  codeact::LinearNll problem{.element = half ? codeact::Element::bfloat16 : codeact::Element::float32,
+  codeact::LinearNll problem{.element = element_of({&hidden, &weight}),
                              .hidden = matrix_view(hidden, "hidden"),
                              .weight = matrix_view(weight, "weight"),
                              .targets = targets.data(),
@@ -118,6 +127,42 @@ py::array_t<float> linear_nll(const py::array& hidden, const py::array& weight,
   return losses;
 }
 
+codeact::HeadsView heads_view(const py::array& array, const char* name) {
+  if (array.ndim() != 3) throw py::value_error(std::string(name) + " must have three dimensions");
+  if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
+    throw py::value_error(std::string(name) + " must have the elements of a head side by side");
+  return {.data = static_cast<const std::byte*>(array.data()),
+          .heads = array.shape(0),
+          .tokens = array.shape(1),
+          .width = array.shape(2),
+          .head_stride = array.strides(0),
+          .token_stride = array.strides(1)};
+}
+
+py::array varlen_attention(const py::array& query, const py::array& key, const py::array& value,
+                           const py::array_t<std::int32_t, py::array::c_style>& cu_seqlens, float scale, int threads,
+                           const std::string& instruction_set) {
+  codeact::VarlenAttention problem{.element = element_of({&query, &key, &value}),
+                                   .queries = heads_view(query, "query"),
+                                   .keys = heads_view(key, "key"),
+                                   .values = heads_view(value, "value"),
+                                   .bounds = {cu_seqlens.data(), static_cast<std::size_t>(cu_seqlens.size())},
+                                   .scale = scale,
+                                   .output = nullptr};
+  const auto& [element, queries, keys, values, bounds, factor, out] = problem;
+  if (queries.tokens != keys.tokens || queries.tokens != values.tokens || queries.width != keys.width ||
+      keys.heads != values.heads || keys.heads == 0 || queries.heads % keys.heads != 0)
+    throw py::value_error("query, key and value do not fit together");
+  if (!(scale > 0)) throw py::value_error("scale must be above 0");
+  py::array output(query.dtype(), std::vector<py::ssize_t>{queries.tokens, queries.heads, values.width});
+  problem.output = static_cast<std::byte*>(output.mutable_data());
+  {
+    const py::gil_scoped_release released;
+    codeact::varlen_attention(problem, threads, instruction_set);
+  }
+  return output;
+}
+
 std::vector<std::string> instruction_sets() {
   const auto names = codeact::instruction_sets();
   return {names.begin(), names.end()};
@@ -131,4 +176,6 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("instruction_sets", &instruction_sets);
   module.def("linear_nll", &linear_nll, py::arg("hidden"), py::arg("weight"), py::arg("targets"), py::arg("bias"),
              py::arg("softcap"), py::arg("ignore_index"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
+             py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
 }

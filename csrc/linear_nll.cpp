@@ -1,16 +1,14 @@
 #include "linear_nll.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 
+#include "kernels.hpp"
 #include "large_array.hpp"
-#include "linear_nll_kernel.hpp"
+#include "parallel.hpp"
 
 // The logits are a matrix product, made one small rectangle after another and used up on the spot: a rectangle stays in
 // registers until its exponentials are summed. What is left is to read both operands from caches that are near enough:
@@ -29,27 +27,9 @@ namespace {
 constexpr std::int64_t kBlockBytes = std::int64_t{8} << 20;
 constexpr std::int64_t kMostBlockRows = 4096;  // the sums of these rows lie in a core's cache as well
 constexpr std::int64_t kGroupBytes = std::int64_t{256} << 10;
-constexpr std::int64_t kMostParts = 64;      // enough to share among threads, few to merge
-constexpr double kLeastWorkPerThread = 4e6;  // multiplications; to start a thread costs as much as 1e6
+constexpr std::int64_t kMostParts = 64;  // enough to share among threads, few to merge
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Calls run(thread, item) for every item, on the caller's thread and `threads` - 1 others.
-template <class Run>
-void share(int threads, std::int64_t items, const Run& run) {
-  std::atomic<std::int64_t> next{0};
-  const auto work = [&](int thread) {
-    for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(thread, item);
-  };
-  std::vector<std::jthread> others;
-  others.reserve(static_cast<std::size_t>(threads));
-  try {
-    for (int thread = 1; thread < std::min<std::int64_t>(threads, items); ++thread) others.emplace_back(work, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do it all.
-  }
-  work(0);
-}
 
 // What one thread works in.
 struct Scratch {
@@ -61,7 +41,7 @@ struct Scratch {
 
 class Solver {
  public:
-  Solver(const LinearNll& problem, const Kernel& kernel, int threads) : p_(problem), k_(kernel) {
+  Solver(const LinearNll& problem, const Kernels& kernels, int threads) : p_(problem), k_(kernels) {
     words_ = k_.pairs ? ceil_div(p_.weight.columns, 2) : p_.weight.columns;
     panels_ = std::max<std::int64_t>(ceil_div(p_.weight.rows, k_.panel_columns), 1);
     const std::int64_t panel_bytes = std::max<std::int64_t>(words_ * k_.panel_columns * 4, 1);
@@ -79,7 +59,7 @@ class Solver {
     block_ = ceil_div(std::min(block_, std::max<std::int64_t>(kept, 1)), k_.tile_rows) * k_.tile_rows;
 
     const double work = static_cast<double>(kept) * static_cast<double>(words_) * static_cast<double>(p_.weight.rows);
-    threads_ = static_cast<int>(std::clamp<double>(work / kLeastWorkPerThread, 1, std::max(threads, 1)));
+    threads_ = worthwhile_threads(work, threads);
   }
 
   void solve() {
@@ -179,7 +159,7 @@ class Solver {
   }
 
   const LinearNll& p_;
-  const Kernel& k_;
+  const Kernels& k_;
   std::int64_t words_;   // of a row
   std::int64_t panels_;  // of the head
   std::int64_t group_;   // panels
@@ -196,53 +176,17 @@ class Solver {
   LargeArray<float> totals_;      // (parts, rows)
 };
 
-struct InstructionSet {
-  std::string_view name;
-  const Kernel* (*kernel)();
-};
-
-#ifdef CODEACT_X86
-// One that the running CPU, and the system's saving of its registers, supports.
-std::vector<InstructionSet> supported() {
-  std::vector<InstructionSet> sets;
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back({"avx512bf16", avx512bf16_kernel});
-  if (avx512) sets.push_back({"avx512", avx512_kernel});
-  if (avx2) sets.push_back({"avx2", avx2_kernel});
-  return sets;
-}
-#else
-std::vector<InstructionSet> supported() { return {}; }
-#endif
-
-const Kernel& kernel_for(std::string_view name, Element element) {
-  // Pairs of bfloat16 are all that AVX512-BF16 adds.
-  if (name == "avx512bf16" && element == Element::float32) name = "avx512";
-  for (const InstructionSet& set : supported())
-    if (set.name == name) return *set.kernel();
-  throw std::invalid_argument("instruction set '" + std::string(name) + "' is not on this machine");
-}
-
 }  // namespace
 
-std::vector<std::string_view> instruction_sets() {
-  std::vector<std::string_view> names;
-  for (const InstructionSet& set : supported()) names.push_back(set.name);
-  return names;
-}
-
 void linear_nll(const LinearNll& problem, int threads, std::string_view instruction_set) {
-  const Kernel& kernel = kernel_for(instruction_set, problem.element);
+  const Kernels& kernels = kernels_of(instruction_set, problem.element);
   for (std::int64_t row = 0; row < problem.hidden.rows; ++row) {
     const std::int64_t target = problem.targets[row];
     if (target != problem.ignore_index && (target < 0 || target >= problem.weight.rows))
       throw std::invalid_argument("targets[" + std::to_string(row) + "] is " + std::to_string(target) +
                                   ", outside [0, " + std::to_string(problem.weight.rows) + ")");
   }
-  Solver(problem, kernel, threads).solve();
+  Solver(problem, kernels, threads).solve();
 }
 
 }  // namespace codeact

@@ -7,11 +7,10 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <vector>
+
+#include "instruction_sets.hpp"
 
 namespace codeact {
-
-enum class Element : std::uint8_t { float32, bfloat16 };
 
 // Rows of elements that lie side by side; the rows themselves may lie any distance apart.
 struct MatrixView {
@@ -31,9 +30,6 @@ struct LinearNll {
   std::int64_t ignore_index;
   float* losses;  // (T,), out
 };
-
-// What this CPU has and this build holds, best first: "avx512bf16", "avx512", "avx2"; none on other machines.
-std::vector<std::string_view> instruction_sets();
 
 // losses[t] = log(sum_v exp(z_tv)) - z_t,target with z = softcap(hidden @ weight^T + bias); 0 for an ignored row.
 //

@@ -1,4 +1,4 @@
-#include "linear_nll_avx512_isa.hpp"
+#include "isa_avx512.hpp"
 
 namespace codeact {
 namespace {
@@ -12,8 +12,8 @@ struct Isa : Avx512 {
 }  // namespace
 }  // namespace codeact
 
-#include "linear_nll_kernel_impl.hpp"
+#include "kernels_impl.hpp"  // of the Isa above
 
 namespace codeact {
-const Kernel* avx512bf16_kernel() { return &kKernel; }
+const Kernels* avx512bf16_kernels() { return &kKernels; }
 }  // namespace codeact

@@ -1,4 +1,4 @@
-// What linear_nll.cpp drives and one file per instruction set provides.
+// What linear_nll.cpp and varlen_attention.cpp drive and one file per instruction set provides.
 //
 // A *word* is what one 32-bit lane multiplies: a float, or a pair of bfloat16 with AVX512-BF16. Both operands are
 // packed into words first, so that one source serves all: hidden into *tiles* of a few rows, the head into *panels* of
@@ -29,9 +29,42 @@ struct RowSums {
   float* sums;       // (rows, lanes)
 };
 
-struct Kernel {
+// Queries begin..end of one sample, of all heads that share one head of keys and values; token t of the sample is
+// `t * stride` bytes from its first. A query sees the keys up to its own.
+struct AttentionPart {
+  const unsigned char* queries;
+  std::int64_t query_stride;
+  std::int64_t head_stride;
+  const unsigned char* keys;
+  std::int64_t key_stride;
+  const unsigned char* values;
+  std::int64_t value_row_stride;
+  unsigned char* output;
+  std::int64_t output_stride;
+  std::int64_t output_head_stride;
+  std::int64_t begin;
+  std::int64_t end;
+  std::int64_t width;        // elements of a query and of a key
+  std::int64_t value_width;  // elements of a value
+  int heads;
+  bool bfloat16;
+  float scale;
+};
+
+// Room for the keys and values up to `end`: with K and V that are `end` and the value's width, rounded up to whole
+// panels and value columns.
+struct AttentionScratch {
+  std::uint32_t* keys;  // (K / panel_columns, words, panel_columns)
+  float* values;        // (K, V)
+  std::uint32_t* tile;  // (words, tile_rows)
+  float* scores;        // (tile_rows, K)
+  float* output;        // (tile_rows, V)
+};
+
+struct Kernels {
   int tile_rows;
   int panel_columns;
+  int value_columns;  // of the values that are multiplied at once
   int lanes;
   bool pairs;  // a word holds two elements
 
@@ -46,11 +79,11 @@ struct Kernel {
                      const std::int64_t* targets, float* target_logits, RowSums sums);
   // (rows, lanes) -> (rows,)
   void (*add_lanes)(const float* sums, std::int64_t rows, float* totals);
+  void (*attend)(const AttentionPart& part, const AttentionScratch& scratch);
 };
 
-// Null where this build does not hold it. The caller makes sure that the CPU does.
-const Kernel* avx2_kernel();
-const Kernel* avx512_kernel();
-const Kernel* avx512bf16_kernel();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 }  // namespace codeact

@@ -1,3 +1,6 @@
+// Operations on vectors of AVX2 and FMA, as every x86-64 CPU since 2015 has them.
+#pragma once
+
 #include <immintrin.h>
 
 #include <cstdint>
@@ -5,8 +8,7 @@
 namespace codeact {
 namespace {
 
-// AVX2 and FMA, as every x86-64 CPU since 2015 has.
-struct Isa {
+struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;  // 12 sums, 2 columns and a row of 16 registers
@@ -66,10 +68,4 @@ struct Isa {
 };
 
 }  // namespace
-}  // namespace codeact
-
-#include "linear_nll_kernel_impl.hpp"
-
-namespace codeact {
-const Kernel* avx2_kernel() { return &kKernel; }
 }  // namespace codeact

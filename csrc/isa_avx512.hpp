@@ -1,5 +1,4 @@
-// Operations on vectors of AVX-512, for linear_nll_kernel_impl.hpp. F, BW, DQ and VL, as every AVX-512 CPU since 2017
-// has.
+// Operations on vectors of AVX-512: F, BW, DQ and VL, as every AVX-512 CPU since 2017 has them.
 #pragma once
 
 #include <immintrin.h>

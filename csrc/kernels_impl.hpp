@@ -1,0 +1,22 @@
+// The kernels of one instruction set: what the file that includes this one calls `Isa`.
+#pragma once
+
+#include "linear_nll_kernel_impl.hpp"
+#include "varlen_attention_kernel_impl.hpp"
+
+namespace codeact {
+namespace {
+
+constexpr Kernels kKernels = {.tile_rows = kRows,
+                              .panel_columns = kColumns,
+                              .value_columns = kValueVectors * kLanes,
+                              .lanes = kLanes,
+                              .pairs = Isa::kPairs,
+                              .pack_row = pack_row,
+                              .pack_panel = pack_panel,
+                              .accumulate = accumulate,
+                              .add_lanes = add_lanes,
+                              .attend = attend};
+
+}  // namespace
+}  // namespace codeact
