@@ -4,11 +4,14 @@
 
 The plan alone is timed; no tokens are moved. Lengths are int64, as numpy and Python users have them. Every packer's
 result is checked, and the number of packs compared, before anything is timed. argsort is the yardstick because any
-packer that sorts must do as much; it runs in turn with the packers, so that both see the same machine.
+packer that sorts must do as much; argsort and the packers run once in every round, in random order, so that all see the
+same machine and none always finds the caches as argsort leaves them. All of them run on one thread.
 
 The floor: one pass each to read the lengths (8 B an item), to write and read their 32-bit copy (8 B), to write and
-read the sorted positions (8 B) and to write the indices (8 B): 32 B an item, beside the system's zeroing of fresh pages
-(12 B). Above the floor stand the two scatters, of positions to one place per length and of indices to one per pack.
+read the sorted positions (8 B) and to write the indices (8 B): 32 B an item. Above it stand the count, which reads the
+copy once more, the clearing of the sorted positions (so that the caches hold them), the two scatters, of positions to
+one place per length and of indices to one per pack, and in a first call the system's zeroing of fresh pages (up to 4
+huge pages of each size are kept for later calls, see csrc/large_array.hpp).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -42,10 +46,11 @@ def lognormal_lengths(items: int, capacity: int) -> np.ndarray:
 
 
 def seconds(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Wall time of each function, `runs` times, taken in turn; the first round is not counted."""
+    """Wall time of each function, `runs` times: rounds in random order, of which the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for number in range(runs + 1):
-        for name, function in functions.items():
+        for name, function in order.sample(list(functions.items()), len(functions)):
             start = time.perf_counter()
             function()
             if number:

@@ -1,7 +1,7 @@
 """Lengths to packs: which samples share a row, so that little of a row is padding.
 
-The plan is made by the compiled core (csrc/packing.cpp); `codeact._packing_reference` is its readable twin and gives
-the same packs.
+The plan is made by the compiled core (csrc/sorting.cpp, then csrc/packing.cpp); `codeact._packing_reference` is its
+readable twin and gives the same packs.
 """
 
 from __future__ import annotations

@@ -68,16 +68,14 @@ py::tuple pack(const py::array& lengths, std::int64_t capacity, const std::strin
   py::array_t<std::int64_t> indices(view.size);
   std::int64_t* index_data = indices.mutable_data();
   codeact::PackPlan plan;
-  std::int64_t tokens = 0;
   {
     const py::gil_scoped_release released;
     // The lengths are copied to where the indices will be: half of that memory, and needed only before.
     auto* copy = reinterpret_cast<std::uint32_t*>(index_data);
     const codeact::CheckedLengths checked = codeact::check_lengths(view, static_cast<std::uint32_t>(capacity), copy);
-    tokens = checked.tokens;
     plan = codeact::plan_packs(checked, static_cast<std::uint32_t>(capacity), algorithm, item_limit, index_data);
   }
-  return py::make_tuple(std::move(indices), as_array(std::move(plan.offsets)), tokens, plan.lower_bound);
+  return py::make_tuple(std::move(indices), as_array(std::move(plan.offsets)), plan.tokens, plan.lower_bound);
 }
 
 codeact::MatrixView matrix_view(const py::array& array, const char* name) {

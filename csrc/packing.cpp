@@ -1,12 +1,7 @@
 #include "packing.hpp"
 
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cstring>
 #include <span>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 // Three observations make this fast and keep it exact.
@@ -25,11 +20,6 @@
 namespace codeact {
 namespace {
 
-struct Run {
-  std::uint32_t length;
-  std::uint32_t count;
-};
-
 // Packs first .. first + size - 1, all with the same space left and the same number of items still allowed.
 struct Group {
   std::uint32_t first;
@@ -44,88 +34,6 @@ struct Placement {
   std::uint32_t packs;
   std::uint32_t items_each;
 };
-
-struct SortedItems {
-  LargeArray<std::uint32_t> order;  // positions, longest length first, ties by position
-  LargeArray<Run> runs;             // lengths strictly falling
-};
-
-template <class T>
-CheckedLengths check_lengths_of(const IntegerView& lengths, std::uint32_t capacity, std::uint32_t* copy) {
-  std::uint64_t tokens = 0;
-  std::uint32_t longest = 0;
-  // Counters for all lengths, unless that is much memory beside the lengths or past what a cache holds.
-  const std::int64_t counted = std::min<std::int64_t>({capacity, 4 * lengths.size + 4096, 1 << 17}) + 1;
-  LargeArray<std::uint32_t> counts(static_cast<std::size_t>(counted), 0);
-  std::uint32_t* count_of = counts.data();
-  for (std::int64_t i = 0; i < lengths.size; ++i) {
-    T length;
-    std::memcpy(&length, lengths.data + i * lengths.stride, sizeof(T));  // the array may be unaligned
-    // Unsigned, so that one comparison refuses zero and negative lengths (they wrap to huge ones) and too long ones.
-    if (static_cast<std::uint64_t>(length) - 1 >= capacity) [[unlikely]] {
-      const std::string name = "lengths[" + std::to_string(i) + "] is " + std::to_string(length);
-      if (length <= T{0}) throw std::invalid_argument(name + "; a length must be at least 1: drop empty items first");
-      throw std::invalid_argument(name + ", over the capacity " + std::to_string(capacity) +
-                                  ": cut or drop the item, or raise the capacity");
-    }
-    const auto value = static_cast<std::uint32_t>(length);
-    copy[i] = value;
-    if (value < counted) ++count_of[value];
-    tokens += value;
-    longest = std::max(longest, value);
-  }
-  return {.values = {copy, static_cast<std::size_t>(lengths.size)},
-          .tokens = static_cast<std::int64_t>(tokens),
-          .longest = longest,
-          .counts = std::move(counts)};
-}
-
-SortedItems counting_sort(const CheckedLengths& lengths) {
-  const auto values = lengths.values;
-  LargeArray<std::uint32_t> next(lengths.counts);  // first the counts, then where the next item of a length goes
-  SortedItems sorted;
-  std::uint32_t start = 0;
-  for (std::uint32_t length = lengths.longest; length > 0; --length) {
-    const std::uint32_t count = next[length];
-    next[length] = start;
-    start += count;
-    if (count > 0) sorted.runs.push_back({length, count});
-  }
-  sorted.order.resize(values.size());
-  std::uint32_t* order = sorted.order.data();
-  for (std::size_t i = 0; i < values.size(); ++i) order[next[values[i]]++] = static_cast<std::uint32_t>(i);
-  return sorted;
-}
-
-// Least significant digit first, for lengths too spread out to count each one.
-SortedItems radix_sort(const CheckedLengths& lengths) {
-  constexpr int kDigitBits = 11;  // 2048 counters and 2048 open cache lines: both fit a 32 KB + 1 MB cache
-  constexpr std::uint32_t kDigits = 1U << kDigitBits;
-  const std::size_t size = lengths.values.size();
-  LargeArray<std::uint64_t> items(size);  // length in the high half, position in the low half
-  LargeArray<std::uint64_t> scratch(size);
-  for (std::size_t i = 0; i < size; ++i) items[i] = std::uint64_t{lengths.values[i]} << 32 | i;
-
-  for (int shift = 32; shift < 32 + static_cast<int>(std::bit_width(lengths.longest)); shift += kDigitBits) {
-    std::array<std::uint32_t, kDigits> next{};
-    for (std::size_t i = 0; i < size; ++i) ++next[(items[i] >> shift) % kDigits];
-    std::uint32_t start = 0;
-    for (std::uint32_t digit = kDigits; digit-- > 0;) start += std::exchange(next[digit], start);
-    for (std::size_t i = 0; i < size; ++i) scratch[next[(items[i] >> shift) % kDigits]++] = items[i];
-    std::swap(items, scratch);
-  }
-  scratch = {};
-
-  SortedItems sorted;
-  sorted.order.resize(size);
-  for (std::size_t i = 0; i < size; ++i) {
-    sorted.order[i] = static_cast<std::uint32_t>(items[i]);
-    const auto length = static_cast<std::uint32_t>(items[i] >> 32);
-    if (sorted.runs.empty() || sorted.runs.back().length != length) sorted.runs.push_back({length, 0});
-    ++sorted.runs.back().count;
-  }
-  return sorted;
-}
 
 // The largest of: tokens / capacity; items / max_items; and Martello and Toth's bound L2. L2, for a smallest length
 // `small`: items over half the capacity need a pack each; those that leave less than `small` share it with no item of
@@ -286,21 +194,16 @@ struct LowestPackFirst {
   }
 };
 
-// Returns the placements in item order; `sizes` gets the number of items of each pack.
+// All placements in item order; `packs` gets the number of packs.
 template <class ReadyGroups>
 LargeArray<Placement> place_runs(std::span<const Run> runs, std::uint32_t capacity, std::uint32_t max_items,
-                                 LargeArray<std::uint32_t>& sizes) {
+                                 std::uint32_t& packs) {
   LargeArray<Placement> placements;
   const RunFinder run_for(runs);
   WaitingGroups waiting(runs.size());
   ReadyGroups ready;
   // Without a limit `room` stays as it is: counted down, it would tell apart groups that could be joined.
   const std::uint32_t counted = max_items == kNoItemLimit ? 0 : 1;
-
-  const auto place = [&](std::uint32_t first, std::uint32_t packs, std::uint32_t items_each) {
-    placements.push_back({first, packs, items_each});
-    for (std::uint32_t pack = first; pack < first + packs; ++pack) sizes[pack] += items_each;
-  };
 
   for (std::size_t r = 0; r < runs.size(); ++r) {
     const std::uint32_t length = runs[r].length;
@@ -310,16 +213,15 @@ LargeArray<Placement> place_runs(std::span<const Run> runs, std::uint32_t capaci
       Group group;
       if (ready.empty()) {
         const std::uint32_t each = std::min(capacity / length, max_items);
-        const auto first = static_cast<std::uint32_t>(sizes.size());
-        group = {first, left / each + (left % each != 0), capacity, max_items};
-        sizes.resize(sizes.size() + group.size, 0);
+        group = {packs, left / each + (left % each != 0), capacity, max_items};
+        packs += group.size;
       } else {
         group = ready.pop();
       }
       const std::uint32_t each = std::min(group.space / length, group.room);
       const std::uint32_t full = std::min(group.size, left / each);
       if (full > 0) {
-        place(group.first, full, each);
+        placements.push_back({group.first, full, each});
         left -= full * each;
         const std::uint32_t space = group.space - each * length;
         if (group.room > each) {  // so `space` holds no further item of this run
@@ -334,7 +236,7 @@ LargeArray<Placement> place_runs(std::span<const Run> runs, std::uint32_t capaci
       // are.
       const Group begun{group.first, 1, group.space - left * length, group.room - counted * left};
       if (left > 0) {
-        place(group.first, 1, left);
+        placements.push_back({group.first, 1, left});
         left = 0;
         ++group.first;
         --group.size;
@@ -346,32 +248,47 @@ LargeArray<Placement> place_runs(std::span<const Run> runs, std::uint32_t capaci
   return placements;
 }
 
-LargeArray<std::int64_t> offsets_of(std::span<const std::uint32_t> sizes) {
-  LargeArray<std::int64_t> offsets(sizes.size() + 1);
-  offsets[0] = 0;
-  for (std::size_t pack = 0; pack < sizes.size(); ++pack) offsets[pack + 1] = offsets[pack] + sizes[pack];
-  return offsets;
+// Where each pack starts, moved up by one place: [0, start of pack 0, start of pack 1, ...]. Writing moves every start
+// on to the end of its pack, which makes them the offsets.
+LargeArray<std::int64_t> starts_of(std::span<const Placement> placements, std::uint32_t packs) {
+  // First by how much each pack's number of items differs from the pack's before it, as a placement covers many packs.
+  LargeArray<std::int64_t> starts(packs + std::size_t{1}, 0);
+  for (const Placement& placement : placements) {
+    starts[placement.first] += placement.items_each;
+    starts[placement.first + placement.packs] -= placement.items_each;
+  }
+  std::int64_t start = 0;
+  std::int64_t size = 0;
+  std::int64_t difference = std::exchange(starts[0], 0);
+  for (std::size_t pack = 0; pack < packs; ++pack) {
+    size += difference;
+    difference = std::exchange(starts[pack + 1], start);
+    start += size;
+  }
+  return starts;
 }
 
 LargeArray<std::int64_t> write_decreasing(const SortedItems& sorted, std::uint32_t capacity, Algorithm algorithm,
-                                          std::uint32_t max_items, std::int64_t bound, std::int64_t* indices) {
-  LargeArray<std::uint32_t> sizes;
-  sizes.reserve(static_cast<std::size_t>(bound + bound / 64));  // seldom more packs: it need not grow
+                                          std::uint32_t max_items, std::int64_t* indices) {
+  std::uint32_t packs = 0;
   const LargeArray<Placement> placements = algorithm == Algorithm::best_fit_decreasing
-                                               ? place_runs<LeastSpaceFirst>(sorted.runs, capacity, max_items, sizes)
-                                               : place_runs<LowestPackFirst>(sorted.runs, capacity, max_items, sizes);
-  LargeArray<std::int64_t> offsets = offsets_of(sizes);
-  LargeArray<std::uint32_t>& next = sizes;  // from here on: where the pack's next item goes
-  for (std::size_t pack = 0; pack < next.size(); ++pack) next[pack] = static_cast<std::uint32_t>(offsets[pack]);
+                                               ? place_runs<LeastSpaceFirst>(sorted.runs, capacity, max_items, packs)
+                                               : place_runs<LowestPackFirst>(sorted.runs, capacity, max_items, packs);
+  LargeArray<std::int64_t> starts = starts_of(placements, packs);
   const std::uint32_t* item = sorted.order.data();
   for (const Placement& placement : placements) {
-    for (std::uint32_t pack = placement.first; pack < placement.first + placement.packs; ++pack) {
-      std::int64_t* target = indices + next[pack];
-      next[pack] += placement.items_each;
-      for (std::uint32_t i = 0; i < placement.items_each; ++i) *target++ = *item++;
+    std::int64_t* start = starts.data() + placement.first + 1;
+    if (placement.items_each == 1) {
+      for (std::uint32_t i = 0; i < placement.packs; ++i) indices[start[i]++] = item[i];
+      item += placement.packs;
+      continue;
+    }
+    for (std::uint32_t i = 0; i < placement.packs; ++i) {
+      for (std::uint32_t k = 0; k < placement.items_each; ++k) indices[start[i] + k] = *item++;
+      start[i] += placement.items_each;
     }
   }
-  return offsets;
+  return starts;
 }
 
 LargeArray<std::int64_t> write_next_fit(const SortedItems& sorted, std::uint32_t capacity, std::uint32_t max_items,
@@ -385,8 +302,8 @@ LargeArray<std::int64_t> write_next_fit(const SortedItems& sorted, std::uint32_t
   for (const Run& run : sorted.runs) run_end += run.count;
   for (std::size_t r = sorted.runs.size(); r-- > 0;) {
     const auto [length, count] = sorted.runs[r];
-    const std::uint32_t* items = run_end - count;
-    run_end = items;
+    run_end -= count;
+    std::copy_n(run_end, count, indices + written);  // packs follow each other, so the run stays in one piece
     for (std::uint32_t left = count; left > 0;) {
       if (space < length || room == 0) {
         if (written > 0) offsets.push_back(written);
@@ -394,8 +311,6 @@ LargeArray<std::int64_t> write_next_fit(const SortedItems& sorted, std::uint32_t
         room = max_items;
       }
       const std::uint32_t taken = std::min({left, space / length, room});
-      std::copy_n(items, taken, indices + written);
-      items += taken;
       written += taken;
       left -= taken;
       space -= taken * length;
@@ -408,35 +323,18 @@ LargeArray<std::int64_t> write_next_fit(const SortedItems& sorted, std::uint32_t
 
 }  // namespace
 
-CheckedLengths check_lengths(const IntegerView& lengths, std::uint32_t capacity, std::uint32_t* copy) {
-  switch (lengths.item_bytes) {
-    case 1:
-      return lengths.is_signed ? check_lengths_of<std::int8_t>(lengths, capacity, copy)
-                               : check_lengths_of<std::uint8_t>(lengths, capacity, copy);
-    case 2:
-      return lengths.is_signed ? check_lengths_of<std::int16_t>(lengths, capacity, copy)
-                               : check_lengths_of<std::uint16_t>(lengths, capacity, copy);
-    case 4:
-      return lengths.is_signed ? check_lengths_of<std::int32_t>(lengths, capacity, copy)
-                               : check_lengths_of<std::uint32_t>(lengths, capacity, copy);
-    case 8:
-      return lengths.is_signed ? check_lengths_of<std::int64_t>(lengths, capacity, copy)
-                               : check_lengths_of<std::uint64_t>(lengths, capacity, copy);
-    default:
-      throw std::invalid_argument("lengths must be integers of 1, 2, 4 or 8 bytes");
-  }
-}
-
 PackPlan plan_packs(const CheckedLengths& lengths, std::uint32_t capacity, Algorithm algorithm, std::uint32_t max_items,
                     std::int64_t* indices) {
-  if (lengths.values.empty()) return {.offsets = {0}, .lower_bound = 0};
-  const bool all_counted = lengths.longest < lengths.counts.size();
-  const SortedItems sorted = all_counted ? counting_sort(lengths) : radix_sort(lengths);
+  if (lengths.values.empty()) return {.offsets = {0}};
+  const SortedItems sorted = sort_longest_first(lengths);
   const auto items = static_cast<std::int64_t>(lengths.values.size());
-  const std::int64_t bound = lower_bound(sorted.runs, items, lengths.tokens, capacity, max_items);
+  std::int64_t tokens = 0;
+  for (const Run& run : sorted.runs) tokens += std::int64_t{run.length} * run.count;
+  const std::int64_t bound = lower_bound(sorted.runs, items, tokens, capacity, max_items);
   return {.offsets = algorithm == Algorithm::next_fit
                          ? write_next_fit(sorted, capacity, max_items, indices)
-                         : write_decreasing(sorted, capacity, algorithm, max_items, bound, indices),
+                         : write_decreasing(sorted, capacity, algorithm, max_items, indices),
+          .tokens = tokens,
           .lower_bound = bound};
 }
 

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "large_array.hpp"
+#include "sorting.hpp"
 
 namespace codeact {
 
@@ -17,30 +18,9 @@ inline constexpr std::int64_t kMaxCapacity = std::numeric_limits<std::int32_t>::
 inline constexpr std::int64_t kMaxItems = std::int64_t{1} << 31;
 inline constexpr std::uint32_t kNoItemLimit = std::numeric_limits<std::uint32_t>::max();
 
-// An array of any integer type with any stride, aligned or not. `stride` is in bytes and may be negative or zero.
-struct IntegerView {
-  const std::byte* data;
-  std::int64_t size;
-  std::int64_t stride;
-  std::uint8_t item_bytes;  // 1, 2, 4 or 8
-  bool is_signed;
-};
-
-struct CheckedLengths {
-  std::span<const std::uint32_t> values;
-  std::int64_t tokens = 0;
-  std::uint32_t longest = 0;              // 0 where there is no item
-  LargeArray<std::uint32_t> counts = {};  // counts[length], for the lengths below counts.size()
-};
-
-// Copies the lengths into `copy` (lengths.size elements, the caller's) and checks 1 <= length <= capacity. The planner
-// sees only this copy: another thread that writes to the caller's array meanwhile can then make a wrong plan of its own
-// array, but no write out of bounds.
-// Throws std::invalid_argument that names the position and value of the first length out of range.
-CheckedLengths check_lengths(const IntegerView& lengths, std::uint32_t capacity, std::uint32_t* copy);
-
 struct PackPlan {
   LargeArray<std::int64_t> offsets;  // packs + 1; pack i holds indices[offsets[i]:offsets[i + 1]]
+  std::int64_t tokens = 0;           // sum of all lengths
   std::int64_t lower_bound = 0;      // no packing has fewer packs
 };
 

@@ -6,6 +6,7 @@ import doctest
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -233,6 +234,16 @@ def test_first_bad_length_is_named(dtype: str) -> None:
             pack(np.array([1, 1, 1, -128], dtype), 100)
 
 
+@pytest.mark.parametrize("step", [1, 3, -1])
+@pytest.mark.parametrize("position", [0, 4095, 4096, 9_999])
+def test_first_bad_length_is_named_in_any_block(position: int, step: int) -> None:
+    """Lengths are checked 4096 at a time."""
+    lengths = np.ones(30_000, np.int64)[::step][:10_000]
+    lengths[position:] = 9
+    with pytest.raises(InputError, match=rf"^lengths\[{position}\] is 9, over the capacity 8"):
+        pack(lengths, 8)
+
+
 @pytest.mark.parametrize("value", [2**63, 2**63 + 5, 2**64 - 1, 2**32 + 1])
 def test_unsigned_does_not_wrap(value: int) -> None:
     with pytest.raises(InputError, match=rf"lengths\[1\] is {value}, over the capacity 10"):
@@ -311,6 +322,21 @@ def test_threads_pack_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_kept_between_calls_is_never_shared() -> None:
+    """From 131,072 items and 65,536 packs on, the core's arrays are mappings that later calls use again: never while a
+    plan is held, and never in two threads at once."""
+    lengths = [np.random.default_rng(seed).integers(1, 9, 150_000) for seed in range(4)]
+    held = [pack(each, 8) for each in lengths]
+    expected = [(plan.indices.copy(), plan.offsets.copy()) for plan in held]
+
+    def same(plan: Packs, number: int) -> bool:
+        return all(map(np.array_equal, (plan.indices, plan.offsets), expected[number]))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda round_: same(pack(lengths[round_ % 4], 8), round_ % 4), range(40)))
+    assert all(same(plan, number) for number, plan in enumerate(held))
 
 
 def test_gil_is_released() -> None:

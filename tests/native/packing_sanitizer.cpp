@@ -1,6 +1,6 @@
-// A randomised self-check of csrc/packing.cpp without Python, to be run under address and undefined-behaviour
-// sanitizers (CMake option CODEACT_SANITIZE). It checks what tests/test_packing.py checks at speed: every item once,
-// no pack over capacity, and the same packs as a plain O(items * packs) rendering of the algorithms.
+// A randomised self-check of csrc/sorting.cpp and packing.cpp without Python, to be run under address and
+// undefined-behaviour sanitizers (CMake option CODEACT_SANITIZE). It checks what tests/test_packing.py checks at speed:
+// every item once, no pack over capacity, and the same packs as a plain O(items * packs) rendering of the algorithms.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
