@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codeact_kernels.tiles import DTYPES, Launch, Tile, architecture_of, current_device, takes_descriptor, tile_for
+from codeact_kernels.tiles import DTYPES, ROUNDING, Launch, Tile, architecture_of, current_device, takes_descriptor, tile_for
 
 # Tokens of one launch. It bounds the partial results, of 4 bytes per token and vocabulary tile: 8 MiB for V = 16384,
 # 63 MiB for V = 128256 (the float32 logits of these tokens would be 8 GiB). More tokens are more launches, and the same bits.
@@ -242,6 +242,7 @@ def launches(
         "GROUP_T": _GROUP_T,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **ROUNDING,
     }
     grid = (triton.cdiv(T, tile.block_t) * tiles,)
     cap = 1.0 if softcap is None else float(softcap)
@@ -253,7 +254,7 @@ def launches(
     else:
         options["EVEN_D"] = D % tile.block_d == 0
     merge = (partials, target_logits, targets, nll, T, V, tiles, ignore_index)
-    merge_options = {"BLOCK_T": _MERGE_T, "BLOCK_TILES": _MERGE_TILES, "num_warps": 4}
+    merge_options = {"BLOCK_T": _MERGE_T, "BLOCK_TILES": _MERGE_TILES, "num_warps": 4, **ROUNDING}
     return [
         (kernel, grid, arguments, options),
         (merge_nll, (triton.cdiv(T, _MERGE_T),), merge, merge_options),

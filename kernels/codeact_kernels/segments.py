@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codeact_kernels.tiles import Launch, architecture_of, current_device
+from codeact_kernels.tiles import ROUNDING, Launch, architecture_of, current_device
 
 _BLOCK = 1024
 
@@ -49,7 +49,7 @@ def segment_launch(
 ) -> Launch:
     """K3 as (kernel, grid, arguments, options); ``compile_report`` compiles what this returns."""
     arguments = (values, values if targets is None else targets, cu_seqlens, sums, counts, ignore_index)
-    options = {"HAS_TARGETS": targets is not None, "BLOCK": _BLOCK, "num_warps": 4}
+    options = {"HAS_TARGETS": targets is not None, "BLOCK": _BLOCK, "num_warps": 4, **ROUNDING}
     return sum_segments, (sums.shape[0],), arguments, options
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 # A kernel, its grid, its arguments and its compile-time options.
 Launch = tuple[Any, tuple[int], tuple[Any, ...], dict[str, Any]]
 
+# Said here because Triton's default changes with 3.10, and with it every last bit.
+ROUNDING = {"enable_fp_fusion": True}
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
