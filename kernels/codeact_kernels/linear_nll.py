@@ -25,7 +25,7 @@ from codeact_kernels.tiles import DTYPES, ROUNDING, Launch, Tile, architecture_o
 # 63 MiB for V = 128256 (the float32 logits of these tokens would be 8 GiB). More tokens are more launches, and the same bits.
 MAX_TOKENS = 16384
 # Token tiles that share a vocabulary tile while it is in the L2 cache: 16 x 128 rows of D = 4096 bfloat16 are 16 MiB.
-_GROUP_T = 16
+GROUP_T = 16
 # K2's tile: its tokens lie beside one another in memory, so that loads are whole.
 _MERGE_T, _MERGE_TILES = 32, 32
 
@@ -239,7 +239,7 @@ def launches(
         "BLOCK_T": tile.block_t,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
-        "GROUP_T": _GROUP_T,
+        "GROUP_T": GROUP_T,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **ROUNDING,
