@@ -3,8 +3,8 @@
     python -m benchmarks.nll_cuda [--quick] [--json FILE]
 
 Every arm computes the losses of the same bfloat16 operands. Before it is timed its error against float64 is measured on
-256 rows; codeact must be no worse than plain PyTorch. Time is Triton's ``do_bench`` (median, cold L2), memory is what an
-arm allocates at its peak beside the operands. Liger and cut-cross-entropy are left out where they are not installed;
+256 rows; codeact must be no worse than plain PyTorch. Time is Triton's ``do_bench`` (median, cold L2); memory is what
+an arm allocates at its peak beside the operands. Liger and cut-cross-entropy are left out where they are not installed;
 Liger's loss is a mean, and is timed only. Written without a device at hand: nobody has run it yet.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from codeact_kernels.linear_nll import linear_nll
 from torch import Tensor
 
 from codeact._nll_reference import token_nll_reference
-from codeact_kernels.linear_nll import linear_nll
 
 Arm = Callable[[Tensor, Tensor, Tensor], Tensor]
 # T, D, V

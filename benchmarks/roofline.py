@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-
 from codeact_kernels.linear_nll import GROUP_T, MAX_TOKENS
 from codeact_kernels.tiles import tile_for
 
@@ -37,7 +36,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
-    """Published peaks: dense bfloat16 FLOP/s with float32 sums, memory bytes/s; the tiles it takes; where they stand."""
+    """Published peaks: dense bfloat16 FLOP/s with float32 sums, memory bytes/s; the tiles it takes; the source."""
 
     flops: float
     bandwidth: float
@@ -105,8 +104,8 @@ def floor(model: str, chip_name: str, tokens: int) -> Floor:
 def table(floors: Iterable[Floor]) -> str:
     """Markdown, one line a model and chip."""
     lines = [
-        "| model (D, V) | chip | TFLOP | K1 GB | K1 floor, ms | bound by | plain GB | plain floor, ms | extra memory: K1, "
-        "plain |",
+        "| model (D, V) | chip | TFLOP | K1 GB | K1 floor, ms | bound by | plain GB | plain floor, ms | "
+        "extra memory: K1, plain |",
         "|:--|:--|--:|--:|--:|:--|--:|--:|--:|",
     ]
     for f in floors:
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
     floors = [floor(model, chip, options.tokens) for model in MODELS for chip in CHIPS]
-    print(f"## Floor of the loss on a GPU, {options.tokens:,} tokens, bfloat16: arithmetic, no device time was measured\n")
+    print(f"## Floor of the loss on a GPU, {options.tokens:,} tokens, bfloat16: arithmetic, no device was timed\n")
     print(table(floors))
     print("\nPeaks: " + "; ".join(f"{n} {c.flops / 1e12:.0f} TFLOP/s, {c.bandwidth / 1e12:.2f} TB/s ({c.source})"
                                    for n, c in CHIPS.items()) + ".")  # fmt: skip

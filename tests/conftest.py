@@ -14,7 +14,7 @@ from codeact.records import Columns, Record, RecordSet, open_records
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
-    # Triton decides at its import whether its own library and our kernels are interpreted, so: before anything imports it.
+    # Triton decides at its import whether its library and our kernels are interpreted: so before anything imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # In CI the same examples every time: a failure there is a failure of the change, not of a lucky draw.
 settings.register_profile("codeact", deadline=None, derandomize=bool(os.environ.get("CI")))

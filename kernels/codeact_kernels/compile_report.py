@@ -129,7 +129,7 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
 
 def compile_one(chip: str, number: int) -> list[Report]:
     """Compile the launches of problem ``number`` of ``chip``, in this process."""
-    driver.set_active(NamedChip(TARGETS[chip]))  # type: ignore[arg-type]  # all that compiling asks of a driver
+    driver.set_active(NamedChip(TARGETS[chip]))
     variant, launches = problems(chip)[number]
     reports = []
     for kernel, grid, arguments, options in launches:

@@ -5,8 +5,8 @@ logit for those rows whose target is among the columns. K2, per token tile: the 
 merged in the order of the vocabulary. There are no atomics, every sum has a fixed order, and tiles do not depend on the
 number of tokens: the same row gives the same bits in any batch on the same chip.
 
-Shapes: T tokens, D hidden size, V vocabulary. Not run on a device by its authors: proven in Triton's interpreter against
-float64, and compiled ahead of time for the chips in ``tiles.py`` (``python -m codeact_kernels.compile_report``).
+Shapes: T tokens, D hidden size, V vocabulary. Not run on a device by its authors: proven in Triton's interpreter
+against float64, and compiled ahead of time for the chips in ``tiles.py`` (``compile_report.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from codeact_kernels.tiles import DTYPES, ROUNDING, Launch, Tile, architecture_of, current_device, takes_descriptor, tile_for
+from codeact_kernels.tiles import (
+    DTYPES,
+    ROUNDING,
+    Launch,
+    Tile,
+    architecture_of,
+    current_device,
+    takes_descriptor,
+    tile_for,
+)
 
-# Tokens of one launch. It bounds the partial results, of 4 bytes per token and vocabulary tile: 8 MiB for V = 16384,
-# 63 MiB for V = 128256 (the float32 logits of these tokens would be 8 GiB). More tokens are more launches, and the same bits.
+# Tokens of one launch. It bounds the partial results, of 4 bytes per token and vocabulary tile: 63 MiB for V = 128256
+# (the float32 logits of these tokens would be 8 GiB). More tokens are more launches, and the same bits.
 MAX_TOKENS = 16384
 # Token tiles that share a vocabulary tile while it is in the L2 cache: 16 x 128 rows of D = 4096 bfloat16 are 16 MiB.
 GROUP_T = 16
@@ -32,7 +41,7 @@ _MERGE_T, _MERGE_TILES = 32, 32
 
 @triton.jit
 def _tanh(x):
-    """tanh to 1e-7 relative. tanh = 1 - 2 / (exp(2x) + 1) loses the small numbers to cancellation: a polynomial there."""
+    """tanh to 3e-7 relative. 1 - 2 / (exp(2x) + 1) loses small numbers to cancellation: they take a polynomial."""
     z = x * x
     p = -0.00570491096
     p = p * z + 0.0206390228
@@ -261,8 +270,7 @@ def launches(
     ]
 
 
-@torch.library.custom_op("codeact::linear_nll", mutates_args=())
-def _linear_nll(
+def compute_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
 ) -> Tensor:
     tokens = hidden.shape[0]
@@ -284,6 +292,10 @@ def _linear_nll(
             for kernel, grid, arguments, options in launches(*operands, softcap, ignore_index, tile):
                 kernel[grid](*arguments, **options)
     return nll
+
+
+# An operator of PyTorch, so that fake tensors and torch.compile see its result and not its launches.
+_linear_nll = torch.library.custom_op("codeact::linear_nll", mutates_args=())(compute_nll)
 
 
 @_linear_nll.register_fake

@@ -25,8 +25,8 @@ def sum_segments(
 ):
     """K3: float64 sum and int32 count of ``values[cu_seqlens[i]:cu_seqlens[i + 1]]``.
 
-    Every lane adds up its own values from the segment's start on, and the lanes are added once: the order depends on the
-    segment alone, not on where it stands.
+    Every lane adds up its own values from the segment's start on, and the lanes are added once: the order depends on
+    the segment alone, not on where it stands.
     """
     segment = tl.program_id(0)
     start = tl.load(cu_seqlens + segment).to(tl.int64)

@@ -56,9 +56,12 @@ _INTERPRETED = Tile(block_t=16, block_v=32, block_d=16, warps=1, stages=1)
 ARCHITECTURES = tuple(_HALF)
 
 
+_INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter on the CPU: TRITON_INTERPRET=1 before Triton was imported."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether our kernels run in Triton's interpreter: TRITON_INTERPRET=1 counts when they are imported, not later."""
+    return _INTERPRETING
 
 
 def tile_for(dtype: torch.dtype, architecture: str) -> Tile:
@@ -77,7 +80,9 @@ def architecture_of(device: torch.device) -> str:
     if interpreting():
         return "interpreter"
     if device.type != "cuda":
-        raise ValueError(f"codeact_kernels need a CUDA or ROCm device, not {device} (TRITON_INTERPRET=1 runs on the CPU)")
+        raise ValueError(
+            f"codeact_kernels need a CUDA or ROCm device, not {device} (TRITON_INTERPRET=1 runs on the CPU)"
+        )
     if torch.version.hip is not None:
         return "gfx942"
     capability = torch.cuda.get_device_capability(device)
@@ -89,7 +94,7 @@ def architecture_of(device: torch.device) -> str:
 
 
 def takes_descriptor(operand: Tensor) -> bool:
-    """Whether a tensor descriptor can read this (rows, D) operand: rows of contiguous numbers at multiples of 16 bytes."""
+    """Whether a tensor descriptor can read this (rows, D) operand: contiguous rows at multiples of 16 bytes."""
     return (
         operand.numel() > 0
         and operand.stride(1) == 1

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-
 from codeact_kernels import compile_report, linear_nll, segments, tiles
 from codeact_kernels.compile_report import SHARED_LIMIT, TARGETS, Report, problems
 
@@ -98,6 +97,9 @@ def test_faults_are_named(change, fault):
 
 def test_what_is_compiled_is_what_is_launched(monkeypatch):
     """On fake CUDA tensors the public functions ask for the kernels, grids, and options that the report compiles."""
+    compiled = {
+        kernel.fn.__name__: options for _, found in reversed(problems("sm_90")) for kernel, _, _, options in found
+    }
     launched = []
 
     class Recorder:
@@ -123,9 +125,6 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch):
     hidden, weight = torch.zeros(9, 64, dtype=torch.bfloat16), torch.zeros(300, 64, dtype=torch.bfloat16)
     linear_nll.linear_nll(hidden, weight, torch.zeros(9, dtype=torch.int64))
     segments.segment_sums(torch.zeros(9), torch.tensor([0, 9], dtype=torch.int32))
-    compiled = {
-        kernel.fn.__name__: options for _, found in reversed(problems("sm_90")) for kernel, _, _, options in found
-    }
     assert [kernel.fn.__name__ for kernel, *_ in launched] == ["partial_nll_descriptors", "merge_nll", "sum_segments"]
     for kernel, _, _, options in launched:
         assert options == compiled[kernel.fn.__name__]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from codeact_kernels.linear_nll import linear_nll
+from codeact_kernels.segments import segment_sums
 
 from codeact import token_nll
 from codeact._nll_reference import token_nll_reference
-from codeact_kernels.linear_nll import linear_nll
-from codeact_kernels.segments import segment_sums
 
 pytestmark = pytest.mark.gpu
 

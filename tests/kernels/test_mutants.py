@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-
 from codeact_kernels import linear_nll, segments
+
 from tests.kernels import agreement
 from tests.kernels.test_segments import check_ignored_and_empty, check_long_sums
 
@@ -39,7 +39,9 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
             agreement.check_ragged_vocabulary_under_a_small_cap,
             id="softcap after the mask",
         ),
-        pytest.param(MASK, "logits += 0.0", agreement.check_ragged_vocabulary_under_a_small_cap, id="no vocabulary mask"),
+        pytest.param(
+            MASK, "logits += 0.0", agreement.check_ragged_vocabulary_under_a_small_cap, id="no vocabulary mask"
+        ),
         pytest.param(
             "    if HAS_BIAS:\n        logits +=",
             f"    if HAS_SOFTCAP:\n        {CAP}\n    if HAS_BIAS:\n        logits +=",
@@ -47,16 +49,19 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
             id="softcap before the bias",
         ),
         pytest.param(
-            "total * tl.exp(largest - shift) +", "total +", agreement.check_many_vocabulary_tiles, id="sums not rescaled"
+            "total * tl.exp(largest - shift) +",
+            "total +",
+            agreement.check_many_vocabulary_tiles,
+            id="sums not rescaled",
         ),
         pytest.param(
-            "shift = tl.where(raised == float(\"-inf\"), 0.0, raised)",
-            "shift = tl.where(largest == float(\"-inf\"), 0.0, largest)",
+            'shift = tl.where(raised == float("-inf"), 0.0, raised)',
+            'shift = tl.where(largest == float("-inf"), 0.0, largest)',
             agreement.check_many_vocabulary_tiles,
             id="rescaled by the old maximum",
         ),
         pytest.param(
-            "shift = tl.where(largest == float(\"-inf\"), 0.0, largest)",
+            'shift = tl.where(largest == float("-inf"), 0.0, largest)',
             "shift = largest",
             agreement.check_tokens_forbidden_by_the_bias,
             id="a tile of -inf",
@@ -73,12 +78,8 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
             agreement.check_inside_poisoned_buffers,
             id="no mask along D",
         ),
-        pytest.param(
-            HIDDEN_OFFSET, "T - 1)", agreement.check_strides_past_2_31, id="int32 offsets of hidden"
-        ),
-        pytest.param(
-            WEIGHT_OFFSET, "V - 1)", agreement.check_strides_past_2_31, id="int32 offsets of weight"
-        ),
+        pytest.param(HIDDEN_OFFSET, "T - 1)", agreement.check_strides_past_2_31, id="int32 offsets of hidden"),
+        pytest.param(WEIGHT_OFFSET, "V - 1)", agreement.check_strides_past_2_31, id="int32 offsets of weight"),
         pytest.param(
             "step = tl.full((), BLOCK_D, tl.int64)",
             "step = tl.full((), BLOCK_D, tl.int32)",

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-
 from codeact_kernels.segments import segment_sums
+
 from tests.kernels.agreement import DEVICE, poisoned
 
 
