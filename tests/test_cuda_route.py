@@ -168,7 +168,7 @@ def test_a_wrong_dtype_is_caught(make_scorer, mock, dtype):
     """float32 has no varlen attention on CUDA."""
     scorer = make_scorer("cuda")
     for part in scorer.trunk.modules():
-        for name, parameter in part._parameters.items():
+        for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = torch.nn.Parameter(OnDevice(parameter.inner.to(dtype)), requires_grad=False)
     with pytest.raises(ValueError, match="bfloat16 and float16"):
         scorer._run_pack(SAMPLES, STARTS)
