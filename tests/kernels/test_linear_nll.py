@@ -208,7 +208,7 @@ def test_scratch_memory_is_bounded_and_never_read_before_it_is_written(monkeypat
 
     class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten.new_empty.default:
+            if func is torch.ops.aten.new_empty.default and args[1] != [0]:  # the interpreter makes empty ones
                 sizes.append(args[1])
             return func(*args, **(kwargs or {}))
 
