@@ -16,7 +16,7 @@ from codeact_kernels.compile_report import SHARED_LIMIT, TARGETS, Report, proble
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> list[Report]:
-    """All of them, compiled afresh (32 s of CPU time) in processes that interpret nothing."""
+    """All of them, compiled afresh (15 s on 2 quiet cores) in processes that interpret nothing."""
     folder = tmp_path_factory.mktemp("compile-report")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "codeact_kernels.compile_report", "--json", str(folder / "report.json")]
