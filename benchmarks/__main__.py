@@ -18,8 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("packing", "nll", "scoring")
+BENCHMARKS = ("packing", "nll", "scoring", "roofline")
+ON_A_DEVICE = ("nll_cuda",)
 
 
 def cpu_name() -> str:
@@ -51,7 +54,7 @@ def main() -> None:
     figures = {}
     alpaca = Path(os.environ.get("CODEACT_SHARED_DATA", "")) / "code_alpaca_2k.json"
     with tempfile.TemporaryDirectory() as folder:
-        for name in BENCHMARKS:
+        for name in BENCHMARKS + (ON_A_DEVICE if torch.cuda.is_available() else ()):
             output = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(output)]
             command += ["--quick"] if options.quick else []

@@ -6,6 +6,7 @@ IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quant
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from codeact.devices import resolve_device, resolve_dtype
+from codeact.devices import resolve_device, resolve_dtype, to_device
 from codeact.errors import InputError, one_of
 from codeact.models import load_causal_lm, split_head
 from codeact.nll import token_nll
@@ -146,15 +147,14 @@ class IfdScorer:
         batch = PackedBatch.from_samples(samples)
         offset = batch.cu_seqlens[:-1].tolist()
         spans = [np.arange(o + start, o + len(s)) for o, start, s in zip(offset, starts, samples, strict=True)]
-        counts = torch.tensor([len(span) for span in spans])
+        bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
         scored = torch.from_numpy(np.concatenate(spans))
-        targets = batch.input_ids[0, scored].to(self.device, non_blocking=True)
+        targets = to_device(batch.input_ids[0, scored], self.device)
         hidden = self.trunk(**batch.model_inputs(self.device)).last_hidden_state[0]
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
-        hidden = hidden[(scored - 1).to(self.device, non_blocking=True)]
+        hidden = hidden[to_device(scored - 1, self.device)]
         nll = token_nll(hidden, self.head.weight, targets, self.head.bias, self.head.softcap)
-        lengths = counts.to(self.device, non_blocking=True)
-        return torch.segment_reduce(nll.double(), "sum", lengths=lengths, unsafe=True)
+        return _sums(nll, to_device(bounds, self.device))
 
     def _table(
         self,
@@ -200,6 +200,15 @@ class IfdScorer:
         return pa.table(
             [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
         )
+
+
+def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Float64 sums of ``nll[bounds[i] : bounds[i + 1]]``; a sum does not depend on what else is in the pack."""
+    if nll.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from codeact_kernels.segments import segment_sums
+
+        return segment_sums(nll, bounds)[0]
+    return torch.segment_reduce(nll.double(), "sum", lengths=bounds.diff().long(), unsafe=True)
 
 
 def score_ifd(

@@ -56,7 +56,7 @@ def token_nll(
             one for the whole process, and ``CODEACT_NATIVE_ISA`` (avx512bf16, avx512, avx2) an instruction set.
 
     Returns:
-        float32 (T,), in nats. NaN for a row that holds NaN or infinity. It carries no gradient: this is for scoring.
+        float32 (T,), in nats; NaN for a row whose logits are. It carries no gradient: this is for scoring.
 
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown, is not on this

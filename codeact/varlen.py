@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from codeact import _native, native
+from codeact.devices import to_device
 from codeact.errors import InputError
 
 ATTENTION = "codeact_varlen"
@@ -65,21 +66,16 @@ class PackedBatch:
 
     def model_inputs(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of a transformers model, on ``device``; a cache is switched off, it would join samples."""
-        cu_seqlens = _to(self.cu_seqlens, device)
+        cu_seqlens = to_device(self.cu_seqlens, device)
         return {
-            "input_ids": _to(self.input_ids, device),
-            "position_ids": _to(self.position_ids, device),
+            "input_ids": to_device(self.input_ids, device),
+            "position_ids": to_device(self.position_ids, device),
             "use_cache": False,
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
         }
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move to ``device``; to CUDA from pinned memory, so that the copy does not wait for the kernels before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def isolating_attention(device: torch.device | str) -> str:

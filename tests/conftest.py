@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from codeact import embedded
 from codeact.records import Columns, Record, RecordSet, open_records
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton decides at its import whether its library and our kernels are interpreted: so before anything imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton has wheels for Linux only.
+collect_ignore = [] if importlib.util.find_spec("triton") else ["kernels", "test_cuda_route.py"]
 # In CI the same examples every time: a failure there is a failure of the change, not of a lucky draw.
 settings.register_profile("codeact", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("codeact")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend Triton's interpreter, whose ``tl.dot`` multiplies the bit patterns of bfloat16; on a device, do nothing."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    real = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return real(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +102,6 @@ def bos_tokenizer(tokenizer):
 @pytest.fixture(scope="session")
 def model(model_path: Path):
     """SmolLM2 in float32 with PyTorch's own attention: what references run on."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -85,7 +110,6 @@ def model(model_path: Path):
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     """A random two-layer Llama with grouped heads and SmolLM2's tokenizer: the same code paths in milliseconds."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -107,7 +131,6 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path
 
 @pytest.fixture
 def tiny_model(tiny_model_path: Path):
-    import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32, attn_implementation="sdpa").eval()

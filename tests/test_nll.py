@@ -15,13 +15,18 @@ from codeact._nll_reference import token_nll_reference
 from codeact.errors import InputError
 
 HERE = _native.instruction_sets()
-BACKENDS = ["torch", *(f"native:{isa}" for isa in ("avx512bf16", "avx512", "avx2"))]
+BACKENDS = ["torch", "triton", *(f"native:{isa}" for isa in ("avx512bf16", "avx512", "avx2"))]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Every backend of the CPU, and of the native one every instruction set. Triton's is tests/kernels."""
+    """Every backend, and of the native one every instruction set; Triton's in its interpreter."""
     name, _, isa = request.param.partition(":")
+    if name == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("these operands are on the CPU; tests/kernels runs on the device")
+        request.getfixturevalue("interpreted_bf16")
     if isa:
         if isa not in HERE:
             pytest.skip(f"this CPU has {', '.join(HERE) or 'no instruction set of the native backend'}")
@@ -57,8 +62,10 @@ def problem(tokens, width, vocabulary, dtype=torch.float32, seed=0):
 )
 @pytest.mark.parametrize("extra", ["plain", "bias", "softcap", "both"])
 def test_equals_reference(monkeypatch, backend, size, dtype, tolerance, extra):
-    if backend == "native" and dtype == torch.float64:
-        pytest.skip("the native backend computes no float64")
+    if backend != "torch" and dtype == torch.float64:
+        pytest.skip(f"the {backend} backend computes no float64")
+    if backend == "triton" and max(size) > 1000:
+        pytest.skip("the interpreter is slow; tests/kernels has many tiles")
     monkeypatch.setattr(nll, "_BLOCK_LOGITS", 5000)
     hidden, weight, targets = problem(*size, dtype=dtype)
     targets[::4] = -100
