@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ from codeact.varlen import ATTENTION, isolating_attention
 PAD_MODES = ("dynamic_pack", "dynamic_pad", "max_length")
 PACK_SCOPES = ("epoch", "batch")
 
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 # Batches that are sorted by length together: so many in Hugging Face's own group_by_length, and few where the ranks
 # only have to take equally long for a step.
 _LENGTH_GROUP = 50
@@ -32,29 +37,30 @@ _RANK_GROUP = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """What Trainer's own arguments do not say.
+    """What Trainer's own arguments do not say; the help of each is that of its flag in ``codeact train``.
 
-    Attributes:
-        pad_mode: "dynamic_pack": samples share rows without padding, and none sees another. "dynamic_pad": a batch is
-            padded to its longest sample. "max_length": every sample is padded to ``max_seq_len``. Length-sorted
-            dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``.
-        pack_scope: "epoch": best-fit decreasing over all samples; ``per_device_train_batch_size`` counts packs.
-            "batch": the ``per_device_train_batch_size`` random samples of one batch share a row.
-        max_seq_len: most tokens in a sample, and in a pack of scope "epoch".
-        attention: an attention implementation of transformers, or "auto": for dynamic_pack the best one that keeps
-            samples apart, else what the model has.
-        supervised_only: in a pack, the LM head sees only rows that predict a label.
-        fused_loss: ``linear_cross_entropy`` instead of logits.
-        pad_id: fills padding; None: 0. Any id is right.
+    Length-sorted dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``. What fills padding needs no
+    option: it is masked, so any id is right.
     """
 
-    pad_mode: str = "dynamic_pack"
-    pack_scope: str = "epoch"
-    max_seq_len: int = 2048
-    attention: str = "auto"
-    supervised_only: bool = True
-    fused_loss: bool = True
-    pad_id: int | None = None
+    pad_mode: str = _option(
+        "dynamic_pack",
+        "dynamic_pack: samples share rows without padding, and none sees another. dynamic_pad: a batch is padded to "
+        "its longest sample. max_length: every sample is padded to max_seq_len.",
+    )
+    pack_scope: str = _option(
+        "epoch",
+        "epoch: best-fit decreasing over all samples; per_device_train_batch_size counts packs. batch: the "
+        "per_device_train_batch_size random samples of one batch share a row, as in the paper.",
+    )
+    max_seq_len: int = _option(2048, "Most tokens in a sample, and in a pack of scope epoch.")
+    attention: str = _option(
+        "auto",
+        "An attention implementation of transformers. auto: for dynamic_pack the best one that keeps samples apart, "
+        "else what the model has.",
+    )
+    supervised_only: bool = _option(True, "In a pack, the LM head sees only rows that predict a label.")
+    fused_loss: bool = _option(True, "Compute the loss in blocks, without holding the logits.")
 
     def __post_init__(self) -> None:
         one_of("pad_mode", self.pad_mode, PAD_MODES)
@@ -205,7 +211,7 @@ def collator(options: PackOptions) -> Callable[[Sequence[Sequence[Sample]]], dic
     if options.packs:
         return PackCollator(supervised_only=options.supervised_only)
     length = options.max_seq_len if options.pad_mode == "max_length" else None
-    return PadCollator(pad_id=options.pad_id or 0, length=length)
+    return PadCollator(length=length)
 
 
 def _dataset(
