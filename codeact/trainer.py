@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from codeact.cost import CostMonitor
 from codeact.errors import InputError, one_of
 from codeact.fused_loss import fuse_loss
 from codeact.models import split_head
 from codeact.pack_dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, Sample
+from codeact.sharding import check_sharded
 from codeact.varlen import ATTENTION, isolating_attention
 
 PAD_MODES = ("dynamic_pack", "dynamic_pad", "max_length")
@@ -39,8 +41,8 @@ _RANK_GROUP = 16
 class PackOptions:
     """What Trainer's own arguments do not say; the help of each is that of its flag in ``codeact train``.
 
-    Length-sorted dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``. What fills padding needs no
-    option: it is masked, so any id is right.
+    Length-sorted dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``. What fills padding needs
+    no option: it is masked, so any id is right.
     """
 
     pad_mode: str = _option(
@@ -81,6 +83,7 @@ def train(
     options: PackOptions | None = None,
     *,
     eval_samples: Sequence[Sample] | None = None,
+    monitor: CostMonitor | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **trainer_arguments: Any,
 ) -> PackTrainer:
@@ -96,6 +99,7 @@ def train(
             ``gradient_accumulation_steps`` mean what they mean there.
         options: pad mode and cost cutters; None for the defaults.
         eval_samples: what ``eval_loss``, a mean over tokens, is computed on.
+        monitor: counts what every step costs.
         resume_from_checkpoint: a checkpoint folder, or True for the last one in ``output_dir``.
         trainer_arguments: passed on to Trainer, such as ``callbacks`` and ``processing_class`` (a tokenizer).
 
@@ -103,7 +107,8 @@ def train(
         InputError: the attention lets samples see each other, a sample does not fit, or an argument would make the
             loss inexact.
     """
-    trainer = PackTrainer(model, samples, arguments, options, eval_samples=eval_samples, **trainer_arguments)
+    more = {"eval_samples": eval_samples, "monitor": monitor, **trainer_arguments}
+    trainer = PackTrainer(model, samples, arguments, options, **more)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
 
@@ -119,6 +124,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         options: PackOptions | None = None,
         *,
         eval_samples: Sequence[Sample] | None = None,
+        monitor: CostMonitor | None = None,
         **trainer_arguments: Any,
     ) -> None:
         self.options = options = options or PackOptions()
@@ -152,6 +158,20 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             **trainer_arguments,
         )
         self._evaluated: Tensor | None = None
+        self._sharding_checked = False
+        self.monitor = monitor
+        if monitor is not None:
+            monitor.attach(self)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Tensor:
+        """Count the batch and compute it; before the first one, see that the model is sharded if it has to be."""
+        if not self._sharding_checked:
+            check_sharded(self.args, model)
+            self._sharding_checked = True
+        if self.monitor is not None:
+            self.monitor.count(inputs)
+        loss: Tensor = super().training_step(model, inputs, *arguments, **more)
+        return loss
 
     def get_train_dataloader(self) -> Any:
         """Return a loader in which an item of scope "batch" is a batch already."""

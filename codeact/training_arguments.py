@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -113,8 +115,12 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]  # transformers
             raise InputError("--output_dir is missing: where the trained model goes")
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
-        if isinstance(self.deepspeed, str) and not Path(self.deepspeed).exists() and "{" not in self.deepspeed:
-            self.deepspeed = _shipped(self.deepspeed)
+        given: Any = self.deepspeed
+        if isinstance(given, str) and not Path(given).exists() and "{" not in given:
+            self.deepspeed: Any = _shipped(given)
+        if not torch.accelerator.is_available():
+            self.use_cpu: bool = True  # or bf16 autocast is refused
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__post_init__()
 
 
@@ -155,6 +161,9 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
             part._argument_group_name = _TITLES.get(part, "transformers.TrainingArguments")  # type: ignore[attr-defined]
             self._add_dataclass_arguments(part)
 
+    def help(self) -> str:
+        return str(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
@@ -168,10 +177,10 @@ def parse(argv: Sequence[str]) -> TrainSettings | str:
     argv = list(argv)
     if {"-h", "--help"} & set(argv) or not argv:
         usage = "codeact train [CONFIG.yaml] --model_name_or_path M --data_path F --output_dir DIR [flags]"
-        return _Parser(_OWN, usage=usage, formatter_class=_Format, epilog=_EPILOG).format_help()
+        return _Parser(_OWN, usage=usage, formatter_class=_Format, epilog=_EPILOG).help()
     parser = _Parser((*_OWN, TrainerArguments))
     if {"--help_all", "--help-all"} & set(argv):
-        return parser.format_help()
+        return parser.help()
     if Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         argv = [*_flags_of_file(parser, argv[0]), *argv[1:]]
     return _settings(parser, argv)
