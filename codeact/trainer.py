@@ -6,7 +6,8 @@ Shapes: B rows, T tokens of a row, K positions with a target, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,9 +314,28 @@ def _why_not_packed(model: Any) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        split_head(model)
+        with _row_by_row(model):
+            split_head(model)
     except (InputError, ValueError) as error:
         return " ".join(str(error).split())
     finally:
         model.train(was_training)
     return None
+
+
+@contextmanager
+def _row_by_row(model: torch.nn.Module) -> Iterator[None]:
+    """Let LLM.int8() round every token by itself.
+
+    Otherwise which columns it leaves in 16 bits follows from all tokens of a batch, packed or padded: a sample's logits
+    then differ by that rounding, which says nothing about whether attention keeps samples apart.
+    """
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold

@@ -98,7 +98,6 @@ def run(settings: TrainSettings) -> TrainResult:
     data = _Data.read(settings, tokenizer)
     resume = _claim(settings, data)
     model = _model(settings)
-    dtype = model.dtype
     options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
     monitor = CostMonitor(
         model,
@@ -128,7 +127,7 @@ def run(settings: TrainSettings) -> TrainResult:
     if settings.model.lora and arguments.should_save:
         model.generation_config.save_pretrained(output)
         if settings.model.merge:
-            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", dtype)
+            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", _weight_dtype(settings))
     result = TrainResult(
         output=output,
         steps=trainer.state.global_step,
@@ -255,13 +254,9 @@ def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list
 def _model(settings: TrainSettings) -> Any:
     """The model that is trained, adapters on."""
     wanted, arguments = settings.model, settings.trainer
-    half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    # What is trained is kept in float32, or steps smaller than its rounding would be lost.
-    dtype = half if wanted.lora else torch.float32
-    if wanted.dtype != "auto":
-        dtype = resolve_dtype(wanted.dtype, arguments.device)
     name = wanted.model_name_or_path or ""
-    model, _ = load_causal_lm(name, None, dtype, quantization_config(wanted.quantize, half))
+    quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
+    model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and settings.packs.max_seq_len > positions:
         raise InputError(
@@ -277,6 +272,17 @@ def _model(settings: TrainSettings) -> Any:
         wanted.lora_target_modules,
         bool(arguments.activation_checkpointing),
     )
+
+
+def _autocast_dtype(arguments: TrainerArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def _weight_dtype(settings: TrainSettings) -> torch.dtype:
+    if settings.model.dtype != "auto":
+        return resolve_dtype(settings.model.dtype, settings.trainer.device)
+    # What is trained is kept in float32, or steps smaller than its rounding would be lost.
+    return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
 
 
 def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
@@ -386,7 +392,7 @@ def _plan_lines(trainer: PackTrainer) -> list[tuple[str, str]]:
     in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     unit = "packs" if options.packs and options.pack_scope == "epoch" else "samples"
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    dtype = str(_autocast_dtype(arguments)).removeprefix("torch.")
     return [
         ("rows", rows),
         ("a step", f"{in_step:,} {unit} on {arguments.world_size} x {arguments.device.type}, {dtype}, {attention}"),
