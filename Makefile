@@ -22,7 +22,7 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing codeact and its pinned dependencies into $(VENV) ..."
 	@$(BIN)/python -m pip install -q -c constraints.txt -U pip
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
 models: $(BIN)/codeact
