@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(settings: TrainSettings) -> TrainResult:
-    """Train, evaluate and save; a run that was killed goes on from its last checkpoint.
+    """Train, evaluate and save; a run that was killed goes on from its last checkpoint, a finished one stays.
 
     Under torchrun or accelerate every rank calls this; the first one prints and writes.
 
@@ -96,6 +96,11 @@ def run(settings: TrainSettings) -> TrainResult:
     set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
     tokenizer = load_tokenizer(settings.model.model_name_or_path or "")
     data = _Data.read(settings, tokenizer)
+    done = _finished(settings, data)
+    if done is not None:
+        _say(arguments, aligned([*data.lines(), ("done already", "the output folder holds this run's result")]))
+        _say(arguments, aligned(_result_lines(settings, done)))
+        return done
     resume = _claim(settings, data)
     model = _model(settings)
     options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
@@ -318,6 +323,21 @@ def _claim(settings: TrainSettings, data: _Data) -> str | None:
         return None if str(explicit).lower() == "false" else _last_checkpoint(folder)
 
 
+def _finished(settings: TrainSettings, data: _Data) -> TrainResult | None:
+    """What this very run came to, if its result is there and is not to be made anew."""
+    folder = Path(settings.trainer.output_dir)
+    merged = folder / "merged" if settings.model.merge else folder
+    if settings.trainer.overwrite_output_dir or not (list(folder.glob("*.safetensors")) and merged.is_dir()):
+        return None
+    try:
+        known = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if known["settings"] != _decisive(settings, data) or known["result"] is None:
+            return None
+        return TrainResult(**{**known["result"], "output": folder})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
     try:
         known = json.loads((folder / "training.json").read_text(encoding="utf-8"))["settings"]
@@ -326,7 +346,7 @@ def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     changed = [key for key in wanted if known.get(key) != wanted[key]]
-    if not changed:
+    if not changed and not overwrite:
         return
     if not overwrite:
         before, now = known.get(changed[0], "unknown"), wanted[changed[0]]
