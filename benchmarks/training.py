@@ -283,14 +283,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="few rows, one seed: does it still work?")
-    size.add_argument("--full", action="store_true", help="more rows, three rounds, five seeds")
+    size.add_argument("--full", action="store_true", help="more rows, three rounds: half an hour")
     parser.add_argument("--data", type=Path, metavar="FILE", help="Alpaca-form JSON; default: harvested functions")
     options = parser.parse_args()
-    in_modes, rounds, trained, held, seeds = (48, 1, 120, 48, 3)
+    in_modes, rounds, trained, held, seeds = (32, 1, 64, 32, 3)
     if options.quick:
-        in_modes, rounds, trained, held, seeds = (16, 1, 20, 8, 1)
+        in_modes, rounds, trained, held, seeds = (8, 1, 20, 4, 1)
     elif options.full:
-        in_modes, rounds, trained, held, seeds = (96, 3, 400, 100, 5)
+        in_modes, rounds, trained, held, seeds = (48, 3, 240, 80, 3)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = get_context("forkserver")

@@ -324,7 +324,7 @@ def _why_not_packed(model: Any) -> str | None:
 
 
 @contextmanager
-def _row_by_row(model: torch.nn.Module) -> Iterator[None]:
+def _row_by_row(model: Any) -> Iterator[None]:
     """Let LLM.int8() round every token by itself.
 
     Otherwise which columns it leaves in 16 bits follows from all tokens of a batch, packed or padded: a sample's logits
