@@ -66,6 +66,11 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
     if names != ["all-linear"]:
         _check_targets(model, names)
     if getattr(model, "is_quantized", False):
+        # An evaluation on a CPU with AVX512-BF16 would pack 4-bit weights for inference, and they stay so in training,
+        # where the packed product passes no gradient on (bitsandbytes 0.50).
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         prepare: Any = peft.prepare_model_for_kbit_training
         model = prepare(model, use_gradient_checkpointing=checkpointing)
     config = peft.LoraConfig(

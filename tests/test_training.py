@@ -267,6 +267,43 @@ def test_qlora(train, selected, tmp_path, quantize, more, even_model_path):
         assert torch.linalg.matrix_rank(after[layer] - before[layer], rtol=1e-3) == 8
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_gradients_below_quantised_layers_are_those_of_the_weights_they_stand_for(even_model_path, quantize):
+    bnb = pytest.importorskip("bitsandbytes")
+    from codeact.adapters import add_lora, quantization_config
+    from codeact.models import load_causal_lm
+
+    def load():
+        torch.manual_seed(0)
+        quantization = quantization_config(quantize, torch.float32)
+        model, _ = load_causal_lm(str(even_model_path), None, torch.float32, quantization)
+        return add_lora(model, 4, 8, 0.0, "q_proj,up_proj")
+
+    ids = torch.arange(1, 41)[None]
+    quantised, plain = load(), load()
+    with torch.no_grad():
+        quantised.eval()(ids)  # an evaluation before must change nothing
+    for module in list(plain.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, bnb.nn.Linear4bit):
+                full = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            elif isinstance(layer, bnb.nn.Linear8bitLt):
+                full = layer.weight.CB.float() * layer.weight.SCB[:, None] / 127
+            else:
+                continue
+            replaced = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            replaced.weight = torch.nn.Parameter(full.reshape(layer.out_features, layer.in_features).float(), False)
+            setattr(module, name, replaced)
+    gradients = []
+    for model in (quantised, plain):
+        model.train()(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora_B" in name})
+    assert len(gradients[0]) == 4
+    for name, expected in gradients[1].items():
+        similar = torch.nn.functional.cosine_similarity(gradients[0][name].flatten(), expected.flatten(), dim=0)
+        assert similar > (0.9999 if quantize == "nf4" else 0.99), (name, similar)  # int8 rounds activations as well
+
+
 class TestConversations:
     def rows(self, path, *answers, question="q"):
         write_jsonl(path, [{"instruction": question, "output": answer} for answer in answers])
