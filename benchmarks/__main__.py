@@ -3,7 +3,7 @@
     python -m benchmarks [--quick]
 
 Writes ``benchmarks/results/<date>-<machine>.json`` and ``.md``; ``make bench`` calls this. CODEACT_SHARED_DATA, if set,
-names a folder with code_alpaca_2k.json, which scoring then uses instead of harvested rows.
+names a folder with code_alpaca_2k.json, which scoring and training then use instead of harvested rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("packing", "nll", "scoring", "roofline")
+BENCHMARKS = ("packing", "nll", "scoring", "training", "roofline")
 ON_A_DEVICE = ("nll_cuda",)
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             output = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(output)]
             command += ["--quick"] if options.quick else []
-            command += ["--data", str(alpaca)] if name == "scoring" and alpaca.is_file() else []
+            command += ["--data", str(alpaca)] if name in ("scoring", "training") and alpaca.is_file() else []
             print(f"{name} ...", file=sys.stderr, flush=True)
             page.append(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
             figures[name] = json.loads(output.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from codeact.errors import InputError, MissingExtraError
 app = typer.Typer(
     help=(
         "Fine-tune a code model on the part of the data that teaches most. The flow: "
-        "score (and merge) -> embed -> select. Each command has --help."
+        "score (and merge) -> embed -> select -> train. Each command has --help."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -208,6 +209,17 @@ def select(
     print(f"{len(chosen['positions']):,} conversations in {output}")
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Fine-tune a model on conversations: packs without leaks, LoRA, QLoRA, FSDP, DeepSpeed."""
+    from codeact.training import main as run_training
+
+    run_training(context.args)
+
+
 @app.command("pack-stats")
 def pack_stats(
     data: Data,
@@ -284,6 +296,7 @@ def main() -> None:
     """Run the command line: exit code 2 and one line for what the user can mend, 130 for Ctrl-C."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("codeact").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
     try:
         app()
     except (InputError, MissingExtraError) as error:
@@ -300,5 +313,6 @@ def main() -> None:
 
 
 def _stop(message: str) -> None:
-    print(f"codeact: error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # else under torchrun every rank would say the same
+        print(f"codeact: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)

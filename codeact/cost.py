@@ -2,12 +2,12 @@
 
 A Trainer tells its callbacks nothing about batches, so the trainer itself calls ``monitor.count(inputs)`` at the top
 of ``training_step``, where a batch is computed. (In the collator would be too early: workers prefetch, and batches
-would be counted in steps before their own.)
+would be counted in steps before their own.) ``codeact.trainer.PackTrainer`` does:
 
     monitor = CostMonitor(model, output_dir)
-    trainer = SomeTrainer(model, ...)       # whose training_step calls monitor.count(inputs)
-    monitor.attach(trainer)
-    trainer.train()                         # prints a summary, writes output_dir/cost.json
+    train(model, samples, arguments, monitor=monitor)    # prints a summary, writes output_dir/cost.json
+
+Another trainer calls ``monitor.attach(trainer)`` once and ``count`` in its own ``training_step``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from codeact.atomic import atomic_path
-from codeact.cost_records import COUNTS, BatchCost, CostReport, StepCosts, batch_cost
+from codeact.cost_records import COUNTS, BatchCost, CostReport, StepCosts, aligned, batch_cost
 from codeact.meters import peak_memory, reset_peaks, resolve_peak
 from codeact.model_cost import ModelShape, ParameterCounts
 
@@ -143,8 +143,7 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
             with atomic_path(self._path) as temporary:
                 temporary.write_text(self.report.json(), encoding="utf-8")
             if self._print:
-                width = max(len(name) for name, _ in self.report.lines())
-                print("\n".join(f"  {name:<{width}}  {text}" for name, text in self.report.lines()), flush=True)
+                print(aligned(self.report.lines()), flush=True)
 
     def _report(self, first: int) -> CostReport:
         """Everything from the ``first`` recorded step on, over all ranks (each of which must call this)."""

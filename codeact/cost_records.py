@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +215,12 @@ class CostReport:
                 )
             )
         return lines
+
+
+def aligned(lines: Sequence[tuple[str, str]]) -> str:
+    """The text of a summary table."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
 def _mib(size: int) -> str:

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def resolve_peak(wanted: float | str | None, device: torch.device, dtype: torch.
     return (None, "unknown") if wanted is None else (float(wanted), "given")
 
 
+@cache
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best of five multiplications of 2048 x 2048 matrices (17 GFLOP each), in FLOP/s."""
     size, best = 2048, float("inf")

@@ -18,22 +18,30 @@ from codeact.errors import InputError
 from codeact.varlen import PackedBatch, isolating_attention
 
 
-def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load_causal_lm(
+    name: str, device: torch.device | None, dtype: torch.dtype, quantization: Any = None
+) -> tuple[PreTrainedModel, Any]:
     """Load model and tokenizer from a folder or the hub: safetensors only, and none of the model's own code.
+
+    Args:
+        name: folder or hub name.
+        device: where it goes, with the attention for packs there. None, for training: where transformers puts it, with
+            the attention that it chooses; a Trainer moves and shards.
+        dtype: of the weights.
+        quantization: a configuration of transformers to hold them in fewer bits.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
-    attention = isolating_attention(device)
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
-    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
-        raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
+    attention = None if device is None else isolating_attention(device)
+    name = _existing(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             attn_implementation=attention,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -51,7 +59,28 @@ def load_causal_lm(name: str, device: torch.device, dtype: torch.dtype) -> tuple
             f"model {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}: it is no "
             "complete causal language model"
         )
-    return model.eval().to(device), tokenizer
+    return model.eval() if device is None else model.eval().to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model's folder or hub name.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_existing(name), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot load tokenizer {name!r}: {reason}; give a model's folder or hub name") from None
+
+
+def _existing(name: str) -> str:
+    """The name, with a home folder put in; what looks like a path must be there."""
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+        raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
+    return name
 
 
 def model_fingerprint(name: str, model: PreTrainedModel) -> str:

@@ -185,13 +185,11 @@ def stats_for_data(
 
 def _load(name: str) -> tuple[Any, ModelShape | None]:
     """The tokenizer, and the shape of the model of that name."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load tokenizer {name!r}: {reason}; give a model's folder or hub name") from None
+    from codeact.models import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
     with suppress(OSError, ValueError):  # a tokenizer alone: lengths can be counted, FLOPs cannot
         return tokenizer, ModelShape.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
     return tokenizer, None

@@ -92,6 +92,7 @@ class RunSettings(_Settings):
     score: ScoreSettings
     embed: EmbedSettings = EmbedSettings()
     select: SelectSettings = SelectSettings()
+    train: dict[str, Any] | None = None  # flags of codeact train; data, model and output folder follow from the rest
 
 
 def read_settings(path: str | Path) -> RunSettings:
@@ -311,7 +312,27 @@ def run(settings: RunSettings, overwrite: bool = False) -> list[tuple[str, str]]
         output / "scores", output / "embeddings.npy", output / "selected.jsonl", settings.select, settings.data.source
     )
     lines = [*score_lines(totals, output / "scores"), *selection_lines(chosen)]
+    if settings.train is not None:
+        lines += train(settings, output / "selected.jsonl")
     lines.append(("wall time", f"{time.perf_counter() - begin:.0f} s"))
+    return lines
+
+
+def train(settings: RunSettings, selected: Path) -> list[tuple[str, str]]:
+    """Train on the chosen rows, by the flags in ``settings.train``. Returns lines of the summary table."""
+    from codeact import training
+    from codeact.training_arguments import parse_mapping
+
+    flags = {
+        "model_name_or_path": settings.score.model,
+        "data_path": str(selected),
+        "output_dir": str(settings.output / "model"),
+    }
+    result = training.run(parse_mapping({**flags, **(settings.train or {})}, "train"))
+    lines = [("trained", f"{result.steps:,} steps, into {result.output}")]
+    if result.held_out_loss_after is not None:
+        before = "" if result.held_out_loss_before is None else f"{result.held_out_loss_before:.4f} before, "
+        lines.append(("held-out loss", f"{before}{result.held_out_loss_after:.4f} after training"))
     return lines
 
 
@@ -377,6 +398,7 @@ def print_table(lines: list[tuple[str, str]]) -> None:
 def demo(output: Path, rows: int) -> None:
     """Run the whole flow on small embedded models and on functions of this Python's standard library."""
     from codeact import embedded
+    from codeact.devices import cpu_has_bf16
     from codeact.harvest import write_harvest
 
     model, embedder = embedded.causal_lm(), embedded.sentence_embedder()
@@ -387,6 +409,19 @@ def demo(output: Path, rows: int) -> None:
         data=DataSettings(source=str(data), id="id"),
         score=ScoreSettings(model=str(model), shard_size=64),
         embed=EmbedSettings(model=str(embedder)),
+        train={
+            "lora": True,
+            "bf16": cpu_has_bf16(),
+            "max_seq_len": 1024,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 1e-3,
+            "eval_ratio": 0.2,
+            "eval_on_start": True,
+            "save_strategy": "no",
+            "logging_steps": 5,
+            "overwrite_output_dir": True,  # of an earlier demo of other rows
+        },
     )
     with atomic_path(output / "run.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False))
@@ -398,14 +433,16 @@ The files are in {output}:
   {data.name:<18}the rows, harvested from the standard library of this Python
   {"scores/":<18}IFD of every row: scores.parquet, and manifest.json with settings, versions and totals
   {"embeddings.npy":<18}question vectors; their row ids in embeddings.rows.parquet
-  {"selected.jsonl":<18}the chosen rows as conversations, ready to train on
+  {"selected.jsonl":<18}the chosen rows as conversations
+  {"model":<18}LoRA adapters trained on four fifths of them, and what that cost: cost.json, training.json
   {"run.yaml":<18}the settings of this run
 
 Next, with your own rows and model (or a name on the hub):
   codeact score DATA --model MODEL --question-column Q --answer-column A --output scores
   codeact embed DATA --question-column Q --answer-column A --output embeddings.npy
   codeact select --scores scores --embeddings embeddings.npy --output selected.jsonl
-or all three from one file: edit a copy of {output / "run.yaml"}, then: codeact run COPY""")
+  codeact train --model_name_or_path MODEL --data_path selected.jsonl --output_dir model --lora True --bf16 True
+or all four from one file: edit a copy of {output / "run.yaml"}, then: codeact run COPY""")
 
 
 def _batch_padding(table: pa.Table, batch: int) -> float:

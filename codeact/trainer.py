@@ -6,8 +6,9 @@ Shapes: B rows, T tokens of a row, K positions with a target, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from codeact.cost import CostMonitor
 from codeact.errors import InputError, one_of
 from codeact.fused_loss import fuse_loss
 from codeact.models import split_head
 from codeact.pack_dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, Sample
+from codeact.sharding import check_sharded
 from codeact.varlen import ATTENTION, isolating_attention
 
 PAD_MODES = ("dynamic_pack", "dynamic_pad", "max_length")
 PACK_SCOPES = ("epoch", "batch")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
 
 # Batches that are sorted by length together: so many in Hugging Face's own group_by_length, and few where the ranks
 # only have to take equally long for a step.
@@ -32,29 +40,30 @@ _RANK_GROUP = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """What Trainer's own arguments do not say.
+    """What Trainer's own arguments do not say; the help of each is that of its flag in ``codeact train``.
 
-    Attributes:
-        pad_mode: "dynamic_pack": samples share rows without padding, and none sees another. "dynamic_pad": a batch is
-            padded to its longest sample. "max_length": every sample is padded to ``max_seq_len``. Length-sorted
-            dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``.
-        pack_scope: "epoch": best-fit decreasing over all samples; ``per_device_train_batch_size`` counts packs.
-            "batch": the ``per_device_train_batch_size`` random samples of one batch share a row.
-        max_seq_len: most tokens in a sample, and in a pack of scope "epoch".
-        attention: an attention implementation of transformers, or "auto": for dynamic_pack the best one that keeps
-            samples apart, else what the model has.
-        supervised_only: in a pack, the LM head sees only rows that predict a label.
-        fused_loss: ``linear_cross_entropy`` instead of logits.
-        pad_id: fills padding; None: 0. Any id is right.
+    Length-sorted dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``. What fills padding needs
+    no option: it is masked, so any id is right.
     """
 
-    pad_mode: str = "dynamic_pack"
-    pack_scope: str = "epoch"
-    max_seq_len: int = 2048
-    attention: str = "auto"
-    supervised_only: bool = True
-    fused_loss: bool = True
-    pad_id: int | None = None
+    pad_mode: str = _option(
+        "dynamic_pack",
+        "dynamic_pack: samples share rows without padding, and none sees another. dynamic_pad: a batch is padded to "
+        "its longest sample. max_length: every sample is padded to max_seq_len.",
+    )
+    pack_scope: str = _option(
+        "epoch",
+        "epoch: best-fit decreasing over all samples; per_device_train_batch_size counts packs. batch: the "
+        "per_device_train_batch_size random samples of one batch share a row, as in the paper.",
+    )
+    max_seq_len: int = _option(2048, "Most tokens in a sample, and in a pack of scope epoch.")
+    attention: str = _option(
+        "auto",
+        "An attention implementation of transformers. auto: for dynamic_pack the best one that keeps samples apart, "
+        "else what the model has.",
+    )
+    supervised_only: bool = _option(True, "In a pack, the LM head sees only rows that predict a label.")
+    fused_loss: bool = _option(True, "Compute the loss in blocks, without holding the logits.")
 
     def __post_init__(self) -> None:
         one_of("pad_mode", self.pad_mode, PAD_MODES)
@@ -75,6 +84,7 @@ def train(
     options: PackOptions | None = None,
     *,
     eval_samples: Sequence[Sample] | None = None,
+    monitor: CostMonitor | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **trainer_arguments: Any,
 ) -> PackTrainer:
@@ -90,6 +100,7 @@ def train(
             ``gradient_accumulation_steps`` mean what they mean there.
         options: pad mode and cost cutters; None for the defaults.
         eval_samples: what ``eval_loss``, a mean over tokens, is computed on.
+        monitor: counts what every step costs.
         resume_from_checkpoint: a checkpoint folder, or True for the last one in ``output_dir``.
         trainer_arguments: passed on to Trainer, such as ``callbacks`` and ``processing_class`` (a tokenizer).
 
@@ -97,7 +108,8 @@ def train(
         InputError: the attention lets samples see each other, a sample does not fit, or an argument would make the
             loss inexact.
     """
-    trainer = PackTrainer(model, samples, arguments, options, eval_samples=eval_samples, **trainer_arguments)
+    more = {"eval_samples": eval_samples, "monitor": monitor, **trainer_arguments}
+    trainer = PackTrainer(model, samples, arguments, options, **more)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     return trainer
 
@@ -113,6 +125,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         options: PackOptions | None = None,
         *,
         eval_samples: Sequence[Sample] | None = None,
+        monitor: CostMonitor | None = None,
         **trainer_arguments: Any,
     ) -> None:
         self.options = options = options or PackOptions()
@@ -146,6 +159,20 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             **trainer_arguments,
         )
         self._evaluated: Tensor | None = None
+        self._sharding_checked = False
+        self.monitor = monitor
+        if monitor is not None:
+            monitor.attach(self)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Tensor:
+        """Count the batch and compute it; before the first one, see that the model is sharded if it has to be."""
+        if not self._sharding_checked:
+            check_sharded(self.args, model)
+            self._sharding_checked = True
+        if self.monitor is not None:
+            self.monitor.count(inputs)
+        loss: Tensor = super().training_step(model, inputs, *arguments, **more)
+        return loss
 
     def get_train_dataloader(self) -> Any:
         """Return a loader in which an item of scope "batch" is a batch already."""
@@ -205,7 +232,7 @@ def collator(options: PackOptions) -> Callable[[Sequence[Sequence[Sample]]], dic
     if options.packs:
         return PackCollator(supervised_only=options.supervised_only)
     length = options.max_seq_len if options.pad_mode == "max_length" else None
-    return PadCollator(pad_id=options.pad_id or 0, length=length)
+    return PadCollator(length=length)
 
 
 def _dataset(
@@ -287,9 +314,28 @@ def _why_not_packed(model: Any) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        split_head(model)
+        with _row_by_row(model):
+            split_head(model)
     except (InputError, ValueError) as error:
         return " ".join(str(error).split())
     finally:
         model.train(was_training)
     return None
+
+
+@contextmanager
+def _row_by_row(model: Any) -> Iterator[None]:
+    """Let LLM.int8() round every token by itself.
+
+    Otherwise which columns it leaves in 16 bits follows from all tokens of a batch, packed or padded: a sample's logits
+    then differ by that rounding, which says nothing about whether attention keeps samples apart.
+    """
+    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold

@@ -240,7 +240,7 @@ def test_pack_stats(codeact, data, tiny_model_path, tmp_path):
 def test_help_reads_like_the_flow(codeact):
     code, out, _ = codeact("--help")
     assert code == 0
-    names = ["harvest", "score", "merge", "embed", "select", "pack-stats", "run", "demo"]
+    names = ["harvest", "score", "merge", "embed", "select", "train", "pack-stats", "run", "demo"]
     commands = out[out.index("Commands:") :]
     positions = [commands.index(f"\n  {name} ") for name in names]
     assert positions == sorted(positions)

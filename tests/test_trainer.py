@@ -162,7 +162,7 @@ def test_one_step_on_packs_is_one_step_on_the_same_samples_padded(tmp_path):
         (PackOptions(max_seq_len=64, pack_scope="batch"), {"per_device_train_batch_size": 20}),
         (PackOptions(max_seq_len=64, attention="sdpa"), {"per_device_train_batch_size": packs}),
         (PackOptions(max_seq_len=64, pad_mode="max_length"), {"per_device_train_batch_size": 20}),
-        (PackOptions(max_seq_len=64, pad_mode="dynamic_pad", pad_id=3), {"gradient_accumulation_steps": 20}),
+        (PackOptions(max_seq_len=64, pad_mode="dynamic_pad"), {"gradient_accumulation_steps": 20}),
     ]
     plain = PackOptions(max_seq_len=64, pad_mode="dynamic_pad", fused_loss=False)
     expected = train(make_model(), samples, make_arguments(tmp_path, per_device_train_batch_size=20), plain)
