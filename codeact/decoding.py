@@ -26,8 +26,13 @@ class Sampling:
     top_p: float = 1.0
 
 
-class _GrowingLayer(DynamicLayer):
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """A cache layer that writes a step's token in place; transformers' own copies all tokens at every step."""
+
+    keys: Tensor
+    values: Tensor
+    _key_buffer: Tensor
+    _value_buffer: Tensor
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -79,8 +79,8 @@ def load_problems(dataset: str, data: str | Path | None = None, limit: int | Non
 
     Args:
         dataset: "humaneval" or "mbpp".
-        data: HumanEvalPlus.jsonl or MbppPlus.jsonl of evalplus, or HumanEval.jsonl of OpenAI, plain or gz. By default it is looked
-            for in the folder that CODEACT_EVAL_DATA names, and else got by evalplus (its cache, or its download).
+        data: HumanEvalPlus.jsonl or MbppPlus.jsonl of evalplus, or HumanEval.jsonl of OpenAI, plain or gz. By default
+            it is looked for in the folder that CODEACT_EVAL_DATA names, else evalplus gives it (cache or download).
         limit: only so many, from the first.
 
     Raises:

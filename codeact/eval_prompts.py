@@ -18,7 +18,9 @@ _CLOSING_FENCE = ("\n```",)
 
 # The paper's questions; the answer begins with the opening of a code block, so that its first closing fence ends it.
 _QUESTIONS = {
-    "humaneval": "Please complete the following Python function in a markdown style code block:\n```python\n{prompt}\n```",
+    "humaneval": (
+        "Please complete the following Python function in a markdown style code block:\n```python\n{prompt}\n```"
+    ),
     "mbpp": (
         "Please write the Python function in a markdown style code block that comply with the following instruction."
         "\n{prompt}"

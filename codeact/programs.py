@@ -1,15 +1,14 @@
-"""Run programs on the tests of a problem in the sandbox: the reference once, for what is expected; samples for a verdict."""
+"""Run programs on the tests of a problem: the reference once, for what is expected; samples for a verdict."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from codeact.verdicts import Judge, is_floats, result_form
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-_FORMAT = 1  # of the cached truth; part of its name
+FORMAT = 1
+"""Of the cached truth and of verdicts: both are made anew where it differs."""
+
 _REFERENCE_SECONDS = 60.0
 _REFERENCE_TOTAL = 600.0
 _REFERENCE_BYTES = 1 << 30
@@ -74,20 +75,10 @@ class GroundTruth:
 
     def __init__(self, problems: ProblemSet, sandbox: Sandbox) -> None:
         cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
-        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{_FORMAT}"
-        self._problems = problems
+        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{FORMAT}"
         self._sandbox = sandbox
 
-    def missing(self) -> list[Problem]:
-        """The problems that are not in the cache."""
-        return [problem for problem in self._problems.problems if not self._path(problem).is_file()]
-
-    def compute(self, problem: Problem) -> None:
-        """Run the canonical solution of a problem.
-
-        Raises:
-            InputError: it fails.
-        """
+    def _compute(self, problem: Problem) -> None:
         header, lines = _reference(problem, self._sandbox)
         with (
             atomic_path(self._path(problem)) as temporary,
@@ -98,13 +89,17 @@ class GroundTruth:
                 file.write(line + b"\n")
 
     def tests(self, problem: Problem) -> Tests:
-        """Read the tests of a problem; computed first if need be."""
+        """Return the tests of a problem; the canonical solution is run for them if they are not in the cache.
+
+        Raises:
+            InputError: the canonical solution fails.
+        """
         try:
             with gzip.open(self._path(problem)) as file:
                 first, *expected = file.read().splitlines()
             header = json.loads(first)
         except (OSError, EOFError, ValueError, zlib.error):
-            self.compute(problem)
+            self._compute(problem)
             return self.tests(problem)
         base = problem.base_input if problem.base_input is not None else [decode(wire) for wire in header["inputs"]]
         inputs = [*base, *(problem.plus_input or ())]
@@ -234,21 +229,3 @@ def _verdict(passed: int, failure: tuple[str, str] | None, base: int, plus: bool
         test=None if failure is None else passed,
         message=message,
     )
-
-
-def verdict_key(program: str, tests: Tests, sandbox: Sandbox, base_only: bool) -> str:
-    """Sha256 of everything that decides a verdict."""
-    problem = tests.problem
-    parts = [
-        _FORMAT,
-        program,
-        problem.task_id,
-        problem.reference,
-        problem.test,
-        problem.tolerance,
-        hashlib.sha256(json.dumps(tests.wires).encode()).hexdigest(),
-        asdict(sandbox.limits),
-        sandbox.isolated,
-        base_only,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

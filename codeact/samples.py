@@ -25,8 +25,10 @@ class Sample:
 
 
 def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> list[Sample]:
-    """Read the programs of a file of JSON lines with ``task_id`` and ``solution``, or ``completion`` (what follows the prompt);
-    or of a folder with ``HumanEval_0/0.py``. Rows of tasks that are not in ``problems`` are left out.
+    """Read the programs of a file of JSON lines, or of a folder with files like ``HumanEval_0/0.py``.
+
+    A row has ``task_id``, and ``solution`` or ``completion`` (what follows the prompt). Rows of tasks that are not in
+    ``problems`` are left out.
 
     Raises:
         InputError: the file cannot be read, or a row is no sample; the message names the row.
@@ -44,7 +46,7 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> list[Samp
             raise InputError(f"{place}: no JSON object with task_id and solution; mend or remove it") from None
         if task_id not in problems:
             continue
-        program = solution if solution is not None else None
+        program = solution
         if program is None and isinstance(completion, str):
             program = problems[task_id].prompt + completion
         if not isinstance(program, str):

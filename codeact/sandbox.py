@@ -1,9 +1,9 @@
 """Run untrusted programs, each alone in a sandbox of bubblewrap.
 
 A program gets: its own user, process, network, IPC and host-name namespaces; a read-only file system with the
-interpreter, the system's libraries and NumPy, and nothing of the user's; an empty environment; a private /tmp in memory;
-limits of CPU time, memory, file size, open files and threads; a filter of system calls. It hands results back through
-one pipe, of which so many bytes are read and no more. Killing the sandbox's first process kills everything in it.
+interpreter, the system's libraries and NumPy, and nothing of the user's; an empty environment; a private /tmp in
+memory; limits of CPU time, memory, file size, open files and threads; a filter of system calls. It hands results back
+through one pipe, of which so many bytes are read and no more. Killing bwrap kills everything inside.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _users = itertools.count()
 class Limits:
     """What a program may use. A test may take ``max(min_seconds, factor * seconds of the reference)``.
 
-    ``load_seconds``: until the program is defined; all tests together: ``max(total_seconds, factor * the reference)``. Memory is that of the
-    process, and of its files in /tmp again.
+    ``load_seconds``: until the program is defined. All tests together may take ``max(total_seconds, factor * seconds of
+    the reference)``. Memory is that of the process; its files in /tmp may take ``disk_mb`` more.
     """
 
     min_seconds: float = 1.0
@@ -88,8 +88,8 @@ class Sandbox:
 
     Args:
         limits: what a program may use.
-        unsafe: run without isolation where there is none: with the limits, an empty environment and a temporary folder, and
-            nothing else between the program and the user's files.
+        unsafe: run without isolation where there is none: with the limits, an empty environment and a temporary folder,
+            and nothing else between the program and the user's files.
 
     Raises:
         InputError: bubblewrap is absent or cannot isolate here, and ``unsafe`` is off.
@@ -126,14 +126,22 @@ class Sandbox:
             self._change_user = change_user
             self._command = _bwrap_command(bwrap, self.limits, change_user)
             self.isolated = True
-            rows: list[bytes] = []
-            program = {"program": "def f():\n return 1", "entry_point": "f", "inputs": [[]], "seconds": [5.0]}
-            ended = self.run({**program, "form": "", "timed": False}, 30.0, 30.0, lambda row: rows.append(row) is None)
-            self.isolated = False
-            if rows[:1] == [b'{"value":1}']:
+            if self._works():
                 return None
-            reason = f"bubblewrap cannot isolate here (exit {ended.status}: {self._complaint()})"
+            self.isolated = False
+            reason = f"bubblewrap cannot isolate here ({self._complaint()})"
         return reason
+
+    def _works(self) -> bool:
+        lines: list[bytes] = []
+
+        def keep(line: bytes) -> bool:
+            lines.append(line)
+            return True
+
+        program = {"program": "def f():\n return 1", "entry_point": "f", "inputs": [[]], "seconds": [30.0]}
+        self.run({**program, "form": "", "timed": False}, 30.0, 30.0, keep)
+        return lines[:1] == [b'{"value":1}']
 
     def _complaint(self) -> str:
         """What bwrap says itself about why it does not work."""
@@ -178,7 +186,7 @@ class Sandbox:
             **request,
             "limits": self.limits.resources(total),
             "user": _next_user() if self.isolated and self._change_user else None,
-            "path": ["/packages"] if self.isolated else [],
+            "path": ["/packages"] if self.isolated else sorted({str(place.parent) for place in _package_folders()}),
         }
         if not self.isolated:
             del request["limits"]["RLIMIT_NPROC"]  # it would count everything that the user runs
@@ -220,7 +228,7 @@ class Sandbox:
             status = _end(process)
         return Ended(how=how, status=status if how == "exit" else 0)
 
-    def _read(self, pipe: int, silence: float, consume: Callable[[bytes], bool], most_bytes: int) -> str:
+    def _read(self, pipe: int, silence: float, total: float, consume: Callable[[bytes], bool], most_bytes: int) -> str:
         """Read rows until the pipe closes or something is enough."""
         now = time.monotonic()
         latest = now + self.limits.load_seconds + total + 2 * _GRACE_SECONDS

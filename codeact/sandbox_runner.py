@@ -31,11 +31,11 @@ _FLUSH_SECONDS = 0.02
 _FLUSH_BYTES = 1 << 16
 _PART = 4096
 _LONGEST_LINE = 1 << 24
-_KEYS = type({}.keys())
+_KEYS: type = type({}.keys())
 _BASES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)
 
 
-def encode(value: Any, depth: int = 0) -> Any:
+def encode(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911 - a line for every type
     """Return ``value`` as something that JSON can write. It reads what a container holds, not what its class says."""
     kind = type(value)
     if value is None or kind is bool or kind is str:
@@ -49,7 +49,7 @@ def encode(value: Any, depth: int = 0) -> Any:
     if kind is list:
         return value if _plain_items(value) else [encode(item, depth + 1) for item in value]
     if kind is tuple:
-        return {"tuple": [encode(item, depth + 1) for item in value]}
+        return {"tuple": value if _plain_items(value) else [encode(item, depth + 1) for item in value]}
     if kind is set:
         return {"set": [encode(item, depth + 1) for item in value]}
     if kind is dict:
@@ -61,13 +61,13 @@ def encode(value: Any, depth: int = 0) -> Any:
     return _encode_other(value, kind, depth)
 
 
-def _plain_items(items: list[Any]) -> bool:
-    """Whether JSON can write a list as it is; a long one (there are some of 100,000s) then costs next to nothing."""
+def _plain_items(items: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether JSON can write a list as it is; a long one (there are some of millions) then costs next to nothing."""
     kinds = set(map(type, items))
     if kinds <= {str, bool, type(None)}:
         return True
     if kinds == {int}:
-        return -_EXACT_INT < min(items) and max(items) < _EXACT_INT
+        return bool(min(items) > -_EXACT_INT and max(items) < _EXACT_INT)
     return kinds == {float} and all(map(math.isfinite, items))
 
 
@@ -103,7 +103,7 @@ def _plain(value: Any, base: type) -> Any:
     return base.__float__(value) if base is float else int.__int__(value)
 
 
-def decode(wire: Any) -> Any:
+def decode(wire: Any) -> Any:  # noqa: PLR0911 - a line for every type
     """The inverse of ``encode`` for what `codeact` itself wrote; subclasses come back as their base."""
     if isinstance(wire, list):
         plain = not {list, dict} & set(map(type, wire))
@@ -114,15 +114,17 @@ def decode(wire: Any) -> Any:
     if kind == "dict":
         return {decode(key): decode(item) for key, item in content}
     if kind in ("tuple", "set"):
-        return {"tuple": tuple, "set": set}[kind](decode(item) for item in content)
+        items = map(decode, content)
+        return tuple(items) if kind == "tuple" else set(items)
     if kind == "sub":
         return decode(content[1])
     if kind == "ratio":
         return fractions.Fraction(int(content[0], 16), int(content[1], 16))
     if kind == "complex":
         return complex(decode(content[0]), decode(content[1]))
-    simple = {"int": lambda text: int(text, 16), "float": float, "bytes": bytes.fromhex}
-    return simple[kind](content)
+    if kind == "int":
+        return int(content, 16)
+    return {"float": float, "bytes": bytes.fromhex}[kind](content)
 
 
 # ------------------------------------------------------------------------------------------------------ in the sandbox
@@ -160,7 +162,8 @@ class _Results:
 
     def add_value(self, value: Any) -> None:
         """Write a result; of a very long one only its digest, which nobody can know without having the result."""
-        pieces, size, digest = [], 0, None
+        pieces: list[bytes] = []
+        size, digest = 0, None
         for piece in _json_pieces(value):
             size += len(piece)
             if digest is not None:

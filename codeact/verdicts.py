@@ -75,7 +75,7 @@ class Judge:
     def _passes(self, arguments: Sequence[Any], wire: Any, expected: Any, tolerance: float) -> bool:
         name = self._problem.entry_point if self._problem.dataset == "mbpp" else ""
         if self._special:
-            return abs(_polynomial(*arguments, _real(wire))) <= tolerance
+            return abs(_polynomial(arguments[0], _real(wire))) <= tolerance
         exact = equal(wire, expected)
         if name == "are_equivalent":
             exact = True
@@ -83,7 +83,7 @@ class Judge:
             exact = exact or _is_number(wire, 0)
         elif name == "surface_Area":
             # (base_edge, height) with the height from the base's centre, where the reference takes the slant height
-            exact = exact or abs(_real(wire) - _pyramid(*arguments)) <= tolerance
+            exact = exact or bool(abs(_real(wire) - _pyramid(*arguments)) <= tolerance)
         elif name == "digit_distance_nums":
             exact = exact or _is_number(wire, _digit_distance(*arguments))
         if exact or tolerance == 0:
@@ -91,7 +91,7 @@ class Judge:
         return _same_type(wire, expected) and _close(wire, expected, tolerance)
 
 
-def equal(wire: Any, expected: Any) -> bool:
+def equal(wire: Any, expected: Any) -> bool:  # noqa: PLR0911 - a line for every type
     """What ``result == expected`` says in Python for the built-in types; ``expected`` is a value, ``wire`` is not."""
     wire = _without_subclass(wire)
     if expected is None or isinstance(expected, str):
@@ -179,7 +179,7 @@ def _same_type(wire: Any, expected: Any) -> bool:
     """Whether the result is of exactly the expected type, no subclass."""
     if isinstance(wire, dict):
         ((kind, _),) = wire.items()
-        return kind == type(expected).__name__
+        return bool(kind == type(expected).__name__)
     return type(wire) is type(expected)
 
 
