@@ -140,7 +140,7 @@ def evaluate(
     *,
     parallel: int | None = None,
     base_only: bool = False,
-    progress: Callable[[str, int], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Judge every sample.
 
@@ -151,7 +151,7 @@ def evaluate(
         results: JSON lines of verdicts, each under a key of all that decides it: a rerun takes from it what fits.
         parallel: programs at a time; default: half the processors.
         base_only: leave out the plus tests.
-        progress: called with "reference" or "sample" and a count.
+        progress: called with the number of samples of each step.
 
     Raises:
         InputError: a canonical solution cannot be run, or a file not written.
@@ -162,7 +162,7 @@ def evaluate(
     for sample in samples:
         groups[sample.task_id].append(sample)
     with SampleLog(results) as log:
-        run = _Run(problems, sandbox, base_only, log, progress or (lambda what, count: None))
+        run = _Run(problems, sandbox, base_only, log, progress or (lambda count: None))
         with ThreadPoolExecutor(parallel) as pool:
             # What a task expects can be 100 MB: its samples are judged by one thread, one after the other.
             list(pool.map(run.judge, problems.problems, groups.values()))
@@ -188,7 +188,7 @@ class _Run:
         sandbox: Sandbox,
         base_only: bool,
         log: SampleLog,
-        progress: Callable[[str, int], object],
+        progress: Callable[[int], object],
     ) -> None:
         self._truth = GroundTruth(problems, sandbox)
         self._sandbox = sandbox
@@ -210,6 +210,7 @@ class _Run:
         new = {self.key(sample): sample for sample in samples if self.key(sample) not in self.verdicts}
         with self._lock:
             self.reused += len(samples) - len(new)
+            self._progress(len(samples) - len(new))
         if not new:
             return
         tests = self._truth.tests(problem)
@@ -219,7 +220,7 @@ class _Run:
                 self._late.append((problem, sample))
             else:
                 self._note(sample, verdict)
-            self._progress("sample", 1)
+            self._progress(1)
 
     def retry(self) -> None:
         """Run what timed out once more, alone: a busy machine is no fault of the program."""

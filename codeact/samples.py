@@ -21,7 +21,6 @@ class Sample:
     task_id: str
     solution: str
     place: str
-    row: Mapping[str, Any]
 
 
 def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> list[Sample]:
@@ -37,30 +36,42 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> list[Samp
     if path.is_dir():
         return _read_folder(path, problems)
     samples = []
-    for number, line in enumerate(_lines(path), 1):
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            task_id, solution, completion = row["task_id"], row.get("solution"), row.get("completion")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{place}: no JSON object with task_id and solution; mend or remove it") from None
+    for number, row in enumerate(read_rows(path), 1):
+        place = f"{path}, sample {number}"
+        task_id, program, completion = row["task_id"], row.get("solution"), row.get("completion")
         if task_id not in problems:
             continue
-        program = solution
         if program is None and isinstance(completion, str):
             program = problems[task_id].prompt + completion
         if not isinstance(program, str):
             raise InputError(f"{place}: {task_id} has neither a text solution nor a text completion")
-        samples.append(Sample(task_id=task_id, solution=program, place=place, row=row))
+        samples.append(Sample(task_id=task_id, solution=program, place=place))
     return samples
 
 
-def _lines(path: Path) -> list[str]:
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read JSON lines of samples as they are.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no sample.
+    """
+    path = Path(path)
+    rows = []
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}; give a file of codeact generate") from None
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not (isinstance(row, dict) and isinstance(row.get("task_id"), str)):
+                        raise InputError(f"{path}, line {number}: no JSON object with a task_id; mend or remove it")
+                    rows.append(row)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give a file of codeact generate") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no UTF-8 text; give a file of codeact generate") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: no JSON ({error.msg}); mend or remove it") from None
+    return rows
 
 
 def _read_folder(folder: Path, problems: Mapping[str, Problem]) -> list[Sample]:
@@ -69,7 +80,7 @@ def _read_folder(folder: Path, problems: Mapping[str, Problem]) -> list[Sample]:
         task_id = path.parent.name.replace("_", "/")
         if task_id in problems:
             text = path.read_text(encoding="utf-8", errors="replace")
-            samples.append(Sample(task_id=task_id, solution=text, place=str(path), row={"task_id": task_id}))
+            samples.append(Sample(task_id=task_id, solution=text, place=str(path)))
     return samples
 
 

@@ -124,7 +124,11 @@ def decode(wire: Any) -> Any:  # noqa: PLR0911 - a line for every type
         return complex(decode(content[0]), decode(content[1]))
     if kind == "int":
         return int(content, 16)
-    return {"float": float, "bytes": bytes.fromhex}[kind](content)
+    if kind == "float":
+        return float(content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    raise ValueError(f"{kind} is no form of a value")
 
 
 # ------------------------------------------------------------------------------------------------------ in the sandbox
