@@ -53,7 +53,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tests:
+class TaskTests:
     """The tests of a problem with what is expected of each.
 
     ``base``: how many are base tests; they are the first. ``inputs``: arguments; ``wires``: the same as they enter the
@@ -88,7 +88,7 @@ class GroundTruth:
             for line in (json.dumps(header).encode(), *lines):
                 file.write(line + b"\n")
 
-    def tests(self, problem: Problem) -> Tests:
+    def tests(self, problem: Problem) -> TaskTests:
         """Return the tests of a problem; the canonical solution is run for them if they are not in the cache.
 
         Raises:
@@ -103,7 +103,7 @@ class GroundTruth:
             return self.tests(problem)
         base = problem.base_input if problem.base_input is not None else [decode(wire) for wire in header["inputs"]]
         inputs = [*base, *(problem.plus_input or ())]
-        return Tests(
+        return TaskTests(
             problem=problem,
             base=len(base),
             inputs=inputs,
@@ -164,7 +164,7 @@ def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list
     return header, expected
 
 
-def judge_program(program: str, tests: Tests, sandbox: Sandbox, base_only: bool = False) -> Verdict:
+def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: bool = False) -> Verdict:
     """Run a program on the tests of its problem; the first failure ends it."""
     problem, limits = tests.problem, sandbox.limits
     plus = problem.plus_input is not None and not base_only

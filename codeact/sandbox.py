@@ -185,7 +185,7 @@ class Sandbox:
             "load_seconds": self.limits.load_seconds,
             **request,
             "limits": self.limits.resources(total),
-            "user": _next_user() if self.isolated and self._change_user else None,
+            "user": next_user() if self.isolated and self._change_user else None,
             "path": ["/packages"] if self.isolated else sorted({str(place.parent) for place in _package_folders()}),
         }
         if not self.isolated:
@@ -289,7 +289,7 @@ def _memory_file(content: bytes) -> int:
     return descriptor
 
 
-def _next_user() -> int:
+def next_user() -> int:
     """A user id that nothing else has: the kernel counts processes by user."""
     return 0x7000_0000 + (os.getpid() % 0x8000) * 0x1000 + next(_users) % 0x1000
 
