@@ -20,6 +20,7 @@ _RELATIVE = 1e-7
 _FLOAT_TOLERANCE = 1e-6
 _LONGEST_RATIO = 1000  # digits: reducing a fraction takes time that grows with their square
 
+_NUMBERS = {"int", "float", "complex", "ratio"}
 _JSON_TYPES = {type(None), bool, int, float, str}
 
 # The tests of these compare otherwise, as in evalplus: the order of a result does not count, ...
@@ -102,6 +103,8 @@ def equal(wire: Any, expected: Any) -> bool:  # noqa: PLR0911 - a line for every
         if set(map(type, expected)) <= _JSON_TYPES and wire == expected:
             return True  # by far the quickest way through a long list
         return isinstance(wire, list) and _all_equal(wire, expected)
+    if not isinstance(wire, dict):
+        return False
     ((kind, content),) = wire.items()
     if isinstance(expected, bytes):
         return bool(kind == "bytes" and content == expected.hex())
@@ -156,7 +159,7 @@ def _number(wire: Any) -> Any:
 
 def _is_number(wire: Any, expected: Any) -> bool:
     wire = _without_subclass(wire)
-    if wire is None or isinstance(wire, (str, list)):
+    if not isinstance(wire, (bool, int, float, dict)) or (isinstance(wire, dict) and not wire.keys() <= _NUMBERS):
         return False
     return bool(_number(wire) == expected)
 

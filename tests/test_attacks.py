@@ -230,5 +230,5 @@ def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
 
 def test_without_isolation_nothing_is_run(monkeypatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(InputError, match="refusing .* bubblewrap .* --unsafe-no-sandbox"):
+    with pytest.raises(InputError, match=r"refusing .* bubblewrap .* --unsafe-no-sandbox"):
         Sandbox(LIMITS)
