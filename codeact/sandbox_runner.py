@@ -228,7 +228,8 @@ def _run(request: dict[str, Any], results: _Results) -> None:
     scope: dict[str, Any] = {"__name__": "__codeact__", "__builtins__": __builtins__}
     try:
         signal.setitimer(signal.ITIMER_REAL, request["load_seconds"])
-        exec(compile(request["program"], "<program>", "exec"), scope)
+        # Else the program would inherit the import of annotations from __future__ above.
+        exec(compile(request["program"], "<program>", "exec", dont_inherit=True), scope)
         signal.setitimer(signal.ITIMER_REAL, 0)
         function = scope[request["entry_point"]]
     except BaseException as error:
@@ -262,7 +263,7 @@ def _record(request: dict[str, Any], scope: dict[str, Any], function: Any, resul
         return function(*arguments)
 
     try:
-        exec(compile(request["check"], "<check>", "exec"), scope)
+        exec(compile(request["check"], "<check>", "exec", dont_inherit=True), scope)
         scope["check"](recorder)
     except BaseException as error:
         results.add({"load": _kind(error), "message": _describe(error)})
