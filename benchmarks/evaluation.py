@@ -230,7 +230,7 @@ def main() -> None:
         result = figures["generation"] = measure_generation(tasks, tokens)
         print(
             f"{tasks} HumanEval tasks, SmolLM2-135M-Instruct, {result['dtype']}: one at a time "
-            f"{result['one_at_a_time']:.1f} s, one batch {result['batched']:.1f} s ({result['speed_up']:.2f}x tasks/s)\n"
+            f"{result['one_at_a_time']:.1f} s, one batch {result['batched']:.1f} s ({result['speed_up']:.2f}x)\n"
         )
     if "batches" in parts:
         result = figures["batches"] = measure_agreement_of_batches(tasks, tokens)
@@ -263,8 +263,8 @@ def main() -> None:
 
 def _print(what: str, result: dict[str, Any], parallel: int) -> None:
     print(
-        f"{result['samples']} {what}: {result['passed']} different ones pass; codeact {result['seconds']:.1f} s, evalplus "
-        f"{result['evalplus_seconds']:.1f} s, {parallel} at a time; {len(result['differences'])} verdicts differ\n"
+        f"{result['samples']} {what}: {result['passed']} different ones pass; codeact {result['seconds']:.1f} s, "
+        f"evalplus {result['evalplus_seconds']:.1f} s, {parallel} at a time; {len(result['differences'])} verdicts differ\n"
     )
     for item in result["differences"]:
         print(
