@@ -263,8 +263,9 @@ def main() -> None:
 
 def _print(what: str, result: dict[str, Any], parallel: int) -> None:
     print(
-        f"{result['samples']} {what}: {result['passed']} different ones pass; codeact {result['seconds']:.1f} s, "
-        f"evalplus {result['evalplus_seconds']:.1f} s, {parallel} at a time; {len(result['differences'])} verdicts differ\n"
+        f"{result['samples']} {what}: {result['passed']} of them pass; codeact {result['seconds']:.1f} s, "
+        f"evalplus {result['evalplus_seconds']:.1f} s, {parallel} at a time; {len(result['differences'])} verdicts "
+        "differ\n"
     )
     for item in result["differences"]:
         print(

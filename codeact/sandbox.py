@@ -33,6 +33,7 @@ from codeact.seccomp import seccomp_filter
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 _GRACE_SECONDS = 1.0
 _PIPE_BYTES = 1 << 20
+_LONGEST_LINE = 1 << 25  # twice what the runner writes before it turns to digests
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "PATH": "/nowhere",
@@ -221,11 +222,12 @@ class Sandbox:
         finally:
             for descriptor in open_here:
                 os.close(descriptor)
+        how = ""
         try:
             how = self._read(reading, silence, total, consume, most_bytes)
         finally:
             os.close(reading)
-            status = _end(process)
+            status = _end(process, patient=how == "exit")
         return Ended(how=how, status=status if how == "exit" else 0)
 
     def _read(self, pipe: int, silence: float, total: float, consume: Callable[[bytes], bool], most_bytes: int) -> str:
@@ -234,15 +236,17 @@ class Sandbox:
         latest = now + self.limits.load_seconds + total + 2 * _GRACE_SECONDS
         deadline = min(latest, now + self.limits.load_seconds + silence + _GRACE_SECONDS)
         lines = _Lines()
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
         while True:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
                 return "time"
             data = os.read(pipe, _PIPE_BYTES)
             if not data:
                 return "exit"
             complete = lines.add(data)
-            if lines.total > most_bytes:
+            if lines.total > most_bytes or lines.begun > _LONGEST_LINE:
                 return "flood"
             for line in complete:
                 if not consume(line):
@@ -255,7 +259,7 @@ class _Lines:
     """Cuts what a pipe gives into lines, in time linear in its length whatever it is."""
 
     def __init__(self) -> None:
-        self.total = 0
+        self.total = self.begun = 0
         self._begun: list[bytes] = []
 
     def add(self, data: bytes) -> list[bytes]:
@@ -263,17 +267,20 @@ class _Lines:
         self.total += len(data)
         first, *others = data.split(b"\n")
         self._begun.append(first)
+        self.begun += len(first)
         if not others:
             return []
         complete = [b"".join(self._begun), *others[:-1]]
         self._begun = [others[-1]]
+        self.begun = len(others[-1])
         return complete
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """Give a program that closed its pipe a moment to exit, then kill all of it; returns its exit code."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_GRACE_SECONDS / 2)
+def _end(process: subprocess.Popen[bytes], patient: bool) -> int:
+    """Kill all of a program (one that closed its pipe gets a moment to exit by itself); returns its exit code."""
+    if patient:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE_SECONDS / 2)
     # In the sandbox the death of bwrap is that of everything inside; without one this reaches the process group.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

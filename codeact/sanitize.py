@@ -21,6 +21,7 @@ _TRIPLE_END = {quotes: re.compile(r"(?:\\.|[^\\])*?" + quotes, re.DOTALL) for qu
 _NEVER_IN_BRACKETS = re.compile(r"(def|class|async def|@\w|```)")
 _CONTINUES = re.compile(r"(else|elif|except|finally)\b")
 _SPARE = 20  # how often the text may be scanned or parsed again because something in it is broken
+_SHORT = 40  # lines that are looked at together after that
 _CUTS = 30
 
 
@@ -168,7 +169,8 @@ class _Source:
         """Return the line after the statement that begins in ``first``, its block included; ``first`` if none does."""
         end = self._logical_end(first)
         decorated = self._lines[first].startswith("@")
-        while first < end < len(self._lines):
+        last = len(self._lines) if self._spare > 0 else min(first + _SHORT, len(self._lines))
+        while first < end < last:
             line = self._lines[end]
             inside = not line.strip() or line[0].isspace() or line[0] == "#"
             if not (inside or decorated or _CONTINUES.match(line)):
@@ -186,7 +188,7 @@ class _Source:
         """Return the line after the logical line that begins in ``first``; ``first`` itself if it never ends well."""
         position, depth, line = self._starts[first], 0, first
         # What is broken again and again is looked at less far.
-        limit = len(self._text) if self._spare > 0 else self._starts[min(first + 20, len(self._lines))]
+        limit = len(self._text) if self._spare > 0 else self._starts[min(first + _SHORT, len(self._lines))]
         while (match := _TOKEN.search(self._text, position, limit)) is not None:
             position, kind = match.end(), match.lastgroup
             if kind == "triple":

@@ -18,6 +18,7 @@ from codeact.sandbox_runner import decode
 
 _RELATIVE = 1e-7
 _FLOAT_TOLERANCE = 1e-6
+_SPARE_BYTES = 1 << 16
 _LONGEST_RATIO = 1000  # digits: reducing a fraction takes time that grows with their square
 
 _NUMBERS = {"int", "float", "complex", "ratio"}
@@ -63,6 +64,8 @@ class Judge:
         """
         if line == expected and b'"nan"' not in expected and not self._special:
             return True
+        if len(line) > _SPARE_BYTES + 8 * len(expected):
+            return False  # no right result is so much longer, and reading it would cost memory
         try:
             wire, wanted = json.loads(line)["value"], decode(json.loads(expected)["value"])
             return self._passes(arguments, wire, wanted, self._problem.tolerance or (_FLOAT_TOLERANCE * after_floats))

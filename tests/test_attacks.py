@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,12 +95,18 @@ def host(tmp_path_factory: pytest.TempPathFactory):
     place.close()
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
-    try:
-        return Sandbox(LIMITS)
-    except InputError as error:
-        pytest.skip(str(error))
+@pytest.fixture(scope="module", params=["as it comes", "user namespace"])
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    """What this machine gives; and, where that is root's way, also the one of everybody else."""
+    if request.param != "as it comes" and os.geteuid() != 0:
+        pytest.skip("that is the way it comes")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "as it comes":
+            patch.setattr("os.geteuid", lambda: 1000)
+        try:
+            return Sandbox(LIMITS)
+        except InputError as error:
+            pytest.skip(str(error))
 
 
 class Witness:
@@ -163,14 +171,15 @@ def test_nothing_is_left_running(outcomes) -> None:
     assert not left
 
 
+@pytest.mark.parametrize("name", ["loop", "stop the alarm", "stuck in C", "hang while it is read", "sleep"])
+def test_what_takes_too_long_is_a_time_out(name: str, outcomes) -> None:
+    assert outcomes[name][0].base == "time"
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("memory", "memory"),
-        ("loop", "time"),
-        ("stop the alarm", "time"),
-        ("stuck in C", "time"),
-        ("hang while it is read", "time"),
         ("no syntax", "syntax"),
         ("os._exit", "crash"),
         ("read address 0", "crash"),
@@ -180,8 +189,11 @@ def test_nothing_is_left_running(outcomes) -> None:
         ("flood the results", "crash"),
     ],
 )
-def test_the_kind_of_failure_is_told(name: str, kind: str, outcomes) -> None:
-    assert outcomes[name][0].base == kind
+def test_the_kind_of_failure_is_told(name: str, kind: str, sandbox: Sandbox) -> None:
+    patient = copy.copy(sandbox)  # on a busy machine half a second can be too short to fill the memory
+    patient.limits = replace(LIMITS, min_seconds=30.0)
+    program = attacks.programs(folder="", secret="", port=0, victim=0, home="")[name]
+    assert judge_program(program, simple_tests(), patient).base == kind
 
 
 def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> None:
