@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench models format clean
+.PHONY: help demo test check bench models sandbox format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select and train on embedded models and data (about 6 minutes on 2 cores)"
@@ -28,10 +28,16 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 models: $(BIN)/codeact
 	@$(BIN)/python -m codeact.embedded >/dev/null
 
-demo: models
+# What isolates generated programs; where it cannot be had, their tests are skipped and the demo leaves them out.
+sandbox:
+	@command -v bwrap >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  { apt-get install -qq -y bubblewrap || { apt-get update -qq && apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; } || \
+	  echo "codeact: no bubblewrap: generated programs will not be run (Debian, Ubuntu: apt-get install bubblewrap)"
+
+demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
-test: models
+test: models sandbox
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(BIN)/codeact
@@ -43,7 +49,7 @@ check: $(BIN)/codeact
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-bench: models
+bench: models sandbox
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
 

