@@ -38,9 +38,10 @@ def generate_samples(
 ) -> str:
     """Generate what is missing in ``output``; returns a line about it."""
     from codeact.backends import load_generator
+    from codeact.models import quiet_transformers
 
     problems = load_problems(dataset, data, limit)
-    _quiet_transformers()
+    quiet_transformers()
     generator = load_generator(model, adapter, backend, dtype, device)
     begin, tokens = time.perf_counter(), 0
     with _Bar(len(problems.problems) * settings.samples, "samples") as step:
@@ -143,6 +144,7 @@ def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = Non
     """
     from codeact import embedded
     from codeact.backends import load_generator
+    from codeact.models import quiet_transformers
 
     try:
         sandbox = Sandbox(Limits())
@@ -153,7 +155,7 @@ def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = Non
     problems = replace(everything, problems=chosen)
     raw = output / f"humaneval-{name}.jsonl"
     begin = time.perf_counter()
-    _quiet_transformers()
+    quiet_transformers()
     generator = load_generator(model, adapter, dtype="float32")
     generate(problems, generator, raw, GenerationSettings(template="chat", max_new_tokens=128), overwrite=True)
     cleaned, _, _ = sanitize_file(raw)
@@ -163,14 +165,6 @@ def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = Non
     numbers = ", ".join(task_id.split("/")[1] for task_id in passed) or "none"
     text = f"{len(passed)} of {len(chosen)} easy tasks solved ({numbers})"
     return [(f"HumanEval {name}", f"{text}, {time.perf_counter() - begin:.0f} s")]
-
-
-def _quiet_transformers() -> None:
-    """Its own bars and notices would break into ours."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 class _Bar:

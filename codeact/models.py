@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from codeact.errors import InputError
 from codeact.varlen import PackedBatch, isolating_attention
+
+
+def quiet_transformers() -> None:
+    """Keep the bars and notices of transformers, and warnings of peft's use of it, out of a command's own output."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_causal_lm(

@@ -151,7 +151,7 @@ def score(
     """
     from codeact.devices import resolve_device, resolve_dtype
     from codeact.ifd import IfdScorer
-    from codeact.models import load_causal_lm, model_fingerprint
+    from codeact.models import load_causal_lm, model_fingerprint, quiet_transformers
     from codeact.scores import ScoreFolder
 
     records = data.open()
@@ -159,7 +159,7 @@ def score(
         for row in records:
             if isinstance(row, BadRow):
                 raise InputError(f"{row.message} ({row.reason}); mend it, or leave out --strict to go on without it")
-    _quiet_transformers()
+    quiet_transformers()
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     model, tokenizer = load_causal_lm(settings.model, device, dtype)
@@ -197,6 +197,7 @@ def embed(data: DataSettings, settings: EmbedSettings, output: str | Path) -> No
     """Embed the questions of a data set into ``output`` (.npy); done already for this data and model: nothing to do."""
     from codeact.devices import resolve_device, resolve_dtype
     from codeact.embedding import embed_records, embedder_fingerprint, read_embeddings
+    from codeact.models import quiet_transformers
 
     records = data.open()
     dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
@@ -209,7 +210,7 @@ def embed(data: DataSettings, settings: EmbedSettings, output: str | Path) -> No
         if known and (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == wanted:
             _say(f"{output} is up to date: {known.rows:,} embeddings")
             return
-    _quiet_transformers()
+    quiet_transformers()
     remove_leftovers(Path(output).parent)
     done = embed_records(
         records,
@@ -465,14 +466,6 @@ def _batch_padding(table: pa.Table, batch: int) -> float:
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-def _quiet_transformers() -> None:
-    """Its own bars and notices would break into ours."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from codeact.cost import CostMonitor
 from codeact.cost_records import aligned
 from codeact.devices import resolve_dtype
 from codeact.errors import InputError
-from codeact.models import load_causal_lm, load_tokenizer
+from codeact.models import load_causal_lm, load_tokenizer, quiet_transformers
 from codeact.pack_dataset import IGNORE
 from codeact.records import Columns, RecordSet, open_records
 from codeact.trainer import PackTrainer
@@ -92,7 +91,7 @@ def run(settings: TrainSettings) -> TrainResult:
         InputError: data, model or settings do not fit together, or ``output_dir`` holds a run with other settings.
     """
     arguments = settings.trainer
-    _quiet_transformers()
+    quiet_transformers()
     set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
     tokenizer = load_tokenizer(settings.model.model_name_or_path or "")
     data = _Data.read(settings, tokenizer)
@@ -487,10 +486,3 @@ def _log_line(logs: dict[str, Any], state: Any) -> str:
 def _say(arguments: TrainerArguments, text: str) -> None:
     if arguments.process_index == 0:
         print(text, flush=True)
-
-
-def _quiet_transformers() -> None:
-    """Its own bars and notices would break into ours."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of peft's use of it
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
