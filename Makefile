@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: help demo test check bench models sandbox format clean
 
 help:
-	@echo "make demo    score, embed, cluster, select and train on embedded models and data (about 6 minutes on 2 cores)"
+	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
 	@echo "make test    all tests"
 	@echo "make check   lint, types, format, sanitizers over the C++"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
