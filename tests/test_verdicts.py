@@ -51,7 +51,13 @@ def through_json(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """As ``==``, but a nan is a nan."""
+    """As ``==``, but a nan is a nan, and a set has no order."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return repr(one) == repr(other) or one == other
 
 
