@@ -18,10 +18,10 @@ from codeact.report_plots import Plot
 from codeact.report_rows import Example
 from codeact.report_svg import page_style
 from codeact.report_tables import Table
-from codeact.report_text import counted, percent, visible
+from codeact.report_text import counted, moved, percent, title, visible
 
 _TEXT = 4_000  # characters of a turn that the page shows
-_FOLDED = (16, 900)  # lines or characters from which on a turn is folded
+_FOLDED = (13, 800)  # lines or characters from which on a turn is folded
 _FOLDED_HEAD = 90  # characters of a folded turn that are seen
 
 
@@ -193,18 +193,14 @@ def _sentence(run: Run) -> str:
     total, kept, padding, passed = _rows_in(run), _kept_rows(run), _padding(run), _pass_at_1(run)
     parts = []
     if total is not None:
-        text = f"Of {counted(total, 'row')}"
-        text += " all were scored" if kept is None else f" {kept:,} were kept ({percent(kept / max(1, total))})"
-        parts.append(text)
+        rows = counted(total, "row")
+        parts.append(f"{rows} read" if kept is None else f"{kept:,} of {rows} kept ({percent(kept / max(1, total))})")
     if padding is not None:
-        parts.append(
-            f"{percent(padding[1])} of the computed tokens are padding, where padded batches would have "
-            f"{percent(padding[0])}"
-        )
+        parts.append(f"{percent(padding[1])} padding where padded batches compute {percent(padding[0])}")
     if passed is not None:
         name, plus, before, after = passed
-        parts.append(f"pass@1 on {name}{plus} went from {percent(before)} to {percent(after)}")
-    return "; ".join(parts) + "." if parts else "No stage has run yet."
+        parts.append(f"pass@1 on {title(name)}{plus} {moved(before, after)} {percent(before)} to {percent(after)}")
+    return ", ".join(parts) + "." if parts else "No stage has run yet."
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -216,10 +212,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if total is not None and kept is not None:
         tiles.append(("rows kept", f"{kept:,}", percent(kept / max(1, total))))
     if padding is not None:
-        tiles.append(("padding", percent(padding[1]), f"not {percent(padding[0])}"))
+        tiles.append(("padding", percent(padding[1]), f"{percent(padding[0])} if padded"))
     if passed is not None:
         name, plus, before, after = passed
-        tiles.append((f"pass@1, {name}{plus}", percent(after), f"{percent(before)} before"))
+        tiles.append((f"pass@1, {title(name)}{plus}", percent(after), f"{percent(before)} before"))
     return tiles
 
 

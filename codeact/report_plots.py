@@ -40,7 +40,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     if not len(ifd):
         return None
     edges = _edges(ifd)
-    figure = new_figure(2.7)
+    figure = new_figure(2.6)
     axes = figure.subplots()
     _histogram(axes, ifd, None if rows.chosen is None else rows.chosen[scored], edges)
     axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
@@ -49,13 +49,14 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     hard = ifd >= 1
     low, middle, high = np.percentile(ifd, [25, 50, 75])
     text = (
-        f"{percent(hard.mean())} of the {counted(len(ifd), 'scored row')} have an IFD of 1 or more (right of the "
-        f"dashed line): their question does not help the model to the answer. Half of all lie between {low:.2f} and "
-        f"{high:.2f}, the median is {middle:.2f}"
+        f"{percent(hard.mean()) if hard.any() else 'None'} of the {counted(len(ifd), 'scored row')} "
+        f"{'have' if hard.any() else 'has'} an IFD of 1 or more (right of the dashed line), where the question does not "
+        f"help the model to the answer. Half of the rows lie between {low:.2f} and {high:.2f}, the median is {middle:.2f}"
     )
     if rows.chosen is not None and (taken := rows.chosen[scored]).any():
-        text += f"; the chosen rows' median is {np.median(ifd[taken]):.2f}"
-        text += f", {counted(int((hard & taken).sum()), 'row')} of IFD 1 or more among them"
+        easier = float((ifd[~taken] < np.median(ifd[taken])).mean()) if not taken.all() else 0.0
+        text += f". The chosen rows' median is {np.median(ifd[taken]):.2f}, harder than {percent(easier)} of the others"
+        text += f"; {counted(int((hard & taken).sum()), 'chosen row')} of IFD 1 or more" if (hard & taken).any() else ""
     text += "." + _beyond(ifd, edges)
     return Plot(name="ifd", svg=inline_svg(figure, "ifd", "Histogram of IFD"), caption=text)
 
@@ -85,7 +86,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
             taken,
             transform=axes.get_yaxis_transform(),
             color=COLOURS["muted"],
-            size=8.5,
+            size=9,
         )
     axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(np.arange(len(shown)) + 0.28, [str(label) for label in shown[::-1]])
@@ -95,7 +96,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylabel("cluster")
     axes.set_xlabel("IFD (ratio of perplexities, no unit)")
-    axes.set_title("chosen of rows", loc="right", size=8.5, weight="normal", color=COLOURS["muted"])
+    axes.set_title("chosen of rows", loc="right", size=9, weight="normal", color=COLOURS["muted"])
     easiest, hardest = min(medians, key=lambda k: medians[k]), max(medians, key=lambda k: medians[k])
     shares = [chosen[cluster == label].mean() for label in labels]
     text = (
@@ -115,9 +116,11 @@ def losses(rows: Rows) -> Plot | None:
     if not len(usable):
         return None
     drawn = sample(usable, DRAWN)
-    top = _round_up(max(np.quantile(x[usable], _SEEN), np.quantile(y[usable], _SEEN)) * 1.03)
+    highest = max(np.quantile(x[usable], _SEEN), np.quantile(y[usable], _SEEN)) * 1.02
+    step = _round_up(highest / 10)
+    top = math.ceil(highest / step) * step
     inside = drawn[(x[drawn] <= top) & (y[drawn] <= top)]
-    figure = new_figure(4.1)
+    figure = new_figure(4.2)
     axes = figure.subplots()
     axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
     taken = np.zeros(len(inside), np.bool_) if rows.chosen is None else rows.chosen[inside]
@@ -128,17 +131,17 @@ def losses(rows: Rows) -> Plot | None:
     axes.set_ylim(0, top)
     axes.set_aspect("equal")
     axes.set_xlabel("mean loss of the answer alone (nats per token)")
-    axes.set_ylabel("… with its question (nats per token)")
+    axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
-        "IFD = 1", (top, top), xytext=(-6, -13), textcoords="offset points", ha="right", rotation=45,
-        rotation_mode="anchor", color=COLOURS["muted"], size=8.5,
+        "IFD = 1", (top, top), xytext=(-12, -2), textcoords="offset points", ha="right", rotation=45,
+        rotation_mode="anchor", color=COLOURS["muted"], size=9,
     )  # fmt: skip
     _legend(axes, markers=True)
     gain = x[usable] - y[usable]
     text = (
         f"The question takes {np.median(gain):.2f} nats per token off the answer's loss in the median: "
         f"{percent((gain > 0).mean())} of the rows lie below the dashed line, where it helps. The farther below, the "
-        "easier the row (the smaller its IFD)."
+        "smaller the IFD."
     )
     if len(inside) < len(usable):
         text += f" Drawn are {counted(len(inside), 'row')} of {len(usable):,}"
@@ -151,7 +154,7 @@ def losses(rows: Rows) -> Plot | None:
 
 def cluster_map(rows: Rows, found: Map) -> Plot:
     """The questions on a plane, coloured by cluster, the chosen ones marked."""
-    figure = new_figure(4.4)
+    figure = new_figure(4.3)
     axes = figure.subplots()
     nothing = np.full(len(found.rows), -1, np.int32)
     cluster = nothing if rows.cluster is None else rows.cluster[found.rows]
@@ -165,10 +168,10 @@ def cluster_map(rows: Rows, found: Map) -> Plot:
             x, y = found.xy[(cluster == label) & (chosen == mark)].T
             if len(x):
                 edge = COLOURS["ink"] if mark else "none"
-                width = (3.2 if many else 4.8) if mark else (2.0 if many else 3.2)
+                width = (3.4 if many else 6.5) if mark else (2.2 if many else 4.5)
                 axes.plot(
                     x, y, linestyle="none", marker=shape, markersize=width, markerfacecolor=COLOURS[colour],
-                    markeredgecolor=edge, markeredgewidth=0.6, alpha=0.95 if mark else 0.55, zorder=2 + mark,
+                    markeredgecolor=edge, markeredgewidth=0.6, alpha=1.0 if mark else 0.55, zorder=2 + mark,
                 )  # fmt: skip
     axes.set_aspect("equal")
     axes.margins(0.04)
@@ -210,7 +213,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         edges = np.unique(np.geomspace(low, high * 1.0001, bins + 1))
     else:
         edges = _edges(tokens, whole=True)
-    figure = new_figure(2.7)
+    figure = new_figure(2.6)
     axes = figure.subplots()
     chosen = None if rows.chosen is None else rows.chosen[usable]
     _histogram(axes, tokens, chosen, edges)

@@ -25,7 +25,7 @@ DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
 
 _FITTED = 20_000  # vectors that the axes of the map are found from
-_SHOWN = 4  # examples of each kind
+_SHOWN = 3  # examples of each kind
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 

@@ -13,7 +13,7 @@ from codeact.programs import KINDS
 from codeact.report_data import Evaluations, PackFigures, Training
 from codeact.report_plots import Plot
 from codeact.report_svg import COLOURS, classed, inline_svg, new_figure
-from codeact.report_text import counted, percent, short
+from codeact.report_text import counted, moved, percent, short, signed, title
 
 _POINTS = 400  # of a line: more are averaged
 _SHADES = 6  # colours ``s0`` to ``s5``
@@ -49,10 +49,11 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
         axes.tick_params(axis="x", labelbottom=axes is panels[-1])
     panels[-1].set_xlabel("position in the row (tokens)")
     text = (
-        f"The same {counted(len(drawn), 'sample')} ({drawn.sum():,} tokens) in each panel; area is compute. Blue blocks "
-        f"are samples, the darker the longer; orange is padding, computed and thrown away. Padding each to "
-        f"{figures.capacity:,} tokens wastes {percent(shares[0])}, to the longest of {figures.batch_size} "
-        f"{percent(shares[1])}, packing {percent(shares[2])}: {rows[-1]} rows hold what {rows[0]} held."
+        f"The same {counted(len(drawn), 'sample')} ({drawn.sum():,} tokens) in each panel; area is compute. Blue "
+        f"blocks are samples, the stronger the longer; orange is padding, computed and thrown away. Padding to "
+        f"{figures.capacity:,} tokens wastes {percent(shares[0])} of the compute, padding to the longest of "
+        f"{figures.batch_size} samples {percent(shares[1])}, packing {percent(shares[2])}: {rows[-1]} rows hold what "
+        f"{rows[0]} held."
     )
     if len(drawn) < len(lengths):
         text += f" Drawn are the first of {len(lengths):,} chosen conversations in a random order."
@@ -108,10 +109,10 @@ def _loss_caption(trained: NDArray[np.float64], held_out: NDArray[np.float64], d
     parts = []
     if len(held_out) > 1:
         (_, first), (step, last) = held_out[0], held_out[-1]
-        how = "fell" if last < first else "rose" if last > first else "stayed"
+        how = moved(first, last)
         parts.append(
-            f"The loss of the {counted(rows, 'held-out row')} {how} from {first:.3f} to {last:.3f} nats per token "
-            f"({100 * (last / first - 1):+.1f} %)"
+            f"The loss of the {counted(rows, 'held-out row')} {how} {first:.3f} to {last:.3f} nats per token "
+            f"({signed(100 * (last / first - 1))} %)"
         )
         best = held_out[held_out[:, 1].argmin()]
         if best[0] < step and best[1] < last:
@@ -173,7 +174,7 @@ def pass_at_1(name: str, found: Evaluations) -> Plot | None:
     )  # fmt: skip
     return Plot(
         name=f"pass-{name}",
-        svg=inline_svg(figure, f"pass-{name}", f"Outcomes of the programs of {name}"),
+        svg=inline_svg(figure, f"pass-{name}", f"Outcomes of the programs of {title(name)}"),
         caption=_pass_caption(found),
     )
 
@@ -186,22 +187,24 @@ def _pass_caption(found: Evaluations) -> str:
         return f"Only the model {when} training was evaluated, on {counted(side.tasks, 'task')}."
     texts = []
     for kind in ("base", "plus"):
-        first, last = (side.pass_at.get(kind, {}).get("pass@1") for side in (before, after))
+        first, last = found.pass_at(kind, "pass@1")
         if first is not None and last is not None:
             tests = "the base tests" if kind == "base" else "base and plus tests together"
-            texts.append(f"On {tests} pass@1 went from {percent(first)} to {percent(last)}")
+            texts.append(f"On {tests} pass@1 {moved(first, last)} {percent(first)} to {percent(last)}")
     kind = "plus" if "plus" in before.pass_at and "plus" in after.pass_at else "base"
     solved = [
         {task for task, verdicts in side.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
         for side in (before, after)
     ]
     won, lost = len(solved[1] - solved[0]), len(solved[0] - solved[1])
-    texts.append(f"{counted(won, 'task')} solved only after training, {lost} only before")
+    texts.append(f"{counted(won, 'task')} {'is' if won == 1 else 'are'} solved only after training, {lost} only before")
     changed, fewer = won + lost, min(won, lost)
     if changed:
         chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
-        word = "is no evidence of" if chance > 0.05 else "is evidence of"
-        texts.append(f"So uneven a split has p = {chance:.2g} by chance (sign test), which {word} a difference")
+        word = "no evidence" if chance > 0.05 else "evidence"
+        texts.append(
+            f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test): {word} of a change"
+        )
     else:
         texts.append("No verdict changed")
     return ". ".join(texts) + "."

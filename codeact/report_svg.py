@@ -1,4 +1,4 @@
-"""matplotlib figure -> SVG that belongs to its page: in the page's font and colours, light and dark; always the same."""
+"""matplotlib figure -> SVG that belongs to its page: in its font and colours, light and dark; always the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from codeact.errors import MissingExtraError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 5.2
+WIDTH = 4.7
 """Inches of a figure: narrow, so that its text can be read on a phone. A unit of the SVG is 1/72 inch."""
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -46,14 +46,14 @@ def page_style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {
-                "font.size": 9,
-                "axes.labelsize": 9,
+                "font.size": 9.5,
+                "axes.labelsize": 9.5,
                 "axes.titlesize": 9.5,
                 "axes.titleweight": "bold",
                 "axes.titlelocation": "left",
-                "xtick.labelsize": 8.5,
-                "ytick.labelsize": 8.5,
-                "legend.fontsize": 8.5,
+                "xtick.labelsize": 9,
+                "ytick.labelsize": 9,
+                "legend.fontsize": 9.5,
                 "legend.frameon": False,
                 "text.color": ink,
                 "axes.labelcolor": ink,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from codeact.pack_plans import STRATEGIES
 from codeact.report_data import Cost, Evaluations, Flow, Ledger, LedgerStage, PackFigures, RunRecord, Training
 from codeact.report_rows import Rows
-from codeact.report_text import NONE, count, counted, duration, percent, size
+from codeact.report_text import NONE, count, counted, duration, percent, signed, size, title
 
 _LINES = 40  # of a stage's summary
 
@@ -99,6 +99,7 @@ def fate_table(rows: Rows) -> Table:
         rows=[[_reason(name), count(number), percent(number / max(1, total))] for name, number in fates],
         numbers=frozenset({1, 2}),
         bars=[number / max(1, total) for _, number in fates],
+        bar_column=2,
     )
 
 
@@ -192,13 +193,13 @@ def training_table(cost: Cost) -> Table:
 def pass_table(name: str, found: Evaluations) -> Table:
     """pass@k before and after training."""
     sides = [found.before, found.after]
-    names = {"base": name, "plus": f"{name}+"}
+    names = {"base": title(name), "plus": f"{title(name)}+"}
     body = []
     for kind in ("base", "plus"):
         for k in ("pass@1", "pass@10", "pass@100"):
             before, after = found.pass_at(kind, k)
             if before is not None or after is not None:
-                change = NONE if before is None or after is None else f"{100 * (after - before):+.1f}"
+                change = NONE if before is None or after is None else signed(100 * (after - before))
                 body.append([f"{names[kind]} {k}", percent(before), percent(after), change])
     tasks = next(side.tasks for side in sides if side is not None)
     caption = f"Of {counted(tasks, 'task')}; one task is {100 / max(1, tasks):.1f} points."
@@ -213,12 +214,18 @@ def stage_table(record: RunRecord) -> Table:
     total = sum(stage.seconds or 0 for stage in record.stages.values())
     shares = [(stage.seconds or 0) / total if total else 0.0 for stage in record.stages.values()]
     rows = [
-        [name, duration(stage.seconds), percent(share), size(stage.peak_memory), stage.started or NONE]
+        [
+            name,
+            duration(stage.seconds),
+            percent(share),
+            size(stage.peak_memory),
+            stage.started[:16].replace("T", " ") or NONE,
+        ]
         for (name, stage), share in zip(record.stages.items(), shares, strict=True)
     ]
     return Table(
         caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
-        columns=["stage", "time", "share", "peak memory", "started"],
+        columns=["stage", "time", "share", "peak memory", "started (UTC)"],
         rows=rows,
         numbers=frozenset({1, 2, 3}),
         bars=shares,

@@ -32,6 +32,21 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}{_SPACE}%"
 
 
+def moved(before: float, after: float) -> str:
+    """The verb between two values: rose from, fell from, or, where they are equal, went from."""
+    return "rose from" if after > before else "fell from" if after < before else "went from"
+
+
+def title(dataset: str) -> str:
+    """The name that a data set of problems is known by."""
+    return {"humaneval": "HumanEval", "mbpp": "MBPP"}.get(dataset, dataset)
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def size(number: float | None) -> str:
     """Bytes in MiB or GiB."""
     if number is None:
