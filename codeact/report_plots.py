@@ -50,8 +50,9 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     low, middle, high = np.percentile(ifd, [25, 50, 75])
     text = (
         f"{percent(hard.mean()) if hard.any() else 'None'} of the {counted(len(ifd), 'scored row')} "
-        f"{'have' if hard.any() else 'has'} an IFD of 1 or more (right of the dashed line), where the question does not "
-        f"help the model to the answer. Half of the rows lie between {low:.2f} and {high:.2f}, the median is {middle:.2f}"
+        f"{'have' if hard.any() else 'has'} an IFD of 1 or more (right of the dashed line), where the question does "
+        f"not help the model to the answer. Half of the rows lie between {low:.2f} and {high:.2f}, the median is "
+        f"{middle:.2f}"
     )
     if rows.chosen is not None and (taken := rows.chosen[scored]).any():
         easier = float((ifd[~taken] < np.median(ifd[taken])).mean()) if not taken.all() else 0.0

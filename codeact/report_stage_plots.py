@@ -45,7 +45,7 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
         axes.set_xlim(0, figures.capacity)
         axes.set_ylim(len(made.row_offsets) - 1, 0)
         axes.set_yticks([])
-        axes.set_ylabel(f"{len(made.row_offsets) - 1} rows", size=8.5)
+        axes.set_ylabel(f"{len(made.row_offsets) - 1} rows", size=9)
         axes.tick_params(axis="x", labelbottom=axes is panels[-1])
     panels[-1].set_xlabel("position in the row (tokens)")
     text = (
