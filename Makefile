@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench models sandbox format clean
+.PHONY: help demo test check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
@@ -34,10 +34,16 @@ sandbox:
 	  { apt-get install -qq -y bubblewrap || { apt-get update -qq && apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; } || \
 	  echo "codeact: no bubblewrap: generated programs will not be run (Debian, Ubuntu: apt-get install bubblewrap)"
 
+# What looks at the report; where it cannot be had, those tests are skipped.
+browser:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  { apt-get install -qq -y chromium chromium-driver || { apt-get update -qq && apt-get install -qq -y chromium chromium-driver; }; } >/dev/null 2>&1; } || \
+	  echo "codeact: no Chromium: the tests that open the report are skipped (Debian: apt-get install chromium chromium-driver)"
+
 demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
-test: models sandbox
+test: models sandbox browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(BIN)/codeact

@@ -179,13 +179,14 @@ def _padding(run: Run) -> tuple[float, float] | None:
     return None if used is None or padded is None else (padded.padding_share, used.padding_share)
 
 
-def _pass_at_1(run: Run) -> tuple[str, str, float, float] | None:
-    """Name and kind of tests and pass@1 before and after, of the first data set that has both."""
+def _pass_at_1(run: Run) -> tuple[str, str, float, float, int] | None:
+    """Name and kind of tests, pass@1 before and after, and tasks, of the first data set that has both."""
     for name, found in run.evaluations.items():
         for kind in ("plus", "base"):
             before, after = found.pass_at(kind, "pass@1")
             if before is not None and after is not None:
-                return name, "+" if kind == "plus" else "", before, after
+                tasks = min(side.tasks for side in (found.before, found.after) if side)
+                return name, "+" if kind == "plus" else "", before, after, tasks
     return None
 
 
@@ -196,11 +197,13 @@ def _sentence(run: Run) -> str:
         rows = counted(total, "row")
         parts.append(f"{rows} read" if kept is None else f"{kept:,} of {rows} kept ({percent(kept / max(1, total))})")
     if padding is not None:
-        parts.append(f"{percent(padding[1])} padding where padded batches compute {percent(padding[0])}")
+        mine = percent(padding[1]) if padding[1] else "no"
+        parts.append(f"{mine} padding where padded batches have {percent(padding[0])}")
     if passed is not None:
-        name, plus, before, after = passed
-        parts.append(f"pass@1 on {title(name)}{plus} {moved(before, after)} {percent(before)} to {percent(after)}")
-    return ", ".join(parts) + "." if parts else "No stage has run yet."
+        name, plus, before, after, tasks = passed
+        change = f"{moved(before, after)} {percent(before)} to {percent(after)}"
+        parts.append(f"pass@1 on {counted(tasks, 'task')} of {title(name)}{plus} {change}")
+    return "; ".join(parts) + "." if parts else "No stage has run yet."
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -214,7 +217,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     if padding is not None:
         tiles.append(("padding", percent(padding[1]), f"{percent(padding[0])} if padded"))
     if passed is not None:
-        name, plus, before, after = passed
+        name, plus, before, after, _ = passed
         tiles.append((f"pass@1, {title(name)}{plus}", percent(after), f"{percent(before)} before"))
     return tiles
 

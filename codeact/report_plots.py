@@ -117,6 +117,8 @@ def losses(rows: Rows) -> Plot | None:
     if not len(usable):
         return None
     drawn = sample(usable, DRAWN)
+    from matplotlib.ticker import MaxNLocator
+
     highest = max(np.quantile(x[usable], _SEEN), np.quantile(y[usable], _SEEN)) * 1.02
     step = _round_up(highest / 10)
     top = math.ceil(highest / step) * step
@@ -131,6 +133,8 @@ def losses(rows: Rows) -> Plot | None:
     axes.set_xlim(0, top)
     axes.set_ylim(0, top)
     axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6))
     axes.set_xlabel("mean loss of the answer alone (nats per token)")
     axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
@@ -230,13 +234,13 @@ def length_histogram(rows: Rows) -> Plot | None:
     )
     if chosen is not None and chosen.any():
         mine = float(np.median(tokens[chosen]))
+        axes.axvline(mine, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)))
         than = "longer" if mine > middle else "shorter" if mine < middle else "as long"
-        text += f". Chosen rows have {mine:,.0f} in the median: {than}{'' if mine == middle else ' than all'}"
-    return Plot(
-        name="lengths",
-        svg=inline_svg(figure, "lengths", "Histogram of tokens per row"),
-        caption=f"{text}.{_beyond(tokens, edges)}",
-    )
+        text += (
+            f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}{'' if mine == middle else ' than all'}"
+        )
+    svg = inline_svg(figure, "lengths", "Histogram of tokens per row")
+    return Plot(name="lengths", svg=svg, caption=f"{text}.{_beyond(tokens, edges)}")
 
 
 # ------------------------------------------------------------------------------------------------- how things are drawn
@@ -296,7 +300,7 @@ def _strip(axes: Axes, values: Floats, chosen: NDArray[np.bool_], edges: Floats,
 
 def _dots(axes: Axes, x: Floats, y: Floats, colour: str, width: float, label: str) -> None:
     axes.plot(
-        x, y, linestyle="none", marker="o", markersize=width if len(x) > 400 else width * 1.7, label=label,
+        x, y, linestyle="none", marker="o", markersize=width if len(x) > 400 else width * 2.1, label=label,
         markerfacecolor=COLOURS[colour], markeredgecolor="none", alpha=0.6,
     )  # fmt: skip
 

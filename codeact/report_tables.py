@@ -39,18 +39,24 @@ def ledger_table(ledger: Ledger) -> list[Table]:
     for what in dict.fromkeys(stage.what for stage in ledger.stages):
         stages = [stage for stage in ledger.stages if stage.what == what]
         tokens = any(stage.tokens_in is not None for stage in stages)
-        head = ["stage", f"{what} in", "lost", "added", f"{what} out"]
+        head = ["stage", f"{what} in", f"{what} out", *(["tokens in", "tokens out"] if tokens else [])]
         body = [
-            [s.stage, count(s.rows_in), _flows(s.lost, what), _flows(s.added, what), count(s.rows_out)]
-            + ([count(s.tokens_in), count(s.tokens_out)] if tokens else [])
+            [
+                s.stage,
+                count(s.rows_in),
+                count(s.rows_out),
+                *([count(s.tokens_in), count(s.tokens_out)] if tokens else []),
+                _flows(s.lost, what),
+                _flows(s.added, what),
+            ]
             for s in stages
         ]
         tables.append(
             Table(
                 caption=f"{what.capitalize()} into and out of every stage. {_balance(stages)}",
-                columns=head + (["tokens in", "tokens out"] if tokens else []),
+                columns=[*head, "lost", "added"],
                 rows=body,
-                numbers=frozenset({1, 4, 5, 6}),
+                numbers=frozenset(range(1, len(head))),
             )
         )
     return tables
@@ -227,7 +233,7 @@ def stage_table(record: RunRecord) -> Table:
         caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
         columns=["stage", "time", "share", "peak memory", "started (UTC)"],
         rows=rows,
-        numbers=frozenset({1, 2, 3}),
+        numbers=frozenset({1, 2, 3, 4}),
         bars=shares,
         bar_column=2,
     )

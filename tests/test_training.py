@@ -107,6 +107,9 @@ def test_what_select_wrote_is_trained_on_as_it_is(train, selected, tiny_model_pa
     assert costs["padding"] == 0
     assert len(costs["steps"]["seconds"]) == losses["steps"]
     assert text.count("learning rate") == losses["steps"]
+    logged = {name: [e["step"] for e in result["log"] if name in e] for name in ("loss", "learning_rate", "eval_loss")}
+    steps = list(range(1, losses["steps"] + 1))
+    assert logged == {"loss": steps, "learning_rate": steps, "eval_loss": [0, losses["steps"]]}
     assert not torch.equal(weights(out), weights(tiny_model_path))
     saved = AutoModelForCausalLM.from_pretrained(out)
     assert saved.config.use_cache
