@@ -197,10 +197,8 @@ def _pass_caption(found: Evaluations) -> str:
         for side in (before, after)
     ]
     won, lost = len(solved[1] - solved[0]), len(solved[0] - solved[1])
-    texts.append(
     many = f"{counted(won, 'task')} {'are' if won > 1 else 'is'}" if won else "No task is"
     texts.append(f"{many} solved only after training, {lost} only before")
-    )
     changed, fewer = won + lost, min(won, lost)
     if changed:
         chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
