@@ -383,12 +383,17 @@ def _write(settings: TrainSettings, data: _Data, result: TrainResult | None) -> 
     content = {
         "settings": _decisive(settings, data),
         "conversations": dataclasses.asdict(data.counts),
-        "held_out": len(data.held_out),
+        "trained_on": _size(data.samples),
+        "held_out": {**_size(data.held_out), "of_others": data.held_out_counts is not None},
         "result": result and {**dataclasses.asdict(result), "output": str(result.output)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _size(samples: Sequence[Sample]) -> dict[str, int]:
+    return {"rows": len(samples), "tokens": sum(len(sample.input_ids) for sample in samples)}
 
 
 def _absolute(name: str) -> str:
