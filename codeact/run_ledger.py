@@ -41,45 +41,43 @@ def _entries(folder: Path) -> Iterator[Entry]:
 
 
 def _score(rows: int, table: pa.Table) -> Iterator[Entry]:
-    """Rows of the data set -> readable ones -> scored ones. Tokens are question + answer, by the model's tokenizer."""
-    status = np.asarray(table["status"])
-    unreadable = int((status == "unreadable").sum())
+    """Rows of the data set -> records -> scored ones. Tokens are question + answer, by the model's tokenizer."""
+    record, scored, tokens = _records(table), _scored(table), _tokens(table)
     yield Entry(
         stage="read",
         what="rows",
         after=None,
         rows_in=rows,
-        rows_out=table.num_rows - unreadable,
-        lost=_changes({"unreadable": (unreadable, None)}),
+        rows_out=int(record.sum()),
+        lost=_refused(table, ~record, None),
     )
-    tokens = _tokens(table)
-    lost = {
-        name: (int((status == name).sum()), int(tokens[status == name].sum()))
-        for name in sorted(set(status) - {"ok", "unreadable"})
-    }
     yield Entry(
         stage="score",
         what="rows",
         after="read",
-        rows_in=int(pc.sum(pc.not_equal(table["status"], "unreadable")).as_py() or 0),
-        rows_out=int(pc.sum(pc.is_valid(table["ifd"])).as_py() or 0),
+        rows_in=int(record.sum()),
+        rows_out=int(scored.sum()),
         tokens_in=int(tokens.sum()),
-        tokens_out=int(tokens[np.asarray(pc.is_valid(table["ifd"]))].sum()),
-        lost=_changes(lost),
+        tokens_out=int(tokens[scored].sum()),
+        lost=_refused(table, record & (np.asarray(table["status"]) != "ok"), tokens),
     )
 
 
 def _embed(path: Path, table: pa.Table) -> Entry:
     from codeact.embedding import read_embeddings
 
-    found = read_embeddings(path)
-    readable = int((np.asarray(table["status"]) != "unreadable").sum())
-    return Entry(stage="embed", what="questions", after="read", rows_in=readable, rows_out=len(found.vectors))
+    return Entry(
+        stage="embed",
+        what="questions",
+        after="read",
+        rows_in=int(_records(table).sum()),
+        rows_out=len(read_embeddings(path).vectors),
+    )
 
 
 def _select(selected: Path, table: pa.Table) -> Entry:
     """Scored rows -> chosen ones: the losses by the audit, what is left by the file of chosen rows itself."""
-    tokens, scored = _tokens(table), np.asarray(pc.is_valid(table["ifd"]))
+    tokens, scored = _tokens(table), _scored(table)
     reasons = pq.read_table(audit_path(selected), columns=["reason"])["reason"]
     lost = {}
     for reason in sorted(set(pc.unique(reasons).to_pylist()) - {None}):
@@ -167,6 +165,26 @@ def _changes(found: dict[str, Any]) -> tuple[Change, ...]:
 
 def _tokens(table: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+
+
+def _scored(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return np.asarray(pc.is_valid(table["ifd"]))
+
+
+def _records(table: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which rows held a record: of the others reading made no tokens, and a template refuses records."""
+    refused = pc.fill_null(pc.starts_with(table["reason"], "template_refused"), False)
+    return np.asarray((_tokens(table) > 0) | np.asarray(refused))
+
+
+def _refused(table: pa.Table, rows: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any] | None) -> tuple[Change, ...]:
+    """The losses among ``rows``, by the code that a reason begins with."""
+    codes = pc.list_element(pc.split_pattern(table["reason"].filter(pa.array(rows)), ":", max_splits=1), 0)
+    lost: dict[str, tuple[int, int | None]] = {}
+    for code in sorted(pc.unique(codes).to_pylist()):
+        these = np.asarray(pc.equal(codes, code))
+        lost[code] = (int(these.sum()), None if tokens is None else int(tokens[rows][these].sum()))
+    return _changes(lost)
 
 
 def _ids(selected: Path) -> tuple[pa.Array, int]:
