@@ -371,6 +371,16 @@ def run(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact run.")],
+) -> None:
+    """Write one HTML page about a run; it needs nothing but itself."""
+    from codeact.report import write_report
+
+    print(f"the report is {write_report(folder)}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("demo-run"),
     rows: Annotated[int, typer.Option(min=10, help="Rows to score.")] = 240,

@@ -7,7 +7,7 @@ and what a strategy adds to them is hatched.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def plot_packs(
     if not everything.size:
         raise InputError("there is no sample to draw")
     pack(everything, capacity)  # for its checks: it names the first bad length
-    drawn = _first_batches(everything, batch_size, seed)
+    drawn = first_batches(everything, batch_size, seed)
     figure = Figure(figsize=(15, 9.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)  # pyplot would choose a backend, and keep the figure
     kind = Path(path).suffix.removeprefix(".").lower() or "png"
@@ -88,7 +88,8 @@ def plot_packs(
         figure.savefig(temporary, format=kind, dpi=130)
 
 
-def _first_batches(lengths: Integers, batch_size: int, seed: int) -> Integers:
+def first_batches(lengths: Integers, batch_size: int, seed: int) -> Integers:
+    """Lengths of the first micro-batches in the random order of ``seed``, about 32 samples: (samples,) int64."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     return lengths[order[: max(1, _ROWS // batch_size) * batch_size]]
 
@@ -108,33 +109,9 @@ def _colours(lengths: Integers) -> list[Any]:
 def _draw(
     axes: Axes, made: Plan, whole: StrategyStats, lengths: Integers, capacity: int, colours: Sequence[Any]
 ) -> None:
-    widths = made.row_widths(lengths, capacity)
-    filled = made.row_tokens(lengths)
-    rows = np.arange(len(widths))
-    axes.barh(
-        rows,
-        widths - filled,
-        left=filled,
-        height=1.0,
-        align="edge",
-        color="white",
-        edgecolor="#b8b8b8",
-        hatch="////",
-        linewidth=0,
-    )
-    ends = np.cumsum(lengths[made.samples])
-    row_of = np.repeat(rows, np.diff(made.row_offsets))
-    starts = ends - lengths[made.samples] - np.concatenate([[0], np.cumsum(filled)])[row_of]
-    axes.barh(
-        row_of,
-        lengths[made.samples],
-        left=starts,
-        height=1.0,
-        align="edge",
-        color=[colours[sample] for sample in made.samples],
-        edgecolor="white",
-        linewidth=0.6,
-    )
+    hatched = {"color": "white", "edgecolor": "#b8b8b8", "hatch": "////", "linewidth": 0}
+    draw_rows(axes, made, lengths, capacity, colours, padding=hatched, edge={"edgecolor": "white", "linewidth": 0.6})
+    widths, filled = made.row_widths(lengths, capacity), made.row_tokens(lengths)
     for end in made.forward_offsets[1:]:
         axes.axhline(float(end), color=_INK, linewidth=0.9, linestyle=(0, (6, 4)))
     if len(widths) < len(lengths) / 2:
@@ -147,6 +124,37 @@ def _draw(
     note.set_in_layout(False)  # a long line must not narrow the panels; the title's empty lines keep its place
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelbottom=True, labelleft=True)
+
+
+def draw_rows(
+    axes: Axes,
+    made: Plan,
+    lengths: Integers,
+    capacity: int,
+    colours: Sequence[Any],
+    *,
+    padding: Mapping[str, Any],
+    edge: Mapping[str, Any],
+) -> None:
+    """Draw the rows of a plan from y = 0 on, one high each: samples as blocks, then the padding.
+
+    Args:
+        axes: of matplotlib.
+        made: the plan of ``lengths``.
+        lengths: (samples,) tokens of each.
+        capacity: tokens of a row.
+        colours: (samples,) of the blocks.
+        padding, edge: what the bars of the padding and the edges of the blocks look like, in matplotlib's words.
+    """
+    widths, filled = made.row_widths(lengths, capacity), made.row_tokens(lengths)
+    rows = np.arange(len(widths))
+    padded = np.flatnonzero(widths > filled)  # no bar of no width: a renderer may draw its edge
+    axes.barh(padded, (widths - filled)[padded], left=filled[padded], height=1.0, align="edge", **padding)
+    ends = np.cumsum(lengths[made.samples])
+    row_of = np.repeat(rows, np.diff(made.row_offsets))
+    starts = ends - lengths[made.samples] - np.concatenate([[0], np.cumsum(filled)])[row_of]
+    drawn = [colours[sample] for sample in made.samples]
+    axes.barh(row_of, lengths[made.samples], left=starts, height=1.0, align="edge", color=drawn, **edge)
 
 
 def _counts(where: str, tokens: int, rows: int, padding_share: float) -> str:

@@ -3,7 +3,7 @@
 output_dir/     the model (or its adapters) and the tokenizer, as `from_pretrained` reads them
   merged/       the full model, after --merge
   cost.json     tokens, padding, time, memory of every step
-  training.json the settings, counts of the conversations, losses
+  training.json the settings, counts of the conversations, losses, and under "log" the loss by step
   checkpoint-N/ what a killed run goes on from when the same command is given again
 """
 
@@ -44,6 +44,7 @@ from codeact.trainer import PackTrainer
 from codeact.training_arguments import DataArguments, TrainerArguments, TrainSettings, parse
 
 _NAMED_REFUSALS = 5
+_LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate")  # of Trainer's log, what a loss curve needs
 
 # Of Trainer's arguments those that decide what the weights become; a checkpoint made under others is of another run.
 _DECISIVE = (
@@ -140,7 +141,7 @@ def run(settings: TrainSettings) -> TrainResult:
         held_out_loss_after=losses[1],
     )
     if arguments.should_save:
-        _write(settings, data, result)
+        _write(settings, data, result, trainer.state.log_history)
     _say(arguments, aligned(_result_lines(settings, result)))
     return result
 
@@ -379,7 +380,9 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _write(settings: TrainSettings, data: _Data, result: TrainResult | None) -> None:
+def _write(
+    settings: TrainSettings, data: _Data, result: TrainResult | None, log: Sequence[dict[str, Any]] = ()
+) -> None:
     content = {
         "settings": _decisive(settings, data),
         "conversations": dataclasses.asdict(data.counts),
@@ -387,6 +390,9 @@ def _write(settings: TrainSettings, data: _Data, result: TrainResult | None) -> 
         "held_out": {**_size(data.held_out), "of_others": data.held_out_counts is not None},
         "result": result and {**dataclasses.asdict(result), "output": str(result.output)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "log": [
+            {key: entry[key] for key in _LOGGED if key in entry} for entry in log if {"loss", "eval_loss"} & {*entry}
+        ],
     }
     with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,250 @@
+"""What a run left in its folder, read and checked: one small record a file; a stage that was not run is None.
+
+run.json ledger.json scores/ embeddings.npy selected.jsonl selected.rows.parquet pack_stats.json pack_lengths.npy
+model/cost.json model/training.json evaluation/{before,after}/NAME-sanitized_eval.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from codeact.errors import InputError
+from codeact.report_rows import Rows, read_rows
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class StageRecord(_Record):
+    """A stage of ``run.json``; times in seconds, memory in bytes."""
+
+    started: str = ""
+    seconds: float | None = None
+    peak_memory: int | None = None
+    lines: list[tuple[str, str]] = []
+
+
+class RunRecord(_Record):
+    """``run.json``."""
+
+    codeact: str
+    commit: str | None = None
+    settings: dict[str, Any] = {}
+    versions: dict[str, str | None] = {}
+    machine: dict[str, Any] = {}
+    stages: dict[str, StageRecord] = {}
+
+
+class Flow(_Record):
+    """Rows and tokens that a stage lost or added for one reason."""
+
+    reason: str
+    rows: int
+    tokens: int | None = None
+
+
+class LedgerStage(_Record):
+    """Rows and tokens into and out of a stage; tokens are None where programs are counted."""
+
+    stage: str
+    what: str
+    rows_in: int
+    tokens_in: int | None = None
+    rows_out: int
+    tokens_out: int | None = None
+    lost: list[Flow] = []
+    added: list[Flow] = []
+
+
+class Ledger(_Record):
+    """``ledger.json``."""
+
+    stages: list[LedgerStage]
+
+
+class Strategy(_Record):
+    """One of ``codeact.pack_plans.StrategyStats``, as far as the report shows it."""
+
+    strategy: str
+    samples: int
+    tokens: int
+    padding: int
+    rows: int
+    forwards: int
+    largest_forward: int
+    fill: float
+    attention_flops: int | None = None
+    activation_bytes: int | None = None
+    logit_bytes: int | None = None
+
+    @property
+    def padding_share(self) -> float:
+        """Padding / tokens computed."""
+        return self.padding / max(1, self.tokens + self.padding)
+
+
+class PackFigures(_Record):
+    """``pack_stats.json``."""
+
+    capacity: int
+    batch_size: int
+    seed: int = 42
+    strategies: list[Strategy]
+
+
+class Cost(_Record):
+    """``model/cost.json`` without its steps."""
+
+    tokens: int
+    padding: int
+    supervised: int
+    samples: int
+    devices: int
+    seconds: float
+    peak_resident_bytes: int
+    peak_cuda_allocated_bytes: int | None = None
+    model_utilisation: float | None = None
+
+
+class LogEntry(_Record):
+    """A line of the Trainer's log."""
+
+    step: int
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+
+
+class Training(_Record):
+    """``model/training.json``. ``result`` is None in a run that has not ended."""
+
+    settings: dict[str, Any]
+    held_out: int = 0
+    result: dict[str, Any] | None = None
+    log: list[LogEntry] = []
+
+    @property
+    def strategy(self) -> str:
+        """The mode of the run, a key of ``codeact.pack_plans.STRATEGIES``."""
+        mode = str(self.settings.get("pad_mode"))
+        return f"{mode}_{self.settings.get('pack_scope')}" if mode == "dynamic_pack" else mode
+
+
+class Verdict(_Record):
+    """Of one program."""
+
+    base: str
+    plus: str | None = None
+
+
+class Evaluation(_Record):
+    """``NAME-sanitized_eval.json``. ``pass_at``: by kind of tests ("base", "plus") and by name ("pass@1")."""
+
+    dataset: str
+    isolated: bool
+    tasks: int
+    pass_at: dict[str, dict[str, float]]
+    outcomes: dict[str, int]
+    samples: dict[str, list[Verdict]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluations:
+    """Of one data set, of the base model and of the trained one."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def pass_at(self, kind: str, k: str) -> tuple[float | None, float | None]:
+        """Before and after, such as of kind "base" and k "pass@1"."""
+        before, after = (
+            None if side is None else side.pass_at.get(kind, {}).get(k) for side in (self.before, self.after)
+        )
+        return before, after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """Everything in the folder that the report shows. ``lengths``: (conversations,), tokens of each chosen one."""
+
+    folder: Path
+    record: RunRecord
+    ledger: Ledger | None
+    rows: Rows | None
+    packs: PackFigures | None
+    lengths: NDArray[np.int64] | None
+    cost: Cost | None
+    training: Training | None
+    evaluations: dict[str, Evaluations]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        InputError: it is none, or a file in it is damaged or of another run; the message names the file.
+    """
+    folder = Path(folder)
+    record = _read(folder / "run.json", RunRecord)
+    if record is None:
+        raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
+    names = {
+        path.name.removesuffix("-sanitized_eval.json")
+        for path in folder.glob("evaluation/*/*-sanitized_eval.json")
+        if path.parent.name in ("before", "after")
+    }
+    return Run(
+        folder=folder,
+        record=record,
+        ledger=_read(folder / "ledger.json", Ledger),
+        rows=read_rows(folder),
+        packs=_read(folder / "pack_stats.json", PackFigures),
+        lengths=_read_lengths(folder / "pack_lengths.npy"),
+        cost=_read(folder / "model" / "cost.json", Cost),
+        training=_read(folder / "model" / "training.json", Training),
+        evaluations={
+            name: Evaluations(
+                **{
+                    when: _read(folder / "evaluation" / when / f"{name}-sanitized_eval.json", Evaluation)
+                    for when in ("before", "after")
+                }
+            )
+            for name in sorted(names)
+        },
+    )
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+def _read(path: Path, kind: type[_R]) -> _R | None:
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the whole"
+        raise InputError(f"{path} is damaged: {where}: {problem['msg'].lower()}; run its stage again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}; run its stage again") from None
+
+
+def _read_lengths(path: Path) -> NDArray[np.int64] | None:
+    try:
+        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is damaged: {error}; run stage select again") from None
+    if lengths.ndim != 1 or lengths.dtype != np.int64 or (len(lengths) and lengths.min() < 1):
+        raise InputError(f"{path} holds no lengths of conversations; run stage select again")
+    return np.asarray(lengths)

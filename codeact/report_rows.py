@@ -1,0 +1,224 @@
+"""The rows of a run as columns, the map of their embeddings, and the examples; made for tables of 10^8 rows.
+
+Columns are read whole, texts are not: of the chosen conversations only those that are shown are parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from codeact.errors import InputError
+
+DRAWN = 2_500
+"""Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
+
+_FITTED = 20_000  # vectors that the axes of the map are found from
+_SHOWN = 3  # examples of each kind
+_SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
+           "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Example:
+    """A chosen conversation; ``turns`` are (role, text)."""
+
+    row: int
+    id: str
+    ifd: float
+    cluster: int | None
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Map:
+    """A sample of the embedded questions on the plane where they differ most.
+
+    ``xy``: (points, 2); ``rows``: (points,) int64; ``explained``: share of the variance along x and along y;
+    ``total``: embedded rows; ``fitted``: how many the axes were found from.
+    """
+
+    xy: Floats
+    rows: NDArray[np.int64]
+    explained: tuple[float, float]
+    total: int
+    fitted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """The score table, and what was chosen of it.
+
+    All arrays are (rows,), in the order of the data. ``ifd``, ``cond`` and ``uncond`` (mean loss of a token in nats,
+    with and without the question) are NaN where there is no score. ``chosen`` and ``cluster`` (-1: none) are None
+    before selection; ``reasons``: how many rows were not chosen, by why.
+    """
+
+    status: Counter[str]
+    ifd: Floats
+    cond: NDArray[np.float32]
+    uncond: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    chosen: NDArray[np.bool_] | None
+    cluster: NDArray[np.int32] | None
+    reasons: Counter[str]
+    map: Map | None
+    hardest: tuple[Example, ...]
+    easiest: tuple[Example, ...]
+
+
+def read_rows(folder: Path) -> Rows | None:
+    """Read what the stages score, embed and select wrote; None before the first.
+
+    Raises:
+        InputError: a file is damaged, or they are not of one run.
+    """
+    path = folder / "scores" / "scores.parquet"
+    if not path.exists():
+        return None
+    table = _read_table(path, _SCORES)
+    rows = _numpy(table["row"], pa.int64())
+    if not np.array_equal(rows, np.arange(len(rows))):
+        raise InputError(f"{path} does not hold every row once, in order; run codeact merge {path.parent}")
+    scored = _numpy(table["scored_tokens"], pa.float32()), _numpy(table["uncond_scored_tokens"], pa.float32())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cond = _numpy(table["cond_nll_sum"], pa.float64()).astype(np.float32) / scored[0]
+        uncond = _numpy(table["uncond_nll_sum"], pa.float64()).astype(np.float32) / scored[1]
+    ifd = _numpy(table["ifd"], pa.float64())
+    selected = folder / "selected.rows.parquet"
+    chosen, cluster, reasons = _read_selected(selected, len(rows)) if selected.exists() else (None, None, Counter())
+    hardest, easiest = ((), ()) if chosen is None else _examples(folder / "selected.jsonl", ifd, chosen)
+    return Rows(
+        status=_counts(table["status"]),
+        ifd=np.where(np.isfinite(ifd), ifd, np.nan),
+        cond=cond,
+        uncond=uncond,
+        tokens=_numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32()),
+        chosen=chosen,
+        cluster=cluster,
+        reasons=reasons,
+        map=_read_map(folder / "embeddings.npy", len(rows)),
+        hardest=hardest,
+        easiest=easiest,
+    )
+
+
+def sample(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
+    """At most ``size`` of ``positions``, drawn without replacement, in their order; the same ones every time."""
+    if len(positions) <= size:
+        return positions
+    drawn = np.random.default_rng(seed).choice(len(positions), size, replace=False, shuffle=False)
+    return positions[np.sort(drawn)]
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}; run its stage again") from None
+
+
+def _numpy(column: pa.ChunkedArray, kind: pa.DataType) -> NDArray[Any]:
+    """A column as numpy; null becomes NaN, or 0 in a column of integers."""
+    try:
+        filled = pc.fill_null(column.cast(kind, safe=False), float("nan") if pa.types.is_floating(kind) else 0)
+    except pa.ArrowException as error:
+        raise InputError(f"a column of the run's tables is no {kind}: {error}; run its stage again") from None
+    values: NDArray[Any] = filled.to_numpy()
+    return values
+
+
+def _counts(column: pa.ChunkedArray) -> Counter[str]:
+    counted = pc.value_counts(column.cast(pa.large_string()))
+    return Counter({item["values"]: item["counts"] for item in counted.to_pylist() if item["values"] is not None})
+
+
+def _read_selected(path: Path, rows: int) -> tuple[NDArray[np.bool_], NDArray[np.int32], Counter[str]]:
+    table = _read_table(path, ("row", "cluster", "chosen", "reason"))
+    if not np.array_equal(_numpy(table["row"], pa.int64()), np.arange(rows)):
+        raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
+    cluster = _numpy(pc.fill_null(table["cluster"].cast(pa.int32()), -1), pa.int32())
+    chosen: NDArray[np.bool_] = pc.fill_null(table["chosen"], False).to_numpy()
+    return chosen, cluster, _counts(table["reason"])
+
+
+def _examples(path: Path, ifd: Floats, chosen: NDArray[np.bool_]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The chosen conversations of highest and of lowest IFD; no conversation is in both."""
+    rows = np.flatnonzero(chosen)
+    ranked = np.flatnonzero(np.isfinite(ifd[rows]))
+    values = ifd[rows[ranked]]
+    shown = min(_SHOWN, len(ranked) // 2) or min(1, len(ranked))
+    highest = ranked[np.lexsort((ranked, -values))[:shown]]
+    lowest = ranked[np.lexsort((ranked, values))[: min(shown, len(ranked) - shown)]]
+    wanted = sorted({*highest.tolist(), *lowest.tolist()})
+    lines = dict(zip(wanted, _lines(path, wanted), strict=True))
+    made = {at: _example(path, at, int(rows[at]), lines[at]) for at in wanted}
+    return tuple(made[at] for at in highest.tolist()), tuple(made[at] for at in lowest.tolist())
+
+
+def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
+    """The lines of these numbers, ascending; of the others only the ends are looked for."""
+    try:
+        with path.open("rb") as file:
+            at = 0
+            for number in wanted:
+                line = next(islice(file, number - at, None), None)
+                if line is None:
+                    raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
+                at = number + 1
+                yield line
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; run stage select again") from None
+
+
+def _example(path: Path, number: int, row: int, line: bytes) -> Example:
+    try:
+        content = json.loads(line)
+        turns = tuple((str(turn["role"]), str(turn["content"])) for turn in content["conversation"])
+        cluster = content.get("cluster")
+        return Example(row=row, id=str(content["id"]), ifd=float(content["ifd"]), cluster=cluster, turns=turns)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise InputError(f"{path}, line {number + 1} is damaged: {what}; run stage select again") from None
+
+
+def _read_map(path: Path, rows: int) -> Map | None:
+    if not path.exists():
+        return None
+    from codeact.embedding import read_embeddings
+
+    table = read_embeddings(path)
+    if len(table.rows) < 3 or not 0 <= table.rows[-1] < rows:
+        if len(table.rows) and not 0 <= table.rows[-1] < rows:
+            raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage embed again")
+        return None
+    fitted = sample(np.arange(len(table.rows)), _FITTED)
+    vectors = np.asarray(table.vectors[fitted], dtype=np.float64)
+    centre = vectors.mean(axis=0)
+    variances, axes = np.linalg.eigh(np.cov(vectors - centre, rowvar=False, bias=True))
+    axes = axes[:, [-1, -2]]
+    axes *= np.where(axes[np.abs(axes).argmax(axis=0), [0, 1]] < 0, -1, 1)  # the sign of an eigenvector is a whim
+    total = float(variances.sum())
+    if not total > 0:  # all questions are the same
+        return None
+    drawn = sample(np.arange(len(fitted)), DRAWN, seed=1)
+    return Map(
+        xy=(vectors[drawn] - centre) @ axes,
+        rows=table.rows[fitted[drawn]],
+        explained=(float(variances[-1]) / total, float(variances[-2]) / total),
+        total=len(table.rows),
+        fitted=len(fitted),
+    )
