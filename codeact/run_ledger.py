@@ -101,28 +101,28 @@ def _select(selected: Path, table: pa.Table) -> Entry:
 def _train(folder: Path, table: pa.Table) -> Iterator[Entry]:
     """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""
     known = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
-    counts, held_out, trained = known["conversations"], known["held_out"], known["trained_on"]
+    counts = known["conversations"]
     ids, _ = _ids(folder / "selected.jsonl")
     before = int(_tokens(table)[np.asarray(pc.is_in(table["id"].cast(pa.large_string()), value_set=ids))].sum())
-    formatted = counts["tokens"] - before
+    formatted = counts["tokens"] + counts["cut_tokens"] - before
     lost: dict[str, tuple[int, int | None]] = {
         reason: (rows, None) for reason, rows in sorted(counts["refused"].items())
     }
-    if not held_out["of_others"]:
-        lost["held out to measure the loss"] = (held_out["rows"], held_out["tokens"])
-    name = f"the chat's format, {counts['truncated']:,} cut" if counts["truncated"] else "the chat's format"
+    if not known["held_out_of_others"]:
+        lost["held out to measure the loss"] = (known["held_out"], known["held_out_tokens"])
+    lost[f"cut from {counts['truncated']:,} samples to fit"] = (0, counts["cut_tokens"])
     if formatted < 0:
-        lost[name] = (0, -formatted)
+        lost["the chat's format"] = (0, -formatted)
     yield Entry(
         stage="train",
         what="samples",
         after="select",
         rows_in=counts["rows"],
-        rows_out=trained["rows"],
+        rows_out=known["trained_on"],
         tokens_in=before,
-        tokens_out=trained["tokens"],
+        tokens_out=known["trained_on_tokens"],
         lost=_changes(lost),
-        added=_changes({name: (0, formatted)}) if formatted > 0 else (),
+        added=_changes({"the chat's format": (0, formatted)}) if formatted > 0 else (),
     )
 
 

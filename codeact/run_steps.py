@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from codeact import data_stages
+from codeact import __version__, data_stages
 from codeact.atomic import atomic_path
 from codeact.errors import InputError
 from codeact.run_folder import Lines, RunFolder, Step
@@ -79,7 +79,7 @@ def _steps(settings: RunSettings, folder: RunFolder) -> Iterator[Step]:
     yield Step(
         name="report",
         stage="report",
-        inputs=folder.keys,
+        inputs=lambda: {**folder.keys(), "codeact": __version__},
         outputs=("report.html",),
         products=(),
         work=partial(_report, settings),
