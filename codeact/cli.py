@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from codeact import __version__, pipeline
+from codeact import __version__, data_stages, pipeline
 from codeact.errors import InputError, MissingExtraError
+from codeact.settings import DataSettings, EmbedSettings, ScoreSettings, SelectSettings, read_settings
 
 app = typer.Typer(
     help=(
@@ -51,8 +52,8 @@ def _data(
     id_column: str | None,
     split: str,
     config_name: str | None,
-) -> pipeline.DataSettings:
-    return pipeline.DataSettings(
+) -> DataSettings:
+    return DataSettings(
         source=source,
         question=question,
         answer=answer,
@@ -115,9 +116,9 @@ def score(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad row.")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    totals = pipeline.score(
+    totals = data_stages.score(
         _data(data, question_column, answer_column, input_column, conversation_column, id_column, split, config_name),
-        pipeline.ScoreSettings(
+        ScoreSettings(
             model=model,
             template=template,
             max_length=max_length,
@@ -128,7 +129,7 @@ def score(
             protocol=protocol,  # type: ignore[arg-type]  # pydantic checks it
         ),
         output,
-        shard=pipeline.parse_shard(shard),
+        shard=data_stages.parse_shard(shard),
         overwrite=overwrite,
         strict=strict,
     )
@@ -152,7 +153,7 @@ def merge(
     scores = ScoreFolder.open(folder)
     _print_scores(folder, scores.merge())
     if seed_json is not None:
-        count = write_seed_json(seed_json, scores.read(), pipeline.open_scored_data(scores, data))
+        count = write_seed_json(seed_json, scores.read(), data_stages.open_scored_data(scores, data))
         print(f"{count:,} rows in {seed_json}")
 
 
@@ -175,9 +176,9 @@ def embed(
     device: Device = "auto",
 ) -> None:
     """Embed the questions."""
-    pipeline.embed(
+    data_stages.embed(
         _data(data, question_column, answer_column, input_column, conversation_column, id_column, split, config_name),
-        pipeline.EmbedSettings(model=model, batch_size=batch_size, dtype=dtype, device=device),
+        EmbedSettings(model=model, batch_size=batch_size, dtype=dtype, device=device),
         output,
     )
 
@@ -196,7 +197,7 @@ def select(
     data: Annotated[str | None, typer.Option(help="Where the data lies now, if it was moved since scoring.")] = None,
 ) -> None:
     """Choose the difficult part of every cluster (CDAS)."""
-    settings = pipeline.SelectSettings(
+    settings = SelectSettings(
         ratio=ratio,
         clusters=clusters,
         strategy=strategy,  # type: ignore[arg-type]  # pydantic checks them
@@ -204,8 +205,8 @@ def select(
         seed=seed,
         backend=backend,  # type: ignore[arg-type]
     )
-    chosen = pipeline.select(scores, embeddings, output, settings, data)
-    pipeline.print_table(pipeline.selection_lines(chosen))
+    chosen = data_stages.select(scores, embeddings, output, settings, data)
+    data_stages.print_table(data_stages.selection_lines(chosen))
     print(f"{len(chosen['positions']):,} conversations in {output}")
 
 
@@ -354,13 +355,18 @@ def evaluate(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard scores of other settings there.")] = False,
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages: a file, or a name."),
+    ],
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Take the stages before as they are.")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Leave out the stages after.")] = None,
 ) -> None:
-    """Run the whole flow from one YAML file; what is done already is kept."""
-    settings = pipeline.read_settings(config)
-    lines = pipeline.run(settings, overwrite)
-    pipeline.print_table(lines)
+    """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
+    settings = read_settings(config)
+    pipeline.run(settings, first, last)
     print(f"everything is in {settings.output}")
 
 
@@ -380,11 +386,13 @@ def demo(
     rows: Annotated[int, typer.Option(min=10, help="Rows to score.")] = 240,
 ) -> None:
     """Run the whole flow on small embedded models and this Python's standard library."""
-    pipeline.demo(output, rows)
+    from codeact.demo import demo as run_demo
+
+    run_demo(output, rows)
 
 
 def _print_scores(folder: Path, totals: dict[str, object]) -> None:
-    pipeline.print_table(pipeline.score_lines(totals, folder))
+    data_stages.print_table(data_stages.score_lines(totals, folder))
     print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
 
 
@@ -403,8 +411,11 @@ def main() -> None:
         _stop(f"--{name} {problem['input']!r}: {problem['msg'].lower()}")
     except OSError as error:
         _stop(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except pipeline.LedgerError as error:
+        print(f"codeact: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\ncodeact: stopped; codeact score goes on where it was when it is run again", file=sys.stderr)
+        print("\ncodeact: stopped; the same command goes on where it was", file=sys.stderr)
         raise SystemExit(130) from None
 
 

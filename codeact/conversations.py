@@ -36,12 +36,18 @@ class Sample:
 
     ``input_ids`` int32 (L,); ``labels`` int32 (L,), equal to ``input_ids`` on answers and their end of turn and
     ``IGNORE`` elsewhere (not shifted: transformers does that). Both end with the last label, since what follows it
-    cannot change a causal loss. ``truncated``: the end of an answer, or a whole later one, did not fit.
+    cannot change a causal loss. ``cut_tokens``: so many more there were, of the end of an answer or of whole later
+    turns, that did not fit.
     """
 
     input_ids: Ints
     labels: Ints
-    truncated: bool
+    cut_tokens: int
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something did not fit."""
+        return self.cut_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,7 @@ class EncodingCounts:
     rows: int
     samples: int
     truncated: int
+    cut_tokens: int
     tokens: int
     labelled_tokens: int
     refused: dict[str, int]
@@ -142,6 +149,7 @@ def count_conversations(results: Sequence[Sample | Refused]) -> EncodingCounts:
         rows=len(results),
         samples=len(samples),
         truncated=sum(sample.truncated for sample in samples),
+        cut_tokens=sum(sample.cut_tokens for sample in samples),
         tokens=sum(len(sample.input_ids) for sample in samples),
         labelled_tokens=sum(int(np.count_nonzero(sample.labels != IGNORE)) for sample in samples),
         refused=dict(Counter(result.reason for result in results if isinstance(result, Refused))),
@@ -182,7 +190,7 @@ def _sample(
     # A cut may fall into a later question; what comes after the last label that is left is of no use.
     stop = int(kept[-1]) + 1
     labels = np.where(labelled[:stop], ids[:stop], np.int32(IGNORE))
-    return Sample(input_ids=ids[:stop].copy(), labels=labels, truncated=length > max_length)
+    return Sample(input_ids=ids[:stop].copy(), labels=labels, cut_tokens=length - stop)
 
 
 # ---------------------------------------------------------------------------------------------------- record -> text

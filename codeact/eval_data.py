@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,9 @@ class ProblemSet:
         return {problem.task_id: problem for problem in self.problems}
 
 
-def load_problems(dataset: str, data: str | Path | None = None, limit: int | None = None) -> ProblemSet:
+def load_problems(
+    dataset: str, data: str | Path | None = None, limit: int | None = None, tasks: Sequence[str] | None = None
+) -> ProblemSet:
     """Read the problems of a data set.
 
     Args:
@@ -82,6 +84,7 @@ def load_problems(dataset: str, data: str | Path | None = None, limit: int | Non
         data: HumanEvalPlus.jsonl or MbppPlus.jsonl of evalplus, or HumanEval.jsonl of OpenAI, plain or gz. By default
             it is looked for in the folder that CODEACT_EVAL_DATA names, else evalplus gives it (cache or download).
         limit: only so many, from the first.
+        tasks: only these task ids.
 
     Raises:
         InputError: the file cannot be had or read; says what to put where.
@@ -106,6 +109,10 @@ def load_problems(dataset: str, data: str | Path | None = None, limit: int | Non
             ) from None
     if not problems:
         raise InputError(f"{path} holds no task; {_remedy(dataset)}")
+    if tasks is not None:
+        known = [problem.task_id for problem in problems]
+        wanted = {one_of("task", task, known) for task in tasks}
+        problems = [problem for problem in problems if problem.task_id in wanted]
     return ProblemSet(
         dataset=dataset,
         problems=tuple(problems[:limit]),

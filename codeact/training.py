@@ -212,7 +212,7 @@ class _Data:
         lines = [
             ("conversations", f"{counts.rows:,} in {self.source}"),
             ("  dropped", f"{sum(counts.refused.values()):,} ({dropped})"),
-            ("  cut", f"{counts.truncated:,} to the maximum length"),
+            ("  cut", f"{counts.truncated:,} to the maximum length, by {counts.cut_tokens:,} tokens"),
         ]
         if self.held_out_counts is not None:
             lost = sum(self.held_out_counts.refused.values())
@@ -220,7 +220,7 @@ class _Data:
             lines.append(("held out", f"{len(self.held_out):,} other conversations ({cut})"))
         elif self.held_out:
             lines.append(("held out", f"{len(self.held_out):,} of them"))
-        tokens = sum(len(sample.input_ids) for sample in self.samples)
+        tokens = _tokens(self.samples)
         labels = sum(int(np.count_nonzero(sample.labels != IGNORE)) for sample in self.samples)
         lines.append(("samples", f"{len(self.samples):,} of {tokens:,} tokens, {labels:,} of them to be learnt"))
         lines += [("dropped", refused.message) for refused in self.refused[:_NAMED_REFUSALS]]
@@ -387,6 +387,10 @@ def _write(
         "settings": _decisive(settings, data),
         "conversations": dataclasses.asdict(data.counts),
         "held_out": len(data.held_out),
+        "held_out_tokens": _tokens(data.held_out),
+        "held_out_of_others": data.held_out_counts is not None,
+        "trained_on": len(data.samples),
+        "trained_on_tokens": _tokens(data.samples),
         "result": result and {**dataclasses.asdict(result), "output": str(result.output)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "log": [
@@ -395,6 +399,10 @@ def _write(
     }
     with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in samples)
 
 
 def _absolute(name: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -194,6 +194,18 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
     """
     parser = _Parser((*_OWN, TrainerArguments))
     return _settings(parser, _flags(parser, values, where))
+
+
+def check_flags(values: Mapping[str, Any], where: str, taken: Collection[str] = ()) -> None:
+    """Check keys and types alone: on another machine than the one to train on, too, and before there is data.
+
+    Raises:
+        InputError: as ``parse``; or a flag is one of ``taken``, which the caller sets.
+    """
+    for name in taken:
+        if name in values:
+            raise InputError(f"{where}: {name} follows from the other settings; leave it out")
+    _flags(_Parser((*_OWN, TrainerArguments)), values, where)
 
 
 def _settings(parser: _Parser, argv: Sequence[str]) -> TrainSettings:

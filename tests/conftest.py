@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,36 @@ def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, widened(a), widened(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def codeact(monkeypatch, capsys):
+    """Run ``codeact ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
+    from codeact.cli import main
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["codeact", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def isolated() -> None:
+    """Skip where programs cannot be run in isolation."""
+    from codeact.errors import InputError
+    from codeact.sandbox import Limits, Sandbox
+
+    try:
+        Sandbox(Limits())
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from codeact import pipeline
-from codeact.cli import main
-from codeact.errors import InputError
-from codeact.pipeline import read_settings
+from codeact import data_stages
 from codeact.records import write_jsonl
 from tests.conftest import make_records
 
 ROWS = 40
-
-
-@pytest.fixture
-def codeact(monkeypatch, capsys):
-    """Run ``codeact ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["codeact", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -79,30 +57,6 @@ def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path)
     assert "39 rows in" in out
 
 
-def test_a_run_from_one_file_and_again(codeact, data, tiny_model_path, embedder_path, tmp_path):
-    config = tmp_path / "run.yaml"
-    settings = {
-        "output": str(tmp_path / "run"),
-        "data": {"source": str(data), "question": "q", "answer": "a"},
-        "score": {"model": str(tiny_model_path), "max_length": 256, "shard_size": 16},
-        "embed": {"model": str(embedder_path)},
-        "select": {"clusters": 3, "ratio": 0.25},
-    }
-    config.write_text(yaml.safe_dump(settings))
-    code, out, err = codeact("run", config)
-    assert code == 0, err
-    assert "rows chosen" in out
-    chosen = (tmp_path / "run" / "selected.jsonl").read_bytes()
-    assert 0 < chosen.count(b"\n") <= 10
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "scores" / "shards").iterdir()}
-    code, _, err = codeact("run", config)
-    assert code == 0
-    assert "0 of 3 shards to do" in err
-    assert "is up to date" in err
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (tmp_path / "run" / "selected.jsonl").read_bytes() == chosen
-
-
 def test_carried_columns_of_any_type_survive(codeact, tiny_model_path, tmp_path):
     import datetime
 
@@ -121,25 +75,6 @@ def test_carried_columns_of_any_type_survive(codeact, tiny_model_path, tmp_path)
     assert code == 0, err
     line = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])
     assert line["extra"] == {"when": "2024-08-05T12:00:00", "raw": "/w==", "weight": None, "tags": ["a"]}
-
-
-def test_a_changed_run_is_refused_until_overwrite(codeact, data, tiny_model_path, embedder_path, tmp_path):
-    config = tmp_path / "run.yaml"
-    settings = {
-        "output": str(tmp_path / "run"),
-        "data": {"source": str(data), "question": "q", "answer": "a"},
-        "score": {"model": str(tiny_model_path), "max_length": 256},
-        "embed": {"model": str(embedder_path)},
-        "select": {"clusters": 2},
-    }
-    config.write_text(yaml.safe_dump(settings))
-    assert codeact("run", config)[0] == 0
-    settings["score"]["max_length"] = 200
-    config.write_text(yaml.safe_dump(settings))
-    code, _, err = codeact("run", config)
-    assert code == 2
-    assert "max_length 256 there, 200 here" in err
-    assert codeact("run", config, "--overwrite")[0] == 0
 
 
 def test_embeddings_of_other_data_are_refused(codeact, data, tiny_model_path, embedder_path, tmp_path):
@@ -209,6 +144,7 @@ def test_changed_data_is_refused_and_moved_data_is_found(codeact, data, tiny_mod
         (("select", "--scores", "nowhere", "--output", "o.jsonl", "--ratio", "0"), "--ratio 0"),
         (("select", "--scores", "nowhere", "--output", "o.jsonl", "--strategy", "best"), "--strategy 'best'"),
         (("run", "nowhere.yaml"), "cannot read nowhere.yaml"),
+        (("run", "dmeo"), "no such file: dmeo; codeact brings demo"),
         (("harvest", "no_such_package", "--output", "o.jsonl"), "no_such_package"),
     ],
 )
@@ -250,38 +186,10 @@ def test_version(codeact):
     assert codeact("--version")[1].startswith("codeact 0.")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sorce": {}}, "sorce: unknown key; did you mean score?"),
-        ({"score": {"model": "m", "max_lenght": 5}}, "score.max_lenght: unknown key; did you mean max_length?"),
-        ({"score": {}}, "score.model: field required"),
-        ({"score": {"model": "m", "max_length": "long"}}, "score.max_length: input should be a valid integer"),
-        ({"select": {"ratio": 2}}, "select.ratio: input should be less than or equal to 1"),
-    ],
-)
-def test_settings_that_are_wrong_name_the_key(tmp_path, change, message):
-    path = tmp_path / "run.yaml"
-    settings = {"output": "o", "data": {"source": "s"}, "score": {"model": "m"}, **change}
-    path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(InputError) as caught:
-        read_settings(path)
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00"])
-def test_a_file_that_holds_no_settings(tmp_path, content):
-    path = tmp_path / "run.yaml"
-    path.write_text(content)
-    with pytest.raises(InputError, match=r"run\.yaml"):
-        read_settings(path)
-
-
 def test_padding_of_batches_is_counted():
     import pyarrow as pa
 
     lengths = [5, 1, 1, 9, 2]
     table = pa.table({"status": ["ok"] * 4 + ["unreadable"], "prompt_tokens": lengths, "answer_tokens": [0] * 5})
     # batches of 2: (5, 1) and (1, 9) become 10 and 18 tokens; the last row was not scored
-    assert pipeline._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)
+    assert data_stages._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)

@@ -120,6 +120,7 @@ class TestLabels:
             assert np.array_equal(result.labels, full.labels[:size])
             assert (full.labels[size:limit] == IGNORE).all()
             assert result.truncated == (limit < length)
+            assert len(result.input_ids) + result.cut_tokens == length
             for policy in ("drop", "error"):
                 if limit >= length:
                     same = encode_one(record, made, model_type, max_length=limit, on_overflow=policy)

@@ -8,11 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from codeact import eval_stages
-from codeact.errors import InputError
-from codeact.sandbox import Limits, Sandbox
-from tests.test_cli import codeact  # noqa: F401 - a fixture
-
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch) -> Path:
@@ -35,15 +30,7 @@ def data(tmp_path: Path, monkeypatch) -> Path:
     return path
 
 
-@pytest.fixture
-def isolated() -> None:
-    try:
-        Sandbox(Limits())
-    except InputError as error:
-        pytest.skip(str(error))
-
-
-def test_generate_sanitize_evaluate(codeact, data, tiny_model_path, isolated, tmp_path):  # noqa: F811
+def test_generate_sanitize_evaluate(codeact, data, tiny_model_path, isolated, tmp_path):
     raw = tmp_path / "s.jsonl"
     options = ("--dataset", "humaneval", "--data", data)
     generating = (*options, "--model", tiny_model_path, "--output", raw, "--max-new-tokens", 8, "--instruct")
@@ -60,7 +47,7 @@ def test_generate_sanitize_evaluate(codeact, data, tiny_model_path, isolated, tm
     assert (tmp_path / "s-sanitized_eval.md").is_file()
 
 
-def test_samples_of_other_tools(codeact, data, isolated, tmp_path, monkeypatch):  # noqa: F811
+def test_samples_of_other_tools(codeact, data, isolated, tmp_path, monkeypatch):
     monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
     rows = [
         {"task_id": "HumanEval/0", "solution": "Sure:\n```python\ndef f0(x):\n    return x\n```"},
@@ -93,7 +80,7 @@ def test_samples_of_other_tools(codeact, data, isolated, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, codeact, data, isolated, tmp_path, monkeypatch):  # noqa: F811
+def test_mistakes_are_one_line(arguments, message, codeact, data, isolated, tmp_path, monkeypatch):
     monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
     code, _, err = codeact(*arguments)
     assert code == 2
@@ -101,7 +88,7 @@ def test_mistakes_are_one_line(arguments, message, codeact, data, isolated, tmp_
     assert err.strip().count("\n") == 0
 
 
-def test_without_a_sandbox_it_refuses_loudly(codeact, data, tmp_path, monkeypatch):  # noqa: F811
+def test_without_a_sandbox_it_refuses_loudly(codeact, data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     (tmp_path / "s.jsonl").write_text('{"task_id": "HumanEval/0", "solution": "def f0(x): return x"}\n')
     arguments = ("evaluate", "--dataset", "humaneval", "--data", data, "--samples", tmp_path / "s.jsonl")
@@ -113,16 +100,3 @@ def test_without_a_sandbox_it_refuses_loudly(codeact, data, tmp_path, monkeypatc
     assert "WARNING: generated programs run without isolation" in err
     assert "| humaneval | 33.3 % |" in out
     assert "WITHOUT isolation" in out
-
-
-def test_the_demo_evaluates(model_path, human_eval_path, isolated, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_stages, "DEMO_TASKS", (53,))
-    ((name, text),) = eval_stages.demo_evaluate(str(model_path), tmp_path, "before")
-    assert name == "HumanEval before"
-    assert text.startswith("1 of 1 easy tasks solved (53), ")
-
-
-def test_the_demo_goes_on_without_a_sandbox(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    ((_, text),) = eval_stages.demo_evaluate("any", tmp_path, "before")
-    assert text.startswith("left out: refusing to run generated programs")

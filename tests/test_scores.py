@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from codeact import pipeline
+from codeact import data_stages
 from codeact.atomic import TEMPORARY_PREFIX
 from codeact.errors import InputError
 from codeact.records import write_jsonl
 from codeact.scores import ScoreFolder, settings_hash
+from codeact.settings import DataSettings, ScoreSettings
 from tests.conftest import make_records
 
 ROWS = 120
@@ -36,14 +37,14 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def settings(tiny_model_path, **more) -> pipeline.ScoreSettings:
-    return pipeline.ScoreSettings(**{"model": str(tiny_model_path), "max_length": 256, "shard_size": 5, **more})
+def settings(tiny_model_path, **more) -> ScoreSettings:
+    return ScoreSettings(**{"model": str(tiny_model_path), "max_length": 256, "shard_size": 5, **more})
 
 
 def score(data_path, tiny_model_path, output, shard=(0, 1), overwrite=False, strict=False, **more):
-    data = pipeline.DataSettings(source=str(data_path))
+    data = DataSettings(source=str(data_path))
     chosen = settings(tiny_model_path, **more)
-    return pipeline.score(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
+    return data_stages.score(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_seed_json(data_path, tiny_model_path, tmp_path):
 
     score(data_path, tiny_model_path, tmp_path / "s", protocol="seed")
     folder = ScoreFolder.open(tmp_path / "s")
-    count = write_seed_json(tmp_path / "seed.json", folder.read(), pipeline.open_scored_data(folder))
+    count = write_seed_json(tmp_path / "seed.json", folder.read(), data_stages.open_scored_data(folder))
     entries = json.loads((tmp_path / "seed.json").read_text())
     assert len(entries) == count == ROWS - 2
     assert set(entries[0]) == {"question", "answer", "IFD"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from codeact import training
-from codeact.cli import main
 from codeact.errors import InputError
 from codeact.records import write_jsonl
 from codeact.training_arguments import parse, parse_mapping
@@ -64,20 +62,11 @@ def selected(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, tiny_model_path):
+def train(codeact, tiny_model_path):
     """Run ``codeact train`` on the tiny model: (exit code, stdout, stderr)."""
 
     def run(*arguments, model=tiny_model_path) -> tuple[int, str, str]:
-        argv = ["codeact", "train", *map(str, arguments)]
-        argv += ["--model_name_or_path", str(model)] if model else []
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return codeact("train", *arguments, *(("--model_name_or_path", model) if model else ()))
 
     return run
 
