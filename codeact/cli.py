@@ -373,6 +373,16 @@ def demo(
     pipeline.demo(output, rows)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what is here and works, and what to install for the rest."""
+    from codeact.doctor import run as examine
+
+    raise typer.Exit(examine(as_json))
+
+
 def _print_scores(folder: Path, totals: dict[str, object]) -> None:
     pipeline.print_table(pipeline.score_lines(totals, folder))
     print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
