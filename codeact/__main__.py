@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; the doctor without it, as it must also run where a library that the others need is broken."""
+    """Run the command line; the doctor without it, as it must run where a library that the others need is broken."""
     if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
         from codeact.doctor import run
 

@@ -31,7 +31,7 @@ _GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line. ``state``: "yes", "no", "idle" (installed, of no use on this machine) or "broken" (``detail`` says why).
+    """One line. ``state``: "yes", "no", "idle" (installed, of no use here) or "broken" (``detail`` says why).
 
     ``vital``: codeact cannot run where this is broken.
     """
@@ -71,7 +71,7 @@ _LIBRARIES = {
             name="GPU",
             probe="gpu",
             purpose="speed",
-            command="pip install --force-reinstall torch, as https://pytorch.org/get-started/locally says for your driver",
+            command="reinstall torch as https://pytorch.org/get-started/locally says for your driver",
         ),
         _Library(name="triton", probe="triton", purpose="NLL on the GPU", command=_extra("gpu"), gpu=True),
         _Library(
@@ -136,9 +136,9 @@ def _run_probes(names: tuple[str, ...], seconds: float) -> dict[str, dict[str, s
                 begun = line["begin"]
             else:
                 results[line["probe"]] = line
-        crashed = begun if begun not in results else next(name for name in [*left, ""] if name not in results)
         left = [name for name in left if name not in results]
-        if left and crashed:
+        if left:
+            crashed = begun if begun in left else left[0]
             results[crashed] = {"probe": crashed, "state": "broken", "detail": ended}
             left.remove(crashed)
     return results

@@ -1,6 +1,6 @@
-"""What `codeact doctor` tries in a process of its own, as a library may crash: ``python -m codeact.doctor_probes NAME...``.
+"""What `codeact doctor` tries, in processes of their own, as a library may crash: ``-m codeact.doctor_probes NAME...``.
 
-Each probe returns what it found, in a few words, or raises; "; no device" at the end means installed, but of no use here.
+Each probe returns what it found in a few words, or raises; "; no device" at the end: installed, but of no use here.
 One line of JSON says that a probe begins, another how it ended, so that a crash tells which one it was.
 """
 
@@ -15,18 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-REQUIRED = (
-    "numpy",
-    "pyarrow",
-    "pydantic",
-    "yaml",
-    "typer",
-    "tqdm",
-    "safetensors",
-    "sklearn",
-    "datasets",
-    "transformers",
-)
+REQUIRED = "numpy pyarrow pydantic yaml typer tqdm safetensors sklearn datasets transformers".split()
 IDLE = "; no device"
 
 
@@ -71,13 +60,9 @@ def gpu() -> str:
     driver = _nvidia_driver()
     if not torch.cuda.is_available():
         if driver and not torch.version.cuda:
-            raise RuntimeError(
-                f"NVIDIA driver {driver} is here, but PyTorch {torch.__version__} was not built for CUDA"
-            )
+            raise RuntimeError(f"NVIDIA driver {driver} is here; PyTorch {torch.__version__} was not built for CUDA")
         if driver:
-            raise RuntimeError(
-                f"NVIDIA driver {driver} is here, but PyTorch (CUDA {torch.version.cuda}) sees no device"
-            )
+            raise RuntimeError(f"NVIDIA driver {driver} is here; PyTorch (CUDA {torch.version.cuda}) sees no device")
         return ""
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -169,9 +154,9 @@ def run(name: str) -> dict[str, str]:
     try:
         detail = PROBES[name]()
     except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as error:
-        own = {name, name.replace("-", "_"), "codeact"}
+        own = {name, name.replace("-", "_")}
         missing = str(error.name or "")
-        if missing.split(".")[0] in own:
+        if missing.partition(".")[0] in own:
             return {"probe": name, "state": "no", "detail": ""}
         return {"probe": name, "state": "broken", "detail": f"it needs {missing}, which is not installed"}
     except BaseException as error:  # a library may well raise SystemExit, and the next one is to be looked at

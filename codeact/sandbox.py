@@ -106,9 +106,9 @@ class Sandbox:
         self.isolated = self.why_not is None
         if not self.isolated and not unsafe:
             raise InputError(
-                f"refusing to run generated programs without isolation: {self.why_not}; install bubblewrap (Debian, Ubuntu: "
-                "apt-get install bubblewrap) where namespaces are allowed, or, on a machine that you can lose, say "
-                "--unsafe-no-sandbox"
+                f"refusing to run generated programs without isolation: {self.why_not}; install bubblewrap "
+                "(Debian, Ubuntu: apt-get install bubblewrap) where namespaces are allowed, or, on a machine that you "
+                "can lose, say --unsafe-no-sandbox"
             )
 
     def _find_isolation(self) -> str | None:

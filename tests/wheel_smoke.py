@@ -1,0 +1,48 @@
+"""Try an installed wheel: ``python tests/wheel_smoke.py``, also where no compiler is.
+
+No test module: CI and ``make wheel-check`` run it on a wheel, tests/test_package.py on an unpacked one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.pop(0)  # this folder
+
+import torch
+
+import codeact
+from codeact import _native
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Pack, compute losses with each instruction set, and look for the data files."""
+    home = Path(codeact.__file__).resolve()
+    assert not home.is_relative_to(HERE / "codeact"), f"{home} is the source tree, not an installed wheel"
+    packs = codeact.pack([7, 5, 4, 3, 1], 10)
+    assert sorted(packs.indices.tolist()) == [0, 1, 2, 3, 4]
+    assert len(packs) == 2
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 33, generator=generator) for size in (13, 101))
+    targets = torch.randint(101, (13,), generator=generator)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    backends = ["auto", "torch", *(["native"] if _native.instruction_sets() else [])]
+    for backend in backends:
+        torch.testing.assert_close(codeact.token_nll(hidden, weight, targets, backend=backend), expected)
+
+    files = importlib.resources.files("codeact")
+    for name in ("py.typed", "_native.pyi", "configs/zero2.json", "configs/fsdp.yaml"):
+        assert files.joinpath(name).is_file(), f"{name} is not in the wheel"
+    compilers = [name for name in ("cc", "c++", "gcc", "g++", "clang") if shutil.which(name)]
+    print(f"codeact {codeact.__version__} from {home.parent}: packs, NLL by {', '.join(backends)}; ", end="")
+    print(f"instruction sets {_native.instruction_sets()} of {_native.compiled_instruction_sets()}; ", end="")
+    print(f"compilers on PATH: {compilers or 'none'}")
+
+
+main()
