@@ -20,8 +20,30 @@ from codeact import _native
 HERE = Path(__file__).resolve().parent.parent
 
 
+def score() -> None:
+    """Score two rows with a model of random weights, whose tokens are bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    rows = [("Add two numbers.", "def add(a, b):\n    return a + b"), ("Say hello.", "print('hello')")]
+    records = [
+        codeact.Record(id=str(row), row=row, question=question, answer=answer)
+        for row, (question, answer) in enumerate(rows)
+    ]
+    table = codeact.score_ifd(LlamaForCausalLM(config).eval(), tokenizer, records)
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    assert all(0.5 < ifd < 2 for ifd in table["ifd"].to_pylist())
+
+
 def main() -> None:
-    """Pack, compute losses with each instruction set, and look for the data files."""
+    """Pack, compute losses by each way there is, score rows, and look for the data files."""
     home = Path(codeact.__file__).resolve()
     assert not home.is_relative_to(HERE / "codeact"), f"{home} is the source tree, not an installed wheel"
     packs = codeact.pack([7, 5, 4, 3, 1], 10)
@@ -36,11 +58,12 @@ def main() -> None:
     for backend in backends:
         torch.testing.assert_close(codeact.token_nll(hidden, weight, targets, backend=backend), expected)
 
+    score()
     files = importlib.resources.files("codeact")
     for name in ("py.typed", "_native.pyi", "configs/zero2.json", "configs/fsdp.yaml"):
         assert files.joinpath(name).is_file(), f"{name} is not in the wheel"
     compilers = [name for name in ("cc", "c++", "gcc", "g++", "clang") if shutil.which(name)]
-    print(f"codeact {codeact.__version__} from {home.parent}: packs, NLL by {', '.join(backends)}; ", end="")
+    print(f"codeact {codeact.__version__} from {home.parent}: packs, scores, NLL by {', '.join(backends)}; ", end="")
     print(f"instruction sets {_native.instruction_sets()} of {_native.compiled_instruction_sets()}; ", end="")
     print(f"compilers on PATH: {compilers or 'none'}")
 
