@@ -20,7 +20,7 @@ from pathlib import Path
 
 from codeact import __version__
 
-SECONDS = 90.0  # from a cold disk the libraries take a minute; from memory, five seconds
+SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
 _OLDEST_PYTHON = (3, 11)
 # Two processes, as most of the time is that of one core; what imports the same libraries is in the same one.
 _GROUPS = (
@@ -31,7 +31,7 @@ _GROUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line. ``state``: "yes", "no", "idle" (installed, of no use here) or "broken" (``detail`` says why).
+    """One line. ``state``: "yes", "no", "idle" (installed, of no use here), "broken" (``detail`` says why), "unknown".
 
     ``vital``: codeact cannot run where this is broken.
     """
@@ -139,7 +139,9 @@ def _run_probes(names: tuple[str, ...], seconds: float) -> dict[str, dict[str, s
         left = [name for name in left if name not in results]
         if left:
             crashed = begun if begun in left else left[0]
-            results[crashed] = {"probe": crashed, "state": "broken", "detail": ended}
+            # Slow is not broken: the first import after an installation, from a busy disk, may take minutes.
+            late = time.monotonic() >= until
+            results[crashed] = {"probe": crashed, "state": "unknown" if late else "broken", "detail": ended}
             left.remove(crashed)
     return results
 
@@ -148,7 +150,7 @@ def _run_process(names: list[str], seconds: float) -> tuple[list[dict[str, str]]
     """Return the lines that a process of probes wrote, and how it ended."""
     quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     if seconds <= 0:
-        return [], "not tried: the libraries before it took too long"
+        return [], "not tried, as what came before took too long; try again"
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "codeact.doctor_probes", *names],  # -P: not what lies in the current folder
@@ -171,7 +173,8 @@ def _run_process(names: list[str], seconds: float) -> tuple[list[dict[str, str]]
         with suppress(ValueError):
             lines.append(json.loads(line))
     if process.returncode < 0:
-        how = "took too long" if time.monotonic() - began >= seconds else f"crashed with signal {-process.returncode}"
+        late = time.monotonic() - began >= seconds
+        how = f"no answer in {seconds:.0f} s; try again" if late else f"crashed with signal {-process.returncode}"
     else:
         how = (err.strip().splitlines() or [f"ended Python with exit code {process.returncode}"])[-1][:200]
     return lines, how
@@ -311,14 +314,14 @@ def table(findings: list[Finding]) -> str:
         told = finding.detail
         if finding.command:
             told = f"{told}: {finding.command}" if told else finding.command
-        lines.append(f"{finding.state:6}  {finding.name:{names}}  {finding.purpose:{purposes}}  {told}".rstrip())
+        lines.append(f"{finding.state:7}  {finding.name:{names}}  {finding.purpose:{purposes}}  {told}".rstrip())
     lines += ["", conclusion(findings)]
     return "\n".join(lines)
 
 
 def conclusion(findings: list[Finding]) -> str:
     """One sentence over all."""
-    if vital := [finding.name for finding in findings if finding.vital and finding.state != "yes"]:
+    if vital := [finding.name for finding in findings if finding.vital and finding.state == "broken"]:
         return f"codeact cannot run: mend {', '.join(vital)}"
     broken = [finding.name for finding in findings if finding.state == "broken"]
     works = "codeact works here; yes: works, idle: installed, but of no use on this machine"
@@ -328,7 +331,7 @@ def conclusion(findings: list[Finding]) -> str:
 def run(as_json: bool = False) -> int:
     """Print what is found; returns the exit code: 1 where codeact itself cannot run, else 0."""
     findings = examine()
-    healthy = all(finding.state == "yes" for finding in findings if finding.vital)
+    healthy = all(finding.state != "broken" for finding in findings if finding.vital)
     if as_json:
         where = str(Path(__file__).resolve().parent)
         report = {"codeact": __version__, "folder": where, "works": healthy, "findings": [*map(asdict, findings)]}
