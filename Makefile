@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench models sandbox browser format clean
+.PHONY: help demo test check wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
@@ -54,6 +54,15 @@ check: $(BIN)/codeact
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The sdist, a wheel made from it, and that wheel in an environment of its own: all that it says, without a compiler.
+wheel-check:
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install -q build
+	build/wheel-check/bin/python -m build -o build/wheel-check/dist . >build/wheel-check/build.log || { tail -30 build/wheel-check/build.log; exit 1; }
+	build/wheel-check/bin/python -m pip install -q -c constraints.txt build/wheel-check/dist/*.whl
+	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/wheel_smoke.py
 
 bench: models sandbox
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"

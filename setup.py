@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 INSTALL_COMPILER = "install one (Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install)"
 
@@ -31,6 +32,15 @@ def check_compiler() -> None:
         raise SystemExit(f"codeact: no C++ compiler found; {INSTALL_COMPILER}")
 
 
+class FreshBuild(build_py):
+    """Start from an empty folder: setuptools packs all that lies there, so also modules that were since deleted."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Configure and build the top-level CMakeLists.txt, and leave the module where setuptools looks for it."""
 
@@ -42,19 +52,23 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         configure = [
+            "--fresh",  # pip builds in a new environment each time, and the paths of the last one are gone
             *("-S", str(Path(__file__).resolve().parent), "-B", str(build)),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY_RELEASE={target}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        if not (build / "CMakeCache.txt").exists() and (ninja := find_tool("ninja")):
+        if ninja := find_tool("ninja"):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         try:
             subprocess.run([cmake, *configure], check=True)
-            subprocess.run([cmake, "--build", str(build), "--config", "Release"], check=True)
+            jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            subprocess.run([cmake, "--build", str(build), "--config", "Release", *jobs], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"codeact: the native module did not build (see CMake's output above): {error}") from None
 
 
-setup(ext_modules=[Extension("codeact._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("codeact._native", sources=[])], cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuild}
+)

@@ -1,5 +1,20 @@
-"""``python -m codeact``."""
+"""``codeact`` and ``python -m codeact``."""
 
-from codeact.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command line; the doctor without it, as it must run where a library that the others need is broken."""
+    if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
+        from codeact.doctor import run
+
+        raise SystemExit(run(as_json="--json" in sys.argv))
+    from codeact.cli import main as command_line
+
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,9 @@ def pack(
 def instruction_sets() -> list[str]:
     """Return what `linear_nll` can run with on this CPU, best first: "avx512bf16", "avx512", "avx2", or nothing."""
 
+def compiled_instruction_sets() -> list[str]:
+    """Return what this build holds, whatever the CPU."""
+
 def linear_nll(
     hidden: npt.NDArray[np.float32 | np.uint16],
     weight: npt.NDArray[np.float32 | np.uint16],

@@ -391,6 +391,16 @@ def demo(
     run_demo(output, rows)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what is here and works, and what to install for the rest."""
+    from codeact.doctor import run as examine
+
+    raise typer.Exit(examine(as_json))
+
+
 def _print_scores(folder: Path, totals: dict[str, object]) -> None:
     data_stages.print_table(data_stages.score_lines(totals, folder))
     print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")

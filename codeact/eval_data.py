@@ -126,14 +126,22 @@ def _remedy(dataset: str) -> str:
     return f"put evalplus' {name}.jsonl.gz into a folder and set CODEACT_EVAL_DATA to it, or say --data FILE"
 
 
+def find_in_folder(dataset: str, folder: str | Path) -> Path | None:
+    """The file of a data set's problems in a folder; None where there is none."""
+    for name in _FILES[dataset]:
+        for ending in (".jsonl.gz", ".jsonl"):
+            path = Path(folder).expanduser() / f"{name}{ending}"
+            if path.is_file():
+                return path
+    return None
+
+
 def _find(dataset: str) -> Path:
     folder = os.environ.get("CODEACT_EVAL_DATA")
     if folder:
-        for name in _FILES[dataset]:
-            for ending in (".jsonl.gz", ".jsonl"):
-                path = Path(folder).expanduser() / f"{name}{ending}"
-                if path.is_file():
-                    return path
+        path = find_in_folder(dataset, folder)
+        if path is not None:
+            return path
         raise InputError(f"CODEACT_EVAL_DATA={folder} holds no {_FILES[dataset][0]}.jsonl.gz; put it there")
     if importlib.util.find_spec("evalplus") is None:
         raise MissingExtraError("evalplus", "eval", f"{_remedy(dataset)}; its download")

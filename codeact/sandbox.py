@@ -85,7 +85,7 @@ class Ended:
 
 
 class Sandbox:
-    """Runs requests of `codeact.sandbox_runner`.
+    """Runs requests of `codeact.sandbox_runner`. ``why_not`` says why nothing isolates; None where it does.
 
     Args:
         limits: what a program may use.
@@ -102,14 +102,13 @@ class Sandbox:
         self._command: list[str] = []
         self._filter = seccomp_filter(platform.machine())
         self._change_user = False
-        reason = self._find_isolation()
-        if reason is None:
-            self.isolated = True
-        elif not unsafe:
+        self.why_not = self._find_isolation()
+        self.isolated = self.why_not is None
+        if not self.isolated and not unsafe:
             raise InputError(
-                f"refusing to run generated programs without isolation: {reason}; install bubblewrap (Debian, Ubuntu: "
-                "apt-get install bubblewrap) where namespaces are allowed, or, on a machine that you can lose, say "
-                "--unsafe-no-sandbox"
+                f"refusing to run generated programs without isolation: {self.why_not}; install bubblewrap "
+                "(Debian, Ubuntu: apt-get install bubblewrap) where namespaces are allowed, or, on a machine that you "
+                "can lose, say --unsafe-no-sandbox"
             )
 
     def _find_isolation(self) -> str | None:

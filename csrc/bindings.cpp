@@ -8,9 +8,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "instruction_sets.hpp"
 #include "linear_nll.hpp"
 #include "packing.hpp"
 #include "varlen_attention.hpp"
@@ -161,17 +163,15 @@ py::array varlen_attention(const py::array& query, const py::array& key, const p
   return output;
 }
 
-std::vector<std::string> instruction_sets() {
-  const auto names = codeact::instruction_sets();
-  return {names.begin(), names.end()};
-}
+std::vector<std::string> as_strings(const std::vector<std::string_view>& names) { return {names.begin(), names.end()}; }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.doc() = "The compiled core of codeact. Use codeact.packing and codeact.nll, which check their arguments.";
   module.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("algorithm"), py::arg("max_items"));
-  module.def("instruction_sets", &instruction_sets);
+  module.def("instruction_sets", [] { return as_strings(codeact::instruction_sets()); });
+  module.def("compiled_instruction_sets", [] { return as_strings(codeact::compiled_instruction_sets()); });
   module.def("linear_nll", &linear_nll, py::arg("hidden"), py::arg("weight"), py::arg("targets"), py::arg("bias"),
              py::arg("softcap"), py::arg("ignore_index"), py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),

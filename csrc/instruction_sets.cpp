@@ -36,6 +36,14 @@ std::vector<std::string_view> instruction_sets() {
   return names;
 }
 
+std::vector<std::string_view> compiled_instruction_sets() {
+#ifdef CODEACT_X86
+  return {"avx512bf16", "avx512", "avx2"};
+#else
+  return {};
+#endif
+}
+
 const Kernels& kernels_of(std::string_view name, Element element) {
   // Pairs of bfloat16 are all that AVX512-BF16 adds.
   if (name == "avx512bf16" && element == Element::float32) name = "avx512";

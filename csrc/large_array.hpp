@@ -67,7 +67,7 @@ struct LargeArrayAllocator {
     return static_cast<T*>(::operator new(bytes, kLine));
   }
 
-  void deallocate(T* memory, std::size_t count) noexcept {
+  void deallocate(T* memory, [[maybe_unused]] std::size_t count) noexcept {
 #ifdef __linux__
     if (count * sizeof(T) >= kLarge) {
       HugePages::give_back(memory, pages(count * sizeof(T)));

@@ -42,13 +42,11 @@ std::int64_t lower_bound(std::span<const Run> runs, std::int64_t items, std::int
                          std::int64_t max_items) {
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); };
   std::int64_t big = 0;           // items over half the capacity
-  std::int64_t shared = 0;        // of those, the ones that leave space for an item of length `small`
-  std::int64_t shared_space = 0;  // the space that these leave
+  std::int64_t shared_space = 0;  // what those of them leave that leave space for an item of length `small`
   std::int64_t small_tokens = tokens;
   std::size_t half = 0;
   for (; half < runs.size() && 2 * std::int64_t{runs[half].length} > capacity; ++half) {
     big += runs[half].count;
-    shared += runs[half].count;
     shared_space += (capacity - runs[half].length) * runs[half].count;
     small_tokens -= std::int64_t{runs[half].length} * runs[half].count;
   }
@@ -57,7 +55,6 @@ std::int64_t lower_bound(std::span<const Run> runs, std::int64_t items, std::int
   for (std::size_t i = runs.size(); i-- > half;) {
     const std::int64_t small = runs[i].length;
     for (; longest_shared < half && runs[longest_shared].length > capacity - small; ++longest_shared) {
-      shared -= runs[longest_shared].count;
       shared_space -= (capacity - runs[longest_shared].length) * runs[longest_shared].count;
     }
     if (small_tokens > shared_space) bound = std::max(bound, big + ceil_div(small_tokens - shared_space, capacity));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <system_error>
 #include <thread>
@@ -22,7 +23,12 @@ void share(int threads, std::int64_t items, const Run& run) {
   const auto work = [&](int thread) {
     for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(thread, item);
   };
-  std::vector<std::jthread> others;
+  // std::jthread would join by itself; the libc++ of Xcode 16 and older lacks it.
+  struct Threads : std::vector<std::thread> {
+    ~Threads() {
+      for (std::thread& thread : *this) thread.join();
+    }
+  } others;
   others.reserve(static_cast<std::size_t>(threads));
   try {
     for (int thread = 1; thread < std::min<std::int64_t>(threads, items); ++thread) others.emplace_back(work, thread);
