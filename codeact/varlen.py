@@ -191,9 +191,14 @@ class _NativeVarlen(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, bounds)
         ctx.scale = scale
-        operands = (native.as_array(t[0]) for t in (query, key, value))
         output = _native.varlen_attention(
-            *operands, bounds.numpy(), scale, torch.get_num_threads(), native.instruction_set()
+            native.as_array(query[0]),
+            native.as_array(key[0]),
+            native.as_array(value[0]),
+            bounds.numpy(),
+            scale,
+            torch.get_num_threads(),
+            native.instruction_set(),
         )
         return native.as_tensor(output)[None]
 
@@ -201,9 +206,15 @@ class _NativeVarlen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bounds = ctx.saved_tensors
-        operands = (native.as_array(t[0]) for t in (slope.transpose(1, 2), query, key, value))
         gradients = _native.varlen_attention_backward(
-            *operands, bounds.numpy(), ctx.scale, torch.get_num_threads(), native.instruction_set()
+            native.as_array(slope[0].transpose(0, 1)),
+            native.as_array(query[0]),
+            native.as_array(key[0]),
+            native.as_array(value[0]),
+            bounds.numpy(),
+            ctx.scale,
+            torch.get_num_threads(),
+            native.instruction_set(),
         )
         return *(native.as_tensor(g)[None].transpose(1, 2) for g in gradients), None, None
 
