@@ -1,6 +1,6 @@
 """Training in every padding mode, and the paper's experiment in small, on SmolLM2-135M with LoRA and real rows.
 
-    python -m benchmarks.training [--quick | --full] [--data FILE] [--json FILE]
+    python -m benchmarks.training [--quick | --full] [--arms a,b] [--data FILE] [--json FILE]
 
 Rows: ``--data`` (columns instruction, input, output), by default functions harvested from this Python's standard
 library. Every arm trains in a process of its own, so that its peak memory is its own; its time and its peak are those
@@ -207,8 +207,10 @@ def choose(rows: Sequence[Record]) -> list[int]:
     return [position for position, row in enumerate(rows) if row.id in chosen]
 
 
-def experiment(samples: Sequence[Any], chosen: Sequence[int], held_out: list[Any], seeds: int) -> list[dict[str, Any]]:
-    """The paper's arms over seeds; every record holds the figures of all seeds."""
+def experiment(
+    samples: Sequence[Any], chosen: Sequence[int], held_out: list[Any], seeds: int, letters: str
+) -> list[dict[str, Any]]:
+    """The paper's arms (those with one of the letters) over seeds; every record holds the figures of all seeds."""
     lengths = np.array([len(sample.input_ids) for sample in samples])
     cdas = [samples[i] for i in chosen]
     budget = int(lengths[list(chosen)].sum())
@@ -224,6 +226,8 @@ def experiment(samples: Sequence[Any], chosen: Sequence[int], held_out: list[Any
             "(e) CDAS, as many tokens as (a)": (cdas, PACK, {"num_train_epochs": float(lengths.sum() / budget)}),
         }
         for name, (rows, options, arguments) in arms.items():
+            if name[1] not in letters:
+                continue
             arm = Arm(options=options, arguments=arguments, samples=rows, held_out=held_out, seed=seed)
             results.setdefault(name, []).append(in_own_process(arm))
             last = results[name][-1]
@@ -261,7 +265,7 @@ def experiment_table(records: Sequence[dict[str, Any]]) -> str:
     for r in records:
         lines.append(
             f"| {r['what']} | {r['tokens']:,.0f} | {r['steps']:.0f} | {r['seconds']:.1f} s | "
-            f"{r['peak_bytes'] / 2**20:,.0f} MiB | {r['time_of_a']:.2f} | {r['memory_of_a']:.2f} | "
+            f"{r['peak_bytes'] / 2**20:,.0f} MiB | {r['time_of_a']:.3f} | {r['memory_of_a']:.2f} | "
             f"{r['held_out_mean']:.4f} ± {r['held_out_deviation']:.4f} |"
         )
     return "\n".join(lines)
@@ -285,7 +289,10 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="few rows, one seed: does it still work?")
     size.add_argument("--full", action="store_true", help="more rows, three rounds: half an hour")
     parser.add_argument("--data", type=Path, metavar="FILE", help="Alpaca-form JSON; default: harvested functions")
+    parser.add_argument("--arms", metavar="a,b", help="only these arms of the experiment, (a) among them; no modes")
     options = parser.parse_args()
+    if options.arms and "a" not in options.arms:
+        parser.error("--arms must name a, which the others are compared with")
     in_modes, rounds, trained, held, seeds = (32, 1, 64, 32, 3)
     if options.quick:
         in_modes, rounds, trained, held, seeds = (8, 1, 20, 4, 1)
@@ -308,11 +315,12 @@ def main() -> None:
     rest = [pair for pair in kept if all(pair is not other for other in out)]
     records, samples = [row for row, _ in rest], [sample for _, sample in rest]
 
-    by_mode = modes(samples[:in_modes], rounds)
-    print(f"## Training, {by_mode[0]['samples']} rows, {by_mode[0]['tokens']:,} tokens, LoRA r16 on SmolLM2-135M\n")
-    print(modes_table(by_mode))
+    by_mode = [] if options.arms else modes(samples[:in_modes], rounds)
+    if by_mode:
+        print(f"## Training, {by_mode[0]['samples']} rows, {by_mode[0]['tokens']:,} tokens, LoRA r16 on SmolLM2-135M\n")
+        print(modes_table(by_mode))
     chosen = choose(records)
-    arms = experiment(samples, chosen, [sample for _, sample in out], seeds)
+    arms = experiment(samples, chosen, [sample for _, sample in out], seeds, options.arms or "abcde")
     before = arms[0]["runs"][0]["held_out_before"]
     mean = statistics.mean(len(sample.input_ids) for sample in samples)
     mean_chosen = statistics.mean(len(samples[i].input_ids) for i in chosen)
@@ -320,7 +328,7 @@ def main() -> None:
     print(experiment_table(arms))
     print(
         f"\nHeld-out loss before training {before:.4f}. A row chosen by CDAS is {mean_chosen / mean - 1:+.0%} longer "
-        f"than the mean. {verdict({record['what']: record for record in arms})}"
+        f"than the mean. {'' if options.arms else verdict({record['what']: record for record in arms})}"
     )
     if options.json:
         facts = {"bf16": cpu_has_bf16(), "max_seq_len": MAX_SEQ_LEN, "batch": BATCH, "ratio": RATIO}

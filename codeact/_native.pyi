@@ -76,3 +76,24 @@ def varlen_attention(
         TypeError: an operand holds something else.
         ValueError: shapes or bounds do not fit, or the instruction set is not here.
     """
+
+def varlen_attention_backward(
+    output_gradient: npt.NDArray[np.float32 | np.uint16],
+    query: npt.NDArray[np.float32 | np.uint16],
+    key: npt.NDArray[np.float32 | np.uint16],
+    value: npt.NDArray[np.float32 | np.uint16],
+    cu_seqlens: npt.NDArray[np.int32],
+    scale: float,
+    threads: int,
+    instruction_set: str,
+) -> tuple[
+    npt.NDArray[np.float32 | np.uint16], npt.NDArray[np.float32 | np.uint16], npt.NDArray[np.float32 | np.uint16]
+]:
+    """Return the gradients of query (T, H, D), key (T, G, D) and value (T, G, E).
+
+    Args:
+        output_gradient: (H, T, E), that of the output of `varlen_attention`, of the operands' dtype; any stride of
+            heads and tokens.
+
+    The other arguments and all errors are those of `varlen_attention`.
+    """

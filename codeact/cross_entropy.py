@@ -125,15 +125,18 @@ class _Blocks:
             logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return logits
 
-    def slope(self, logits: Tensor, lse: Tensor, targets: Tensor, scale: Tensor | None) -> Tensor:
-        """Turn logits (R, V) into the gradient of the rows' losses, each times ``scale`` (R,), before any softcap.
-
-        Returns (R, V) in the dtype of the products; ``logits`` is overwritten.
-        """
-        cap = self.head.softcap
+    def bend(self, logits: Tensor) -> Tensor | None:
+        """Return the derivative of the softcap at these logits, (R, V), or None: there is no softcap."""
         # d tanh = 1 - tanh^2, and the logits are softcap * tanh.
-        bend = None if cap is None else logits.div(cap).square_().neg_().add_(1)
-        slope = logits.sub_(lse[:, None]).exp_()
+        cap = self.head.softcap
+        return None if cap is None else logits.div(cap).square_().neg_().add_(1)
+
+    def slope(self, softmax: Tensor, bend: Tensor | None, targets: Tensor, scale: Tensor | None) -> Tensor:
+        """Turn softmax (R, V) into the gradient of the rows' losses, each times ``scale`` (R,), before any softcap.
+
+        Returns (R, V) in the dtype of the products; ``softmax`` is overwritten.
+        """
+        slope = softmax
         slope[torch.arange(len(targets), device=targets.device), targets] -= 1
         if bend is not None:
             slope *= bend
@@ -180,10 +183,14 @@ class _SummedLoss(torch.autograd.Function):
         for here in blocks.slices():
             rows = blocks.rows(here)
             logits = blocks.logits(rows)
-            lse = logits.logsumexp(dim=1)
-            total += (lse - logits.gather(1, targets[here, None]).squeeze(1)).sum()
+            bend = blocks.bend(logits) if any(needs) else None
+            # In place all the way: a fresh block for logsumexp costs more than its arithmetic.
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_targets = logits.gather(1, targets[here, None])
+            sums = logits.exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() - at_targets).sum()
             if any(needs):
-                gradients.add(here, rows, blocks.slope(logits, lse, targets[here], None))
+                gradients.add(here, rows, blocks.slope(logits.div_(sums), bend, targets[here], None))
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return total
@@ -223,8 +230,10 @@ class _LossPerRow(torch.autograd.Function):
         gradients = _Gradients(ctx.needs_input_grad[:3], blocks, hidden, weight, ctx.head)
         for here in blocks.slices():
             rows = blocks.rows(here)
-            slope = blocks.slope(blocks.logits(rows), lse[here], targets[here], upstream[here])
-            gradients.add(here, rows, slope)
+            logits = blocks.logits(rows)
+            bend = blocks.bend(logits)
+            softmax = logits.sub_(lse[here, None]).exp_()
+            gradients.add(here, rows, blocks.slope(softmax, bend, targets[here], upstream[here]))
         given = zip(
             (gradients.hidden, gradients.weight, gradients.bias),
             (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -143,6 +144,9 @@ def varlen_attention(
     bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
     if query.device.type == "cuda":
         return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
+    if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
+        # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     batch, heads, tokens, _ = query.shape
     plain = batch == 1 and not dropout and softcap is None and (sliding_window is None or sliding_window >= tokens)
     if plain and _native_runs(query, key, value):
@@ -172,23 +176,53 @@ def _sample_bounds(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tenso
 
 
 def _native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the compiled attention, which has no gradients, can serve these operands."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return not wanted and os.environ.get("CODEACT_BACKEND") != "torch" and native.why_not(query) is None
+    """Whether the compiled attention can serve these operands."""
+    alike = query.dtype == key.dtype == value.dtype
+    return alike and os.environ.get("CODEACT_BACKEND") != "torch" and native.why_not(query) is None
+
+
+class _NativeVarlen(torch.autograd.Function):
+    """csrc/varlen_attention.cpp: (1, H, T, D) -> (1, T, H, D).
+
+    Nothing but the operands waits for the backward pass, which makes the softmax again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, bounds)
+        ctx.scale = scale
+        output = _native.varlen_attention(
+            native.as_array(query[0]),
+            native.as_array(key[0]),
+            native.as_array(value[0]),
+            bounds.numpy(),
+            scale,
+            torch.get_num_threads(),
+            native.instruction_set(),
+        )
+        return native.as_tensor(output)[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bounds = ctx.saved_tensors
+        gradients = _native.varlen_attention_backward(
+            native.as_array(slope[0].transpose(0, 1)),
+            native.as_array(query[0]),
+            native.as_array(key[0]),
+            native.as_array(value[0]),
+            bounds.numpy(),
+            ctx.scale,
+            torch.get_num_threads(),
+            native.instruction_set(),
+        )
+        return *(native.as_tensor(g)[None].transpose(1, 2) for g in gradients), None, None
 
 
 def _native_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
-    """csrc/varlen_attention.cpp: (1, H, T, D) -> (1, T, H, D)."""
-    output = _native.varlen_attention(
-        native.as_array(query[0]),
-        native.as_array(key[0]),
-        native.as_array(value[0]),
-        bounds.numpy(),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        torch.get_num_threads(),
-        native.instruction_set(),
-    )
-    return native.as_tensor(output)[None]
+    """The compiled attention, with gradients: (1, H, T, D) -> (1, T, H, D)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cast(Tensor, _NativeVarlen.apply(query, key, value, bounds, scale))  # type: ignore[no-untyped-call]
 
 
 def _sample_attention(

@@ -139,28 +139,62 @@ codeact::HeadsView heads_view(const py::array& array, const char* name) {
           .token_stride = array.strides(1)};
 }
 
-py::array varlen_attention(const py::array& query, const py::array& key, const py::array& value,
-                           const py::array_t<std::int32_t, py::array::c_style>& cu_seqlens, float scale, int threads,
-                           const std::string& instruction_set) {
-  codeact::VarlenAttention problem{.element = element_of({&query, &key, &value}),
-                                   .queries = heads_view(query, "query"),
-                                   .keys = heads_view(key, "key"),
-                                   .values = heads_view(value, "value"),
-                                   .bounds = {cu_seqlens.data(), static_cast<std::size_t>(cu_seqlens.size())},
-                                   .scale = scale,
-                                   .output = nullptr};
-  const auto& [element, queries, keys, values, bounds, factor, out] = problem;
+using Bounds = py::array_t<std::int32_t, py::array::c_style>;
+
+codeact::AttentionOperands attention_operands(const py::array& query, const py::array& key, const py::array& value,
+                                              const Bounds& cu_seqlens, float scale) {
+  const codeact::AttentionOperands operands{.element = element_of({&query, &key, &value}),
+                                            .queries = heads_view(query, "query"),
+                                            .keys = heads_view(key, "key"),
+                                            .values = heads_view(value, "value"),
+                                            .bounds = {cu_seqlens.data(), static_cast<std::size_t>(cu_seqlens.size())},
+                                            .scale = scale};
+  const auto& [element, queries, keys, values, bounds, factor] = operands;
   if (queries.tokens != keys.tokens || queries.tokens != values.tokens || queries.width != keys.width ||
       keys.heads != values.heads || keys.heads == 0 || queries.heads % keys.heads != 0)
     throw py::value_error("query, key and value do not fit together");
   if (!(scale > 0)) throw py::value_error("scale must be above 0");
-  py::array output(query.dtype(), std::vector<py::ssize_t>{queries.tokens, queries.heads, values.width});
-  problem.output = static_cast<std::byte*>(output.mutable_data());
+  return operands;
+}
+
+// Of the dtype of `like`: (tokens, heads, width).
+py::array new_heads(const py::array& like, std::int64_t tokens, std::int64_t heads, std::int64_t width) {
+  return py::array(like.dtype(), std::vector<py::ssize_t>{tokens, heads, width});
+}
+
+std::byte* bytes_of(py::array& array) { return static_cast<std::byte*>(array.mutable_data()); }
+
+py::array varlen_attention(const py::array& query, const py::array& key, const py::array& value,
+                           const Bounds& cu_seqlens, float scale, int threads, const std::string& instruction_set) {
+  const codeact::AttentionOperands operands = attention_operands(query, key, value, cu_seqlens, scale);
+  py::array output = new_heads(query, operands.queries.tokens, operands.queries.heads, operands.values.width);
+  std::byte* data = bytes_of(output);
   {
     const py::gil_scoped_release released;
-    codeact::varlen_attention(problem, threads, instruction_set);
+    codeact::varlen_attention(operands, data, threads, instruction_set);
   }
   return output;
+}
+
+py::tuple varlen_attention_backward(const py::array& output_gradient, const py::array& query, const py::array& key,
+                                    const py::array& value, const Bounds& cu_seqlens, float scale, int threads,
+                                    const std::string& instruction_set) {
+  element_of({&query, &output_gradient});
+  const codeact::AttentionOperands operands = attention_operands(query, key, value, cu_seqlens, scale);
+  const codeact::HeadsView slopes = heads_view(output_gradient, "output_gradient");
+  const auto& [element, queries, keys, values, bounds, factor] = operands;
+  if (slopes.heads != queries.heads || slopes.tokens != queries.tokens || slopes.width != values.width)
+    throw py::value_error("output_gradient does not fit the operands");
+  py::array query_gradient = new_heads(query, queries.tokens, queries.heads, queries.width);
+  py::array key_gradient = new_heads(query, keys.tokens, keys.heads, keys.width);
+  py::array value_gradient = new_heads(query, values.tokens, values.heads, values.width);
+  const codeact::AttentionGradients gradients{
+      .queries = bytes_of(query_gradient), .keys = bytes_of(key_gradient), .values = bytes_of(value_gradient)};
+  {
+    const py::gil_scoped_release released;
+    codeact::varlen_attention_backward(operands, slopes, gradients, threads, instruction_set);
+  }
+  return py::make_tuple(std::move(query_gradient), std::move(key_gradient), std::move(value_gradient));
 }
 
 std::vector<std::string> as_strings(const std::vector<std::string_view>& names) { return {names.begin(), names.end()}; }
@@ -176,4 +210,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              py::arg("softcap"), py::arg("ignore_index"), py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("varlen_attention_backward", &varlen_attention_backward, py::arg("output_gradient"), py::arg("query"),
+             py::arg("key"), py::arg("value"), py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"),
+             py::arg("instruction_set"));
 }

@@ -29,19 +29,22 @@ struct RowSums {
   float* sums;       // (rows, lanes)
 };
 
-// Queries begin..end of one sample, of all heads that share one head of keys and values; token t of the sample is
-// `t * stride` bytes from its first. A query sees the keys up to its own.
-struct AttentionPart {
-  const unsigned char* queries;
-  std::int64_t query_stride;
+// Rows of elements, one a token and head: token t of head h is `t * stride + h * head_stride` bytes from the first.
+template <class Byte>
+struct BasicAttentionRows {
+  Byte* data;
+  std::int64_t stride;
   std::int64_t head_stride;
-  const unsigned char* keys;
-  std::int64_t key_stride;
-  const unsigned char* values;
-  std::int64_t value_row_stride;
-  unsigned char* output;
-  std::int64_t output_stride;
-  std::int64_t output_head_stride;
+};
+using AttentionRows = BasicAttentionRows<const unsigned char>;
+using WritableAttentionRows = BasicAttentionRows<unsigned char>;
+
+// Queries begin..end of one sample, of all heads that share one head of keys and values. Tokens count from the first
+// of the sample. A query sees the keys up to its own.
+struct AttentionPart {
+  AttentionRows queries;
+  AttentionRows keys;
+  AttentionRows values;
   std::int64_t begin;
   std::int64_t end;
   std::int64_t width;        // elements of a query and of a key
@@ -61,12 +64,35 @@ struct AttentionScratch {
   float* output;        // (tile_rows, V)
 };
 
+// Gradients of a part. Those of the keys and values are of its own queries only: (R, D) and (R, V) float32, with R
+// that is `end` rounded up to whole tiles, D and V the widths rounded up to value columns.
+struct AttentionPartGradients {
+  AttentionRows output;
+  WritableAttentionRows queries;
+  float* keys;
+  float* values;
+};
+
+// Room as above; D is the width of queries and keys, rounded up to value columns, Q is gradient_queries.
+struct AttentionGradientScratch {
+  std::uint32_t* keys;    // (K / panel_columns, words, panel_columns)
+  std::uint32_t* values;  // (K / panel_columns, words of a value, panel_columns)
+  float* key_rows;        // (K, D)
+  std::uint32_t* tile;    // (words of a query or a value, tile_rows)
+  float* query_rows;      // (Q, D)
+  float* output_rows;     // (Q, V)
+  float* weights;         // (Q, K + lanes)
+  float* slopes;          // (Q, K + lanes)
+  float* product;         // (tile_rows, D)
+};
+
 struct Kernels {
   int tile_rows;
   int panel_columns;
   int value_columns;  // of the values that are multiplied at once
   int lanes;
-  bool pairs;  // a word holds two elements
+  bool pairs;            // a word holds two elements
+  int gradient_queries;  // whose weights are held at once in attend_backward
 
   // One row of (columns,) elements -> column `place` of a tile (words, tile_rows); zeros for a null row.
   void (*pack_row)(const unsigned char* row, std::int64_t columns, bool bfloat16, int place, std::uint32_t* tile);
@@ -79,7 +105,11 @@ struct Kernels {
                      const std::int64_t* targets, float* target_logits, RowSums sums);
   // (rows, lanes) -> (rows,)
   void (*add_lanes)(const float* sums, std::int64_t rows, float* totals);
-  void (*attend)(const AttentionPart& part, const AttentionScratch& scratch);
+  // Rounds to nearest, ties to even; a NaN stays one.
+  void (*store_row)(const float* values, std::int64_t count, bool bfloat16, unsigned char* target);
+  void (*attend)(const AttentionPart& part, const WritableAttentionRows& output, const AttentionScratch& scratch);
+  void (*attend_backward)(const AttentionPart& part, const AttentionPartGradients& gradients,
+                          const AttentionGradientScratch& scratch);
 };
 
 const Kernels* avx2_kernels();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear_nll_kernel_impl.hpp"
+#include "varlen_attention_backward_kernel_impl.hpp"
 #include "varlen_attention_kernel_impl.hpp"
 
 namespace codeact {
@@ -12,11 +13,14 @@ constexpr Kernels kKernels = {.tile_rows = kRows,
                               .value_columns = kValueVectors * kLanes,
                               .lanes = kLanes,
                               .pairs = Isa::kPairs,
+                              .gradient_queries = kGradientQueries,
                               .pack_row = pack_row,
                               .pack_panel = pack_panel,
                               .accumulate = accumulate,
                               .add_lanes = add_lanes,
-                              .attend = attend};
+                              .store_row = store_elements,
+                              .attend = attend,
+                              .attend_backward = attend_backward};
 
 }  // namespace
 }  // namespace codeact

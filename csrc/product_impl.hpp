@@ -93,13 +93,14 @@ void pack_panel(const unsigned char* data, std::int64_t row_stride, int rows, st
 
 // Rows kRows of `a`, times Vectors vectors of columns of `b`, `b_stride` apart from word to word, over `words` words.
 // a(word, row) is the word's value in all lanes. The result goes to memory, (kRows, Vectors * kLanes), so that the
-// constants of what comes next do not push the sums out of the registers.
-template <int Vectors, class Multiply, class Row>
+// constants of what comes next do not push the sums out of the registers; with kAdd it is added to what is there.
+template <int Vectors, bool kAdd = false, class Multiply, class Row>
 inline void multiply(std::int64_t words, const Row& a, const float* b, std::int64_t b_stride, float* product,
                      std::int64_t product_stride, const Multiply& multiply_add) {
   Isa::Vec sums[kRows][Vectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < Vectors; ++v) sums[r][v] = Isa::broadcast(0.0F);
+    for (int v = 0; v < Vectors; ++v)
+      sums[r][v] = kAdd ? Isa::load(product + r * product_stride + v * kLanes) : Isa::broadcast(0.0F);
   for (std::int64_t word = 0; word < words; ++word) {
     Isa::Vec columns[Vectors];
     for (int v = 0; v < Vectors; ++v) columns[v] = Isa::load(b + v * kLanes);

@@ -8,6 +8,7 @@ namespace codeact {
 namespace {
 
 constexpr int kValueVectors = 2;
+constexpr int kValueColumns = kValueVectors * kLanes;
 
 // exp((score - largest) * scale) of the first `seen` of `padded` scores, 0 for the others; returns their sum.
 float softmax(float* scores, std::int64_t seen, std::int64_t padded, float scale) {
@@ -47,35 +48,52 @@ void store_elements(const float* values, std::int64_t count, bool bfloat16, unsi
   }
 }
 
-void attend(const AttentionPart& p, const AttentionScratch& scratch) {
-  const std::int64_t words = words_of(p.width);
-  const std::int64_t panels = (p.end + kColumns - 1) / kColumns;
-  const std::int64_t padded = panels * kColumns;
-  constexpr int kValueColumns = kValueVectors * kLanes;
-  const std::int64_t value_stride = (p.value_width + kValueColumns - 1) / kValueColumns * kValueColumns;
+template <class Byte>
+Byte* row_at(const BasicAttentionRows<Byte>& rows, std::int64_t token, int head) {
+  return rows.data + token * rows.stride + head * rows.head_stride;
+}
 
-  for (std::int64_t panel = 0; panel < panels; ++panel) {
-    const std::int64_t first = panel * kColumns;
-    const auto rows = static_cast<int>(p.end - first < kColumns ? p.end - first : kColumns);
-    pack_panel(p.keys + first * p.key_stride, p.key_stride, rows, p.width, p.bfloat16, scratch.keys + first * words);
+// Tokens 0..end -> panels of words.
+void pack_panels(const AttentionRows& rows, std::int64_t end, std::int64_t width, bool bfloat16,
+                 std::uint32_t* panels) {
+  for (std::int64_t first = 0; first < end; first += kColumns) {
+    const auto count = static_cast<int>(end - first < kColumns ? end - first : kColumns);
+    pack_panel(row_at(rows, first, 0), rows.stride, count, width, bfloat16, panels + first * words_of(width));
   }
-  for (std::int64_t key = 0; key < p.end; ++key) {
-    const unsigned char* row = p.values + key * p.value_row_stride;
-    for (std::int64_t column = 0; column < value_stride; column += kLanes)
-      Isa::store(scratch.values + key * value_stride + column, row_floats(row, column, p.value_width, p.bfloat16));
-  }
+}
+
+// Tokens begin..end of a head -> floats (end - begin, stride), with zeros behind `width`; the stride is whole vectors.
+void widen_rows(const AttentionRows& rows, int head, std::int64_t begin, std::int64_t end, std::int64_t width,
+                bool bfloat16, float* floats, std::int64_t stride) {
+  for (std::int64_t token = begin; token < end; ++token)
+    for (std::int64_t column = 0; column < stride; column += kLanes)
+      Isa::store(floats + (token - begin) * stride + column,
+                 row_floats(row_at(rows, token, head), column, width, bfloat16));
+}
+
+// kRows tokens from `first` on, of which those from `end` on are zeros -> a tile.
+void pack_tile(const AttentionRows& rows, int head, std::int64_t first, std::int64_t end, std::int64_t width,
+               bool bfloat16, std::uint32_t* tile) {
+  for (int r = 0; r < kRows; ++r)
+    pack_row(first + r < end ? row_at(rows, first + r, head) : nullptr, width, bfloat16, r, tile);
+}
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+void attend(const AttentionPart& p, const WritableAttentionRows& output, const AttentionScratch& scratch) {
+  const std::int64_t words = words_of(p.width);
+  const std::int64_t padded = round_up(p.end, kColumns);
+  const std::int64_t value_stride = round_up(p.value_width, kValueColumns);
+  pack_panels(p.keys, p.end, p.width, p.bfloat16, scratch.keys);
+  widen_rows(p.values, 0, 0, p.end, p.value_width, p.bfloat16, scratch.values, value_stride);
 
   for (int head = 0; head < p.heads; ++head) {
-    const unsigned char* queries = p.queries + head * p.head_stride;
     for (std::int64_t first = p.begin; first < p.end; first += kRows) {
       const std::int64_t end = first + kRows < p.end ? first + kRows : p.end;  // of the queries, so of the keys as well
-      for (int r = 0; r < kRows; ++r) {
-        const bool real = first + r < end;
-        pack_row(real ? queries + (first + r) * p.query_stride : nullptr, p.width, p.bfloat16, r, scratch.tile);
-      }
+      pack_tile(p.queries, head, first, end, p.width, p.bfloat16, scratch.tile);
       for (std::int64_t key = 0; key < end; key += kColumns)
         multiply_packed(scratch.tile, scratch.keys + key * words, words, scratch.scores + key, padded);
-      const std::int64_t used = (end + kColumns - 1) / kColumns * kColumns;
+      const std::int64_t used = round_up(end, kColumns);
       float totals[kRows];
       for (int r = 0; r < kRows; ++r) {
         const std::int64_t seen = first + r + 1 < used ? first + r + 1 : used;
@@ -90,8 +108,7 @@ void attend(const AttentionPart& p, const AttentionScratch& scratch) {
         const Isa::Vec total = Isa::broadcast(totals[r]);
         for (std::int64_t column = 0; column < value_stride; column += kLanes)
           Isa::store(row + column, Isa::divide(Isa::load(row + column), total));
-        store_elements(row, p.value_width, p.bfloat16,
-                       p.output + (first + r) * p.output_stride + head * p.output_head_stride);
+        store_elements(row, p.value_width, p.bfloat16, row_at(output, first + r, head));
       }
     }
   }

@@ -1,7 +1,8 @@
-"""The compiled attention against float64, sample by sample."""
+"""The compiled attention and its gradients against float64, sample by sample."""
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -72,6 +73,82 @@ def test_equals_the_definition(isa, lengths, heads, groups, width, dtype, tolera
     torch.testing.assert_close(ours.double(), reference(*given), atol=tolerance, rtol=tolerance)
 
 
+def gradients(tensors, slope, attention=attend, **more):
+    """Of query, key and value, for this gradient of the output (T, H, E)."""
+    *given, bounds = tensors
+    leaves = [t.detach().requires_grad_() for t in given]
+    return torch.autograd.grad(attention(*leaves, bounds, **more), leaves, slope)
+
+
+def true_gradients(tensors, slope, **more):
+    *given, bounds = tensors
+    return gradients((*(t.double() for t in given), bounds), slope.double(), reference, **more)
+
+
+def slope_of(query, key, value, bounds, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(query.shape[2], query.shape[1], value.shape[3], generator=generator).to(query.dtype)
+
+
+def error(ours, true):
+    """The largest of a tensor, relative to the tensor's largest element."""
+    return float((ours.double() - true).abs().max() / true.abs().max().clamp(min=1e-300))
+
+
+# Lengths: as above; blocks of 48 queries; 800 makes two pieces and 1200 three, whose sums are added.
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        *itertools.product(
+            [*LENGTHS, [47, 48, 49, 96, 97]], [(2, 2, 64, 64), (6, 2, 96, 128), (4, 1, 17, 70), (3, 3, 1, 1)]
+        ),
+        ([800, 3, 1200], (2, 1, 20, 30)),
+    ],
+    ids=str,
+)
+def test_gradients_equal_the_definition(isa, lengths, shape):
+    heads, groups, width, value_width = shape
+    given = operands(lengths, heads, groups, width, value_width=value_width)
+    slope = slope_of(*given)
+    # Of one token the softmax is 1, whatever its score: those gradients are nothing but rounding.
+    scored = (True, True, True) if max(lengths) > 1 else (False, False, True)
+    for ours, true, has_score in zip(gradients(given, slope), true_gradients(given, slope), scored, strict=True):
+        assert ours.shape == true.shape
+        assert error(ours, true) < 1e-5 if has_score else ours.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 48], [300, 1, 257]], ids=str)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 64), (4, 1, 17)])
+def test_gradients_of_bfloat16_are_as_exact_as_those_of_pytorch(isa, lengths, heads, groups, width, monkeypatch):
+    given = operands(lengths, heads, groups, width, torch.bfloat16)
+    slope = slope_of(*given)
+    ours = gradients(given, slope)
+    monkeypatch.setenv("CODEACT_BACKEND", "torch")
+    theirs = gradients(given, slope)
+    for our, their, true in zip(ours, theirs, true_gradients(given, slope), strict=True):
+        assert our.dtype == torch.bfloat16
+        assert error(our, true) < max(error(their, true), 2**-8)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_gradients_equal_the_definition_on_anything(data):
+    if not HERE:
+        pytest.skip("this CPU has no instruction set of the compiled kernels")
+    lengths = [*data.draw(st.lists(st.integers(0, 70), max_size=6)), data.draw(st.integers(2, 70))]
+    groups, each = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    width, value_width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    scale = data.draw(st.sampled_from([None, 0.01, 1.0]))
+    tensors = operands(lengths, groups * each, groups, width, value_width=value_width)
+    slope = slope_of(*tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODEACT_NATIVE_ISA", data.draw(st.sampled_from(HERE)))
+        ours = gradients(tensors, slope, scaling=scale)
+    for our, true in zip(ours, true_gradients(tensors, slope, scale=scale), strict=True):
+        # Where few tokens have a second one to look at, differences of large numbers are all there is.
+        torch.testing.assert_close(our.double(), true, atol=2e-5 * max(1.0, (scale or 1.0) * width**0.5), rtol=1e-5)
+
+
 @given(data=st.data())
 @settings(max_examples=60)
 def test_equals_the_definition_on_anything(data):
@@ -107,6 +184,64 @@ def test_a_sample_has_the_same_bits_in_any_pack_on_any_threads(isa, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradients_of_a_sample_have_the_same_bits_in_any_pack_on_any_threads(isa, dtype):
+    given = operands([70, 800, 9, 1], dtype=dtype)
+    slope, bounds = slope_of(*given), given[3]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            packed = gradients(given, slope)
+            for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+                part = *(t[:, :, start:end] for t in given[:3]), torch.tensor([0, end - start]).int()
+                for alone, together in zip(gradients(part, slope[start:end]), packed, strict=True):
+                    assert torch.equal(alone, together[:, :, start:end])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gradients_of_any_layout(isa):
+    """Strided, broadcast and transposed operands and slopes, and an operand that wants none."""
+    query, key, value, bounds = operands([20, 30])
+    slope = slope_of(query, key, value, bounds)
+    expected = gradients((query, key, value, bounds), slope)
+    spread = [torch.stack([t, t + 1], -1)[..., 0] for t in (query, key, value)]
+    plain = [t.contiguous() for t in (query, key, value)]
+    transposed = slope.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for layout in (spread, plain):
+        ours = gradients((*layout, bounds), transposed)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    ones = torch.ones(())
+    broadcast = gradients((query, key, value, bounds), ones.expand(slope.shape))
+    whole = gradients((query, key, value, bounds), torch.ones(slope.shape))
+    assert all(torch.equal(a, b) for a, b in zip(broadcast, whole, strict=True))
+    value.requires_grad_()
+    attend(query, key, value, bounds).backward(slope)
+    assert torch.equal(value.grad, expected[2])
+    assert query.grad is None
+
+
+def test_a_bad_sample_spoils_only_its_own_gradients(isa):
+    given = operands([20, 30, 10, 500])
+    slope = slope_of(*given)
+    clean = gradients(given, slope)
+    for bad in range(4):
+        for what in (torch.nan, torch.inf):
+            spoilt = [t.clone() for t in given[:3]], slope.clone()
+            if bad < 3:
+                spoilt[0][bad][:, :, 20:50] = what  # the second sample
+            else:
+                spoilt[1][20:50] = what
+            for ours, right in zip(gradients((*spoilt[0], given[3]), spoilt[1]), clean, strict=True):
+                assert torch.equal(ours[:, :, :20], right[:, :, :20])
+                assert torch.equal(ours[:, :, 50:], right[:, :, 50:])
+    # Scores so large that all weight is on one key: no NaN.
+    query, key, value, bounds = operands([40, 60])
+    for ours in gradients((query * 1e4, key * 1e4, value, bounds), slope_of(query, key, value, bounds)):
+        assert ours.isfinite().all()
+
+
 def test_nothing_leaks_from_other_samples_or_from_later_tokens(isa):
     query, key, value, bounds = operands([20, 30, 10])
     with torch.inference_mode():
@@ -134,6 +269,12 @@ def test_calls_from_several_threads(isa):
         with ThreadPoolExecutor(4) as pool:
             together = list(pool.map(call, problems * 4))
     assert all(torch.equal(a, b) for a, b in zip(alone * 4, together, strict=True))
+    slopes = [slope_of(*p) for p in problems]
+    alone = [gradients(p, slope) for p, slope in zip(problems, slopes, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gradients, problems * 4, slopes * 4))
+    for one, other in zip(alone * 4, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.skipif(not HERE, reason="this CPU has no instruction set of the compiled kernels")
@@ -155,11 +296,17 @@ def test_who_uses_it(monkeypatch):
     assert count(softcap=20.0) == 0
     assert count(dropout=0.5) == 0
     assert count(operands([5, 9], dtype=torch.float64)) == 0
-    trained = operands([5, 9])
-    trained[0].requires_grad_()
-    assert count(trained) == 0
-    with torch.no_grad():
-        assert count(trained) == 1
+    query, key, value, bounds = operands([5, 9])
+    assert count((query.requires_grad_(), key, value, bounds)) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        # What a float32 model has there: the projections are bfloat16, the rotary embeddings are not.
+        mixed = query, key, value.bfloat16(), bounds
+        assert count(mixed) == 1
+        ours, slope = attend(*mixed), slope_of(*mixed)
+        assert ours.dtype == torch.bfloat16
+        of_mixed = gradients(mixed, slope.bfloat16())
+    assert [g.dtype for g in of_mixed] == [torch.float32, torch.float32, torch.bfloat16]
+    assert all(error(our, true) < 2**-6 for our, true in zip(of_mixed, true_gradients(mixed, slope), strict=True))
     monkeypatch.setenv("CODEACT_BACKEND", "torch")
     assert count() == 0
 
@@ -205,3 +352,23 @@ def test_the_compiled_core_checks_for_itself(change, message):
     """It reads raw memory, so it does not rely on its caller."""
     with pytest.raises((TypeError, ValueError), match=message):
         _native.varlen_attention(**{**NATIVE, **change})
+    slope = np.zeros((4, 6, 8), np.float32)
+    with pytest.raises((TypeError, ValueError), match=message):
+        _native.varlen_attention_backward(slope, **{**NATIVE, **change})
+
+
+@pytest.mark.skipif(not HERE, reason="this CPU has no instruction set of the compiled kernels")
+@pytest.mark.parametrize(
+    ("slope", "message"),
+    [
+        (np.zeros((4, 6, 8), np.uint16), "must all be float32"),
+        (np.zeros((6, 8), np.float32), "three dimensions"),
+        (np.zeros((4, 6, 16), np.float32)[..., ::2], "side by side"),
+        (np.zeros((2, 6, 8), np.float32), "output_gradient does not fit"),
+        (np.zeros((4, 5, 8), np.float32), "output_gradient does not fit"),
+        (np.zeros((4, 6, 9), np.float32), "output_gradient does not fit"),
+    ],
+)
+def test_the_compiled_core_checks_the_gradient_of_the_output(slope, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        _native.varlen_attention_backward(slope, **NATIVE)
