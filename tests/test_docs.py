@@ -28,7 +28,9 @@ import yaml
 
 from codeact.cli import app, main
 from codeact.errors import InputError
+from codeact.records import write_jsonl
 from codeact.sandbox import Limits, Sandbox
+from tests.conftest import make_records
 from tests.markdown_pages import (
     PAGES,
     ROOT,
@@ -144,7 +146,20 @@ def shell(tmp_path, monkeypatch, capsys, caplog, small_model, small_embedder, ev
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CODEACT_EVAL_DATA", str(eval_data))
     monkeypatch.setenv("CODEACT_CACHE", str(tmp_path / "cache"))
+    write_selected(tmp_path / "selected.jsonl")
     return Shell(monkeypatch, capsys, caplog, {MODEL: str(small_model), EMBEDDER: str(small_embedder)})
+
+
+def write_selected(path: Path) -> None:
+    """What codeact select would have left, for the pages after it."""
+    turns = [(("user", record.question), ("assistant", record.answer)) for record in make_records(30)]
+    write_jsonl(
+        path,
+        [
+            {"id": str(n), "conversation": [{"role": r, "content": c} for r, c in pair], "ifd": 0.5, "cluster": 0}
+            for n, pair in enumerate(turns)
+        ],
+    )
 
 
 class Shell:
