@@ -352,7 +352,9 @@ def check_codeact(place: str, words: list[str]) -> None:
 def check_pip(place: str, words: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
-        for extra in (name for group in re.findall(r"^(?:codeact|\.)\[([\w,-]+)\]$", word) for name in group.split(",")):
+        for extra in (
+            name for group in re.findall(r"^(?:codeact|\.)\[([\w,-]+)\]$", word) for name in group.split(",")
+        ):
             assert extra in extras, f"{place}: there is no extra {extra}"
     if "-c" in words:
         assert (ROOT / words[words.index("-c") + 1]).is_file(), place
@@ -448,7 +450,9 @@ def string_constants() -> list[str]:
     found = []
     for path in [*(ROOT / "codeact").glob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        found += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        found += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
     return found
 
 
@@ -459,8 +463,11 @@ def test_every_environment_variable_is_told():
         for path in (ROOT / folder).rglob("*.py")
         for name in re.findall(r"\bCODEACT_[A-Z_]+", path.read_text(encoding="utf-8"))
     }
-    assert used == {name for row in rows(sections(ROOT / "docs/backends.md")["Environment variables"]) for name in
-                    re.findall(r"\bCODEACT_[A-Z_]+", row[0])}
+    assert used == {
+        name
+        for row in rows(sections(ROOT / "docs/backends.md")["Environment variables"])
+        for name in re.findall(r"\bCODEACT_[A-Z_]+", row[0])
+    }
 
 
 @by_name
