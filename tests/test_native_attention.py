@@ -222,6 +222,24 @@ def test_gradients_of_any_layout(isa):
     assert query.grad is None
 
 
+def test_gradients_of_nothing(isa):
+    """No token, samples without one, no head that looks at the keys."""
+    query, key, value, bounds = operands([])
+    assert [g.shape for g in gradients((query, key, value, bounds), slope_of(query, key, value, bounds))] == [
+        query.shape,
+        key.shape,
+        value.shape,
+    ]
+    given = operands([0, 7, 0, 0, 5, 0])
+    slope = slope_of(*given)
+    expected = gradients((*given[:3], torch.tensor([0, 7, 12], dtype=torch.int32)), slope)
+    for ours, same in zip(gradients(given, slope), expected, strict=True):
+        assert torch.equal(ours, same)
+    _, of_keys, of_values = gradients((given[0][:, :0], *given[1:]), slope[:, :0])
+    assert not of_keys.any()
+    assert not of_values.any()
+
+
 def test_a_bad_sample_spoils_only_its_own_gradients(isa):
     given = operands([20, 30, 10, 500])
     slope = slope_of(*given)
