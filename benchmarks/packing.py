@@ -3,10 +3,10 @@
     python -m benchmarks.packing [--quick | --full] [--json FILE]
 
 The plan alone is timed; no tokens are moved. Lengths are int64, as numpy and Python users have them; binpacking gets
-the dictionary that it wants. argsort is the yardstick because any packer that sorts must do as much. Each packer takes
+the dictionary that it wants. argsort is the yardstick: any packer that sorts must do as much. Each packer takes
 part up to the size that it can bear; all of them run on one thread. Before the clock starts: every item is in one pack
-and no pack is over capacity; both numba first fits give our ffd, item by item; TRL opens as many packs as our bfd. numba
-compiles in a first call that does not count.
+and no pack is over capacity; both numba first fits give our ffd, item by item; TRL opens as many packs as our bfd.
+numba compiles in a first call that does not count.
 
 The floor: one pass each to read the lengths (8 B an item), to write and read their 32-bit copy (8 B), to write and
 read the sorted positions (8 B) and to write the indices (8 B): 32 B an item, at the speed at which one thread copies.
@@ -136,7 +136,7 @@ def measure(items: int, capacity: int, rounds: int, bears: dict[str, int]) -> li
     }
     if BINPACKING in names:
         calls[BINPACKING] = functools.partial(packer(BINPACKING), dict(enumerate(lengths.tolist())), capacity)
-    slow = {name: 2 if items > 10**5 else 3 for name in (TRL, SCAN, BINPACKING)}
+    slow = dict.fromkeys((TRL, SCAN, BINPACKING), 2 if items > 10**5 else 3)
     # What is slow has run already, when it was checked; nothing of it is compiled in a first call.
     times = interleave({name: call for name, call in calls.items() if name not in slow}, rounds)
     times |= interleave({name: call for name, call in calls.items() if name in slow}, 3, slow, warm=False)
@@ -193,7 +193,7 @@ def packing_table(records: Sequence[dict[str, Any]]) -> str:
 def run(options: argparse.Namespace) -> Report:
     usual = 20_000 if options.quick else USUAL
     sizes = [10**3, 10**4] if options.quick else [10**3, 10**4, 10**5, 10**6, 10**7]
-    bears = {name: 10**3 for name in BEARS} if options.quick else BEARS
+    bears = dict.fromkeys(BEARS, 10**3) if options.quick else BEARS
     if options.full:
         bears = {TRL: 10**6, SCAN: 10**6, BINPACKING: 3 * 10**4}
         sizes.insert(2, 3 * 10**4)
