@@ -239,7 +239,12 @@ def machine() -> dict[str, Any]:
 
 
 def main(
-    run: Callable[[argparse.Namespace], Report], description: str | None, *, data: str = "", full: str = ""
+    run: Callable[[argparse.Namespace], Report],
+    description: str | None,
+    *,
+    data: str = "",
+    full: str = "",
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Parse the arguments that every benchmark has, run it, print its report, write its figures.
 
@@ -248,6 +253,7 @@ def main(
         description: its docstring.
         data: what ``--data`` names; without, there is no such option.
         full: what ``--full`` does; without, there is no such option.
+        files: more options that name a file, and what they are.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -258,6 +264,8 @@ def main(
         size.add_argument("--full", action="store_true", help=full)
     if data:
         parser.add_argument("--data", type=Path, metavar="PATH", help=data)
+    for name, meaning in (files or {}).items():
+        parser.add_argument(name, type=Path, metavar="FILE", help=meaning)
     options = parser.parse_args()
     begin = time.perf_counter()
     report = run(options)

@@ -152,7 +152,8 @@ def measure_nll(shape: Shape, dtype: str, rounds: int) -> list[dict[str, Any]]:
                 errors[name] = float((arm(hidden, weight, targets)[some].double() - expected).abs().max())
                 assert errors[name] < LOSS_TOLERANCE[dtype], (name, errors[name])
         calls = {name: functools.partial(arm, hidden, weight, targets) for name, arm in arms.items()}
-        times = interleave(calls, rounds, {CHUNKED: 2, "codeact, native avx2": 2})
+        # Every arm has just run once.
+        times = interleave(calls, rounds, {CHUNKED: 2, "codeact, native avx2": 2}, warm=False)
     # A process an arm takes its time: the widest logits show what there is to see.
     measured = [MM, *PEERS, next(name for name in arms if name.startswith("codeact"))] if first else []
     return records("nll", shape, dtype, times, errors, measured)
