@@ -197,7 +197,7 @@ def _attention(gradients: bool) -> Primitive:
 
     pairs = float((lengths * (lengths + 1) // 2).sum())
     return Primitive(
-        size=f"{'with gradients, ' if gradients else ''}2,048 tokens in {len(lengths)} samples, 9 heads, bfloat16",
+        size=f"2,048 tokens in {len(lengths)} samples, 9 heads, bfloat16",
         arms={
             "codeact": lambda: call(ours),
             "PyTorch, SDPA sample by sample": lambda: call(loop),
@@ -254,7 +254,9 @@ def select() -> Primitive:
     generator = np.random.default_rng(0)
     ifd, labels = generator.uniform(0.05, 0.99, rows), generator.integers(0, 10, rows).astype(np.int32)
     ids = [str(row) for row in range(rows)]
-    scores = pa.table({"id": ids, "row": np.arange(rows), "status": ["ok"] * rows, "ifd": ifd})
+    tokens = np.ones(rows, np.int32)
+    columns = {"id": ids, "row": np.arange(rows), "status": ["ok"] * rows, "ifd": ifd}
+    scores = pa.table({**columns, "prompt_tokens": tokens, "answer_tokens": tokens})
 
     def with_pandas() -> list[str]:
         frame = pd.DataFrame({"id": ids, "ifd": ifd, "cluster": labels})
