@@ -182,9 +182,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
                 "floor_share": sum(floors[:done]) / sum(times),
                 "floor": sum(floors) / CHUNKS,
                 "times_loop": Timing(tuple(a / b for a, b in zip(seconds[LOOP], times, strict=False))),
-                "added_bytes": added_memory(prepare, name, name_of_dtype, few)
-                if name in (LOOP, PADDED, OURS)
-                else None,
+                "added_bytes": added_memory(prepare, name, name_of_dtype, few) if name in measured else None,
             }
         )
     return records, {"rows": len(rows), "tokens": sum(tokens), "flops_per_s": peak, "floor_seconds": sum(floors)}

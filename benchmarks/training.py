@@ -153,7 +153,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
         "padding_share": report.padding_share,
         "peak_bytes": report.peak_resident_bytes,
         "steps": len(report.steps.seconds),
-        "utilisation": report.utilisation,
+        "utilisation": report.model_utilisation or 0.0,
         "train_loss": outcome.training_loss,
         "held_out_before": before,
         "held_out_after": after,
@@ -210,7 +210,8 @@ def modes_table(records: Sequence[dict[str, Any]]) -> str:
         return f" ({low:.2f} to {high:.2f})" if low < high else ""
 
     return table(
-        "mode |> samples/s |> real tokens/s |> padding |> share of the floor |> peak memory |> x dynamic_pad, samples/s "
+        "mode |> samples/s |> real tokens/s |> padding |> share of the floor |> peak memory "
+        "|> x dynamic_pad, samples/s "
         "|> x its memory",
         (
             (
