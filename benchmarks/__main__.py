@@ -34,7 +34,7 @@ BUDGET = {
     "nll": 220,
     "scoring": 180,
     "clustering": 60,
-    "stages": 70,
+    "stages": 90,
     "training": 330,
     "generation": 80,
     "evaluation": 60,
