@@ -3,12 +3,14 @@
     python benchmarks/evalplus_verdicts.py humaneval|mbpp SAMPLES.jsonl OUTPUT.json PARALLEL
 
 The data set is the file that evalplus' HUMANEVAL_OVERRIDE_PATH or MBPP_OVERRIDE_PATH names. Ground truth is computed
-before the clock starts, and the programs run in a pool of processes, as in ``evalplus.evaluate``.
+before the clock starts (and kept, by the file's own hash), and the programs run in a pool of processes, as in
+``evalplus.evaluate``.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections import Counter
@@ -41,7 +43,8 @@ def main() -> None:
         results = [future.result() for future in futures]
     seconds = time.perf_counter() - begin
     verdicts = [[result["base"][0], result["plus"][0]] for result in results]
-    Path(target).write_text(json.dumps({"seconds": seconds, "verdicts": verdicts}))
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    Path(target).write_text(json.dumps({"seconds": seconds, "verdicts": verdicts, "peak_bytes": 1024 * peak}))
 
 
 if __name__ == "__main__":

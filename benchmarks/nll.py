@@ -1,72 +1,86 @@
-"""The loss of every token, and its gradients, without logits: codeact against PyTorch.
+"""The loss of every token, and its gradients, without logits: codeact against PyTorch and cut-cross-entropy.
 
-    python -m benchmarks.nll [--quick] [--json FILE]
+    python -m benchmarks.nll [--quick | --full] [--json FILE]
 
-Correctness first: every arm's losses are compared with float64. Then all arms run in random order, several rounds; the
-median counts. Peak memory is that of a process of its own per arm, above what its operands take.
+Correctness first: every arm's losses, and the gradients of some rows, are compared with float64. cut-cross-entropy is
+its torch.compile path, the one that runs on a CPU (its kernels want a GPU: benchmarks.nll_cuda); compiling, some 20 s
+in all, is not counted. Added memory is measured at the first shape, where logits are widest, and for the gradients.
 
-The floor is arithmetic: 2 T D V operations at the most that this CPU does (benchmarks/matmul_peak.cpp, which
-is compiled for this machine). torch.mm alone is beside it: it computes no loss, and leaves T V logits in memory.
+The floor is arithmetic: 2 T D V operations (6 T D V with both gradients) at the most that this CPU does
+(benchmarks/matmul_peak.cpp, which is compiled for this machine). torch.mm alone is beside it: it computes no loss, and
+leaves T V logits in memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
-import platform
-import random
-import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import (
+    Line,
+    Report,
+    Timing,
+    added_memory,
+    digits,
+    interleave,
+    main,
+    mebibytes,
+    multiplier_peak,
+    share,
+    table,
+)
 from codeact import _native, linear_cross_entropy, token_nll
 from codeact._nll_reference import token_nll_reference
 
-# SmolLM2-135M; the width of a model of 1.3 billion parameters with Llama 2's vocabulary.
+Shape = tuple[int, int, int]
+Arm = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# T, D, V: SmolLM2-135M; the width of a model of 1.3 billion parameters with Llama 2's vocabulary.
 SHAPES = ((4096, 576, 49152), (2048, 2048, 32000))
-GRADIENT_SHAPE = (8192, 576, 49152)
+GRADIENT_SHAPE, FULL_GRADIENT_SHAPE = (2048, 576, 49152), (8192, 576, 49152)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Largest error of a loss against float64: bfloat16 logits, which most arms make, are off by up to 2^-9 of their size.
+LOSS_TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+# Of a gradient, relative to the largest one.
+GRADIENT_TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-4}
+MM, PLAIN = "torch.mm alone, no loss", "PyTorch, all logits"
+CHUNKED, COMPILED = "PyTorch, linear_cross_entropy in chunks", "cut-cross-entropy, torch.compile"
+PEERS = (PLAIN, CHUNKED, COMPILED)
 
 
-def multiplier_peak() -> dict[str, float]:
-    """FLOP/s of this machine's multipliers for each dtype; empty without a compiler for x86-64."""
-    compiler = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
-    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
-        return {}
-    source = Path(__file__).parent / "matmul_peak.cpp"
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "peak"
-        command = [compiler, "-std=c++20", "-O2", "-march=native", "-pthread", str(source), "-o", str(program)]
-        subprocess.run(command, check=True)
-        lines = subprocess.check_output([str(program), str(torch.get_num_threads())], text=True).splitlines()
-    return {name: float(rate) for name, rate in (line.split() for line in lines)}
-
-
-def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def operands(shape: Shape, dtype: str, gradients: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and a head that give logits of about a model's size."""
     tokens, width, vocabulary = shape
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
-    weight = torch.randn(vocabulary, width, generator=generator).mul_(2 / width**0.5).to(dtype)
-    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, width, generator=generator).to(DTYPES[dtype])
+    weight = torch.randn(vocabulary, width, generator=generator).mul_(2 / width**0.5).to(DTYPES[dtype])
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    return hidden.requires_grad_(gradients), weight.requires_grad_(gradients), targets
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """What one writes without a library."""
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction=reduction)
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """PyTorch's own loss without logits."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
+
+
+def compiled(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Apple's fallback for machines without a GPU."""
+    import cut_cross_entropy
+
+    return cut_cross_entropy.linear_cross_entropy(hidden, weight, targets, reduction=reduction, impl="torch_compile")
 
 
 def with_isa(name: str, *tensors: Tensor) -> Tensor:
@@ -77,99 +91,76 @@ def with_isa(name: str, *tensors: Tensor) -> Tensor:
         del os.environ["CODEACT_NATIVE_ISA"]
 
 
-def nll_arms(dtype: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Name -> losses (T,); torch.mm returns logits."""
+def peer_arms(reduction: str) -> dict[str, Arm]:
+    return {
+        name: functools.partial(arm, reduction=reduction)
+        for name, arm in zip(PEERS, (plain, chunked, compiled), strict=True)
+    }
+
+
+def nll_arms(dtype: str) -> dict[str, Arm]:
+    """Name -> losses (T,); torch.mm returns logits. codeact's own instruction sets stand best first."""
     sets = [isa for isa in _native.instruction_sets() if dtype == "bfloat16" or isa != "avx512bf16"]
     return {
-        "torch.mm alone, no loss": lambda h, w, y: torch.mm(h, w.T),
-        "PyTorch, all logits": lambda h, w, y: F.cross_entropy((h @ w.T).float(), y, reduction="none"),
-        "PyTorch, linear_cross_entropy in chunks": lambda h, w, y: chunked(h, w, y, "none"),
-        "codeact, torch": lambda h, w, y: token_nll(h, w, y, backend="torch"),
-        **{f"codeact, native {isa}": lambda h, w, y, isa=isa: with_isa(isa, h, w, y) for isa in sets},
+        MM: lambda h, w, y: torch.mm(h, w.T),
+        **peer_arms("none"),
+        **{f"codeact, native {isa}": functools.partial(with_isa, isa) for isa in sets},
+        "codeact, torch": functools.partial(token_nll, backend="torch"),
     }
 
 
-def gradient_arms() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def gradient_arms() -> dict[str, Arm]:
     """Name -> mean loss, to be differentiated."""
-    return {
-        "PyTorch, all logits": lambda h, w, y: F.cross_entropy((h @ w.T).float(), y),
-        "PyTorch, linear_cross_entropy in chunks": lambda h, w, y: chunked(h, w, y, "mean"),
-        "codeact": linear_cross_entropy,
-    }
+    return {**peer_arms("mean"), "codeact": linear_cross_entropy}
 
 
-def step(arm: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def step(arm: Arm, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Loss and gradients, and nothing of them kept."""
     arm(hidden, weight, targets).backward()
     hidden.grad = weight.grad = None
 
 
-def seconds(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall time of every function in every round, in random order; a first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    shuffle = random.Random(0)
-    for number in range(rounds + 1):
-        for name in shuffle.sample(list(functions), len(functions)):
-            begin = time.perf_counter()
-            functions[name]()
-            if number:
-                times[name].append(time.perf_counter() - begin)
-    return times
+def prepare(kind: str, name: str, shape: Shape, dtype: str) -> Callable[[], Any]:
+    """For ``added_memory``: the gradients themselves, which no arm can save, are there before the call."""
+    hidden, weight, targets = operands(shape, dtype, kind == "gradient")
+    if kind == "nll":
+        arm = nll_arms(dtype)[name]
+        arm(hidden[:64], weight[:64].clone(), targets[:64] % 64)
+        return lambda: arm(hidden, weight, targets)
+    arm = gradient_arms()[name]
+    few = (hidden[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_(), targets[:64] % 64)
+    arm(*few).backward()
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    hidden.grad += 1  # fresh zeros are no memory yet
+    weight.grad += 1
+    return lambda: arm(hidden, weight, targets).backward()
 
 
-def peak_memory(kind: str, name: str, shape: tuple[int, int, int], dtype: str) -> int | None:
-    """Most bytes that an arm adds to a process that holds its operands (and, where they are made, their gradients)."""
-    if sys.platform != "linux":
-        return None
-    command = [sys.executable, "-m", "benchmarks.nll", "--memory-of", kind, name, dtype, *map(str, shape)]
-    return int(subprocess.check_output(command, text=True, cwd=Path(__file__).parent.parent))
-
-
-def print_memory(kind: str, name: str, dtype: str, *shape: str) -> None:
-    """What ``peak_memory`` runs."""
-
-    def resident(field: str) -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
-
-    hidden, weight, targets = operands((int(shape[0]), int(shape[1]), int(shape[2])), DTYPES[dtype])
-    gradients = kind == "gradient"
-    arm = gradient_arms()[name] if gradients else nll_arms(dtype)[name]
-    # A small call first: code is loaded and threads are started.
-    few = [t[:64].clone().requires_grad_(gradients and t.is_floating_point()) for t in (hidden, weight)]
-    small = arm(few[0], few[1], targets[:64] % 64)
-    if gradients:
-        small.backward()
-        hidden.requires_grad_()
-        weight.requires_grad_()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = resident("VmRSS")
-    result = arm(hidden, weight, targets)
-    if gradients:
-        result.backward()
-    made = sum(t.numel() * t.element_size() for t in (hidden, weight)) if gradients else 0
-    print(max(resident("VmHWM") - before - made, 0))
-
-
-def measure_nll(shape: tuple[int, int, int], dtype: str, rounds: int, peak: float | None) -> list[dict[str, Any]]:
-    hidden, weight, targets = operands(shape, DTYPES[dtype])
+def measure_nll(shape: Shape, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    hidden, weight, targets = operands(shape, dtype)
     arms = nll_arms(dtype)
+    first = shape == SHAPES[0]
+    if not first:  # what the other instruction sets are worth is seen at the first shape
+        natives = [name for name in arms if "native" in name]
+        arms = {name: arm for name, arm in arms.items() if name not in natives[1:]}
     some = slice(0, 256)
     expected = token_nll_reference(hidden[some], weight, targets[some])
     errors = {}
     with torch.inference_mode():
         for name, arm in arms.items():
-            if name != "torch.mm alone, no loss":
+            if name != MM:
                 errors[name] = float((arm(hidden, weight, targets)[some].double() - expected).abs().max())
-                assert errors[name] < (0.1 if dtype == "bfloat16" else 1e-3), (name, errors[name])
-        times = seconds({name: lambda a=arm: a(hidden, weight, targets) for name, arm in arms.items()}, rounds)
+                assert errors[name] < LOSS_TOLERANCE[dtype], (name, errors[name])
+        calls = {name: functools.partial(arm, hidden, weight, targets) for name, arm in arms.items()}
+        # Every arm has just run once.
+        times = interleave(calls, rounds, {CHUNKED: 2, "codeact, native avx2": 2}, warm=False)
     # A process an arm takes its time: the widest logits show what there is to see.
-    return records("nll", shape, dtype, times, 2, peak, errors, memory=shape == SHAPES[0])
+    measured = [MM, *PEERS, next(name for name in arms if name.startswith("codeact"))] if first else []
+    return records("nll", shape, dtype, times, errors, measured)
 
 
-def measure_gradient(shape: tuple[int, int, int], dtype: str, rounds: int, peak: float | None) -> list[dict[str, Any]]:
-    hidden, weight, targets = operands(shape, DTYPES[dtype])
-    hidden.requires_grad_()
-    weight.requires_grad_()
+def measure_gradient(shape: Shape, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    hidden, weight, targets = operands(shape, dtype, gradients=True)
     arms = gradient_arms()
     # The gradient of some rows against float64.
     rows = slice(0, 128)
@@ -178,90 +169,113 @@ def measure_gradient(shape: tuple[int, int, int], dtype: str, rounds: int, peak:
     errors = {}
     for name, arm in arms.items():
         arm(hidden[rows], weight, targets[rows]).backward()
-        difference = hidden.grad[rows].double() - exact.grad  # type: ignore[index]
-        errors[name] = float(difference.abs().max() / exact.grad.abs().max())  # type: ignore[union-attr]
+        errors[name] = float((hidden.grad[rows].double() - exact.grad).abs().max() / exact.grad.abs().max())
+        assert errors[name] < GRADIENT_TOLERANCE[dtype], (name, errors[name])
         hidden.grad = weight.grad = None
-    times = seconds({name: lambda a=arm: step(a, hidden, weight, targets) for name, arm in arms.items()}, rounds)
-    return records("gradient", shape, dtype, times, 6, peak, errors)
+    calls = {name: functools.partial(step, arm, hidden, weight, targets) for name, arm in arms.items()}
+    times = interleave(calls, rounds, {CHUNKED: 2})
+    return records("gradient", shape, dtype, times, errors, list(arms) if dtype == "bfloat16" else [])
 
 
 def records(
     kind: str,
-    shape: tuple[int, int, int],
+    shape: Shape,
     dtype: str,
-    times: dict[str, list[float]],
-    operations: int,
-    peak: float | None,
+    times: dict[str, Timing],
     errors: dict[str, float],
-    memory: bool = True,
+    measured: Sequence[str],
 ) -> list[dict[str, Any]]:
-    work = float(operations * np.prod(shape, dtype=np.float64))
-    plain = statistics.median(times["PyTorch, all logits"])
-    result = []
-    for name, values in times.items():
-        median = statistics.median(values)
-        result.append(
-            {
-                "kind": kind,
-                "shape": shape,
-                "dtype": dtype,
-                "what": name,
-                "median_ms": 1e3 * median,
-                "min_ms": 1e3 * min(values),
-                "max_ms": 1e3 * max(values),
-                "gflops_per_s": work / median / 1e9,
-                "floor_share": None if peak is None else work / median / peak,
-                "times_plain": plain / median,
-                "error": errors.get(name),
-                "extra_bytes": peak_memory(kind, name, shape, dtype) if memory else None,
-            }
-        )
-    return result
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| T, D, V | dtype | | ms (min to max) | GFLOP/s | share of the floor | x all logits | error | extra MiB |"
+    """One an arm; ``measured`` are those whose memory is."""
+    tokens, width, vocabulary = shape
+    work = float((2 if kind == "nll" else 6) * tokens * width * vocabulary)
+    peak = multiplier_peak().get(dtype)
+    return [
+        {
+            "kind": kind,
+            "shape": shape,
+            "dtype": dtype,
+            "what": name,
+            "timing": timing,
+            "gflops_per_s": work / timing.median / 1e9,
+            "floor": None if peak is None else work / peak,
+            "times_plain": times[PLAIN].median / timing.median,
+            "error": errors.get(name),
+            "added_bytes": added_memory(prepare, kind, name, shape, dtype) if name in measured else None,
+        }
+        for name, timing in times.items()
     ]
-    lines.append("|:--|:--|:--|--:|--:|--:|--:|--:|--:|")
-    for r in rows:
-        share = "" if r["floor_share"] is None else f"{r['floor_share']:.0%}"
-        error = "" if r["error"] is None else f"{r['error']:.1e}"
-        memory = "" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**20:,.0f}"
-        lines.append(
-            f"| {', '.join(map(str, r['shape']))} | {r['dtype']} | {r['what']} | {r['median_ms']:,.0f} "
-            f"({r['min_ms']:,.0f} to {r['max_ms']:,.0f}) | {r['gflops_per_s']:,.0f} | {share} | "
-            f"{r['times_plain']:.2f} | {error} | {memory} |"
+
+
+def nll_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    return table(
+        "T, D, V | dtype | |> median (least to most) |> GFLOP/s |> share of the floor |> x all logits |> error |> "
+        "added memory",
+        (
+            (
+                ", ".join(map(str, r["shape"])),
+                r["dtype"],
+                r["what"],
+                r["timing"],
+                digits(r["gflops_per_s"]),
+                share(r["floor"], r["timing"]),
+                f"{r['times_plain']:.2f}",
+                "" if r["error"] is None else f"{r['error']:.1e}",
+                mebibytes(r["added_bytes"]),
+            )
+            for r in rows
+        ),
+    )
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """codeact's best arm against the peer that is fastest, for each kind, shape and dtype."""
+    found = []
+    for key in dict.fromkeys((r["kind"], r["shape"], r["dtype"]) for r in rows):
+        group = [r for r in rows if (r["kind"], r["shape"], r["dtype"]) == key]
+        ours = min((r for r in group if r["what"].startswith("codeact")), key=lambda r: r["timing"].median)
+        peer = min((r for r in group if r["what"] in PEERS), key=lambda r: r["timing"].median)
+        what = "loss per token" if key[0] == "nll" else "mean loss and gradients"
+        found.append(
+            Line(
+                what=f"{what}, {key[2]}, T {key[1][0]}, D {key[1][1]}, V {key[1][2]}",
+                ours=ours["timing"],
+                peer=peer["what"],
+                theirs=peer["timing"],
+                floor=ours["floor"],
+                memory=ours["added_bytes"],
+                peer_memory=peer["added_bytes"],
+            )
         )
-    return "\n".join(lines)
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it still work?")
-    parser.add_argument("--memory-of", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of:
-        print_memory(*options.memory_of)
-        return
+def run(options: argparse.Namespace) -> Report:
     shapes = ((256, 64, 1000),) if options.quick else SHAPES
-    gradient_shape = (256, 64, 1000) if options.quick else GRADIENT_SHAPE
-    peak = multiplier_peak()
-    losses, gradients = [], []
+    gradient_shape = (256, 64, 1000) if options.quick else FULL_GRADIENT_SHAPE if options.full else GRADIENT_SHAPE
+    losses: list[dict[str, Any]] = []
+    gradients: list[dict[str, Any]] = []
     for dtype in DTYPES:
         for shape in shapes:
-            losses += measure_nll(shape, dtype, 5 if dtype == "bfloat16" else 3, peak.get(dtype))
-        gradients += measure_gradient(gradient_shape, dtype, 2, peak.get(dtype))
-    for name, rate in peak.items():
-        print(f"Multipliers, {torch.get_num_threads()} threads: {rate / 1e9:,.0f} GFLOP/s in {name}.")
-    print(f"\n## Loss of every token\n\n{table(losses)}\n\n## Mean loss and the gradients of hidden and head\n")
-    print(table(gradients))
-    if options.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__, "peak": peak}
-        options.json.write_text(json.dumps({**machine, "records": losses + gradients}, indent=1) + "\n")
+            losses += measure_nll(shape, dtype, 5 if dtype == "bfloat16" else 3)
+        gradients += measure_gradient(gradient_shape, dtype, 3)
+    peak = multiplier_peak()
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in peak.items())
+    return Report(
+        sections=[
+            "## Loss of every token",
+            f"Multipliers of this CPU, {torch.get_num_threads()} threads: {rates or 'not measured here'}.",
+            nll_table(losses),
+            "## Mean loss, and the gradients of hidden states and head",
+            nll_table(gradients),
+        ],
+        lines=lines([*losses, *gradients]),
+        figures={
+            "multiplier_peak": peak,
+            "records": [{**r, "timing": r["timing"].seconds} for r in [*losses, *gradients]],
+        },
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, full="gradients of 8,192 tokens")

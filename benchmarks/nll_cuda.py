@@ -11,10 +11,8 @@ Liger's loss is a mean, and is timed only. Written without a device at hand: nob
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from codeact_kernels.linear_nll import linear_nll
 from torch import Tensor
 
+from benchmarks.measure import Line, Report, Timing, main, table
 from codeact._nll_reference import token_nll_reference
 
 Arm = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,32 +114,50 @@ def measure(tokens: int, width: int, vocabulary: int) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def losses_table(records: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| T, D, V | | ms | TFLOP/s | extra MiB | largest error |", "|:--|:--|--:|--:|--:|--:|"]
-    for r in records:
-        error = "" if r["largest_error"] is None else f"{r['largest_error']:.1e}"
-        lines.append(
-            f"| {r['tokens']}, {r['width']}, {r['vocabulary']} | {r['what']} | {r['ms']:.2f} | {r['tflops']:.0f} | "
-            f"{r['extra_mib']:,.0f} | {error} |"
-        )
-    return "\n".join(lines)
+    return table(
+        "T, D, V | |> ms |> TFLOP/s |> extra MiB |> largest error",
+        (
+            (
+                f"{r['tokens']}, {r['width']}, {r['vocabulary']}",
+                r["what"],
+                f"{r['ms']:.2f}",
+                f"{r['tflops']:.0f}",
+                f"{r['extra_mib']:,.0f}",
+                "" if r["largest_error"] is None else f"{r['largest_error']:.1e}",
+            )
+            for r in records
+        ),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="one small size: does it still work?")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> Report:
     if not torch.cuda.is_available():
         sys.exit("nll_cuda: no CUDA or ROCm device here; benchmarks.roofline has the floors by arithmetic")
-    sizes = [(1024, 576, 49152)] if options.quick else SIZES
-    records = [record for size in sizes for record in measure(*size)]
-    print(f"## Loss per token on {torch.cuda.get_device_name()}, bfloat16\n\n{table(records)}\n")
-    if options.json:
-        machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        options.json.write_text(json.dumps({**machine, "records": records}, indent=1) + "\n")
+    groups = [measure(*size) for size in ([(1024, 576, 49152)] if options.quick else SIZES)]
+    lines = []
+    for ours, *others in groups:
+        peer = min(others, key=lambda r: r["ms"])
+        lines.append(
+            Line(
+                what=f"loss per token on the device, T {ours['tokens']}, D {ours['width']}, V {ours['vocabulary']}",
+                ours=Timing((ours["ms"] / 1e3,)),
+                peer=peer["what"],
+                theirs=Timing((peer["ms"] / 1e3,)),
+                memory=int(ours["extra_mib"] * 2**20),
+                peer_memory=int(peer["extra_mib"] * 2**20),
+            )
+        )
+    records = [record for group in groups for record in group]
+    device = torch.cuda.get_device_name()
+    title = f"## Loss per token on {device}, bfloat16"
+    return Report(
+        sections=[title, losses_table(records)],
+        lines=lines,
+        figures={"device": device, "torch": torch.__version__, "records": records},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

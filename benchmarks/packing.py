@@ -1,77 +1,59 @@
-"""How fast, how tight and how large: codeact.pack against numpy.argsort and TRL's best-fit decreasing.
+"""How fast, how tight and how large: codeact.pack against numpy.argsort, TRL, numba first fits and binpacking.
 
-    python benchmarks/packing.py [--quick] [--json FILE]
+    python -m benchmarks.packing [--quick | --full] [--json FILE]
 
-The plan alone is timed; no tokens are moved. Lengths are int64, as numpy and Python users have them. Every packer's
-result is checked, and the number of packs compared, before anything is timed. argsort is the yardstick because any
-packer that sorts must do as much; argsort and the packers run once in every round, in random order, so that all see the
-same machine and none always finds the caches as argsort leaves them. All of them run on one thread.
+The plan alone is timed; no tokens are moved. Lengths are int64, as numpy and Python users have them; binpacking gets
+the dictionary that it wants. argsort is the yardstick: any packer that sorts must do as much. Each packer takes
+part up to the size that it can bear; all of them run on one thread. Before the clock starts: every item is in one pack
+and no pack is over capacity; both numba first fits give our ffd, item by item; TRL opens as many packs as our bfd.
+numba compiles in a first call that does not count.
 
 The floor: one pass each to read the lengths (8 B an item), to write and read their 32-bit copy (8 B), to write and
-read the sorted positions (8 B) and to write the indices (8 B): 32 B an item. Above it stand the count, which reads the
-copy once more, the clearing of the sorted positions (so that the caches hold them), the two scatters, of positions to
-one place per length and of indices to one per pack, and in a first call the system's zeroing of fresh pages (up to 4
-huge pages of each size are kept for later calls, see csrc/large_array.hpp).
+read the sorted positions (8 B) and to write the indices (8 B): 32 B an item, at the speed at which one thread copies.
+Above it stand the count, which reads the copy once more, the clearing of the sorted positions (so that the caches hold
+them), the two scatters, of positions to one place per length and of indices to one per pack, and in a first call the
+system's zeroing of fresh pages (up to 4 huge pages of each size are kept for later calls, see csrc/large_array.hpp).
+Below some 100,000 lengths all of it stays in caches that are faster than the floor says.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import random
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import first_fit
+from benchmarks.measure import (
+    Line,
+    Report,
+    added_memory,
+    copy_bandwidth,
+    digits,
+    growth_exponent,
+    interleave,
+    main,
+    mebibytes,
+    share,
+    table,
+)
 from codeact.packing import ALGORITHMS, Packs, pack
 
 MEAN_LENGTH, SIGMA = 450, 0.8  # lognormal: what code instruction data looks like
 BYTES_PER_ITEM = 32
+USUAL = 10**6
+TRL, TREE, SCAN, BINPACKING = "TRL bfd", "numba ffd, tree", "numba ffd, scan", "binpacking"
+# The most items in the default run: TRL takes 5 s for a million, the others far more for ten times theirs.
+BEARS = {TRL: 10**6, SCAN: 10**5, BINPACKING: 10**4}
 
 
 def lognormal_lengths(items: int, capacity: int) -> np.ndarray:
     """(items,) int64 of mean about 450, clipped to 1..capacity."""
     mu = np.log(MEAN_LENGTH) - SIGMA**2 / 2
     return np.clip(np.random.default_rng(0).lognormal(mu, SIGMA, items), 1, capacity).astype(np.int64)
-
-
-def seconds(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Wall time of each function, `runs` times: rounds in random order, of which the first is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    order = random.Random(0)
-    for number in range(runs + 1):
-        for name, function in order.sample(list(functions.items()), len(functions)):
-            start = time.perf_counter()
-            function()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def check(packs: Packs, lengths: np.ndarray) -> None:
-    """Every item once, no pack over capacity."""
-    assert np.array_equal(np.sort(packs.indices), np.arange(len(lengths)))
-    assert np.add.reduceat(lengths[packs.indices], packs.offsets[:-1]).max() <= packs.capacity
-
-
-def trl_segment_tree() -> Any:
-    """TRL's own segment tree, or None (with the reason printed) where it is absent."""
-    try:
-        from trl.data_utils import _SegmentTree
-    except ImportError as error:
-        print(f'TRL is left out ({error}); to compare: pip install "codeact[bench]"', file=sys.stderr)
-        return None
-    return _SegmentTree
 
 
 def trl_bfd(segment_tree: Any, lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -102,108 +84,171 @@ def trl_bfd(segment_tree: Any, lengths: np.ndarray, capacity: int) -> list[list[
     return [bin_["ids"] for bin_ in bins]
 
 
-def measure(items: int, capacity: int, runs: int, trl_runs: int) -> list[dict[str, Any]]:
-    """One record for argsort, each algorithm and TRL."""
+def packer(name: str) -> Callable[[Any, int], Any]:
+    """A packer by its name: lengths and capacity -> Packs, (indices, offsets), or a list of bins."""
+    if name == TRL:
+        from trl.data_utils import _SegmentTree
+
+        return functools.partial(trl_bfd, _SegmentTree)
+    if name == BINPACKING:
+        import binpacking
+
+        return binpacking.to_constant_volume
+    if name in ALGORITHMS:
+        return lambda lengths, capacity: pack(lengths, capacity, name)
+    return {TREE: first_fit.tree, SCAN: first_fit.linear, "numpy.argsort": lambda lengths, _: np.argsort(lengths)}[name]
+
+
+def as_arrays(plan: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and offsets of what a packer returned."""
+    if isinstance(plan, Packs):
+        return plan.indices, plan.offsets
+    if isinstance(plan, tuple):
+        return plan
+    bins = [list(one) for one in plan]
+    return np.concatenate(bins), np.cumsum([0, *map(len, bins)])
+
+
+def checked_plans(names: Sequence[str], lengths: np.ndarray, capacity: int) -> dict[str, int]:
+    """Number of packs by packer; raises where a plan is wrong or is not the one that it must equal."""
+    counts = {}
+    plans = {}
+    for name in names:
+        given = dict(enumerate(lengths.tolist())) if name == BINPACKING else lengths
+        indices, offsets = plans[name] = as_arrays(packer(name)(given, capacity))
+        assert np.array_equal(np.sort(indices), np.arange(len(lengths))), f"{name} loses items"
+        assert np.add.reduceat(lengths[indices], offsets[:-1]).max() <= capacity, f"{name} overfills"
+        counts[name] = len(offsets) - 1
+    for name in {TREE, SCAN} & set(names):
+        for ours, theirs in zip(plans["ffd"], plans[name], strict=True):
+            assert np.array_equal(ours, theirs), f"{name} is another first fit"
+    assert counts.get(TRL, counts["bfd"]) == counts["bfd"], "TRL's best fit and ours must open as many packs"
+    return counts
+
+
+def measure(items: int, capacity: int, rounds: int, bears: dict[str, int]) -> list[dict[str, Any]]:
+    """One record a packer."""
     lengths = lognormal_lengths(items, capacity)
-    packers: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: pack(lengths, capacity, name)
-        for name in ALGORITHMS  # type: ignore[misc]
+    names = [name for name in (*ALGORITHMS, TREE, SCAN, TRL, BINPACKING) if items <= bears.get(name, items)]
+    counts = checked_plans(names, lengths, capacity)
+    calls: dict[str, Callable[[], Any]] = {
+        name: functools.partial(packer(name), lengths, capacity) for name in ["numpy.argsort", *names]
     }
-    plans: dict[str, Packs] = {name: packer() for name, packer in packers.items()}
-    for plan in plans.values():
-        check(plan, lengths)
-    counts = {name: len(plan) for name, plan in plans.items()}
-    bound = plans["bfd"].lower_bound
-    times = seconds({"numpy.argsort": lambda: np.argsort(lengths), **packers}, runs)
-
-    tree = trl_segment_tree() if trl_runs else None
-    if tree is not None:
-        trl_plan = trl_bfd(tree, lengths, capacity)
-        assert len(trl_plan) == counts["bfd"], "TRL's best fit and ours must open as many packs"
-        same = sum(map(np.array_equal, trl_plan, plans["bfd"]))
-        print(f"{same} of {len(trl_plan)} packs are TRL's, item by item", file=sys.stderr)
-        counts["trl bfd"] = len(trl_plan)
-        times |= seconds({"trl bfd": lambda: trl_bfd(tree, lengths, capacity)}, trl_runs)
-
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    if BINPACKING in names:
+        calls[BINPACKING] = functools.partial(packer(BINPACKING), dict(enumerate(lengths.tolist())), capacity)
+    slow = dict.fromkeys((TRL, SCAN, BINPACKING), 2 if items > 10**5 else 3)
+    # What is slow has run already, when it was checked; nothing of it is compiled in a first call.
+    times = interleave({name: call for name, call in calls.items() if name not in slow}, rounds)
+    times |= interleave({name: call for name, call in calls.items() if name in slow}, 3, slow, warm=False)
+    bound = pack(lengths, capacity).lower_bound
+    floor = BYTES_PER_ITEM * items / copy_bandwidth()
     return [
         {
             "items": items,
             "capacity": capacity,
             "what": name,
-            "dtype": str(lengths.dtype),
-            "runs": len(values),
-            "median_ms": 1e3 * medians[name],
-            "min_ms": 1e3 * min(values),
-            "max_ms": 1e3 * max(values),
-            "argsort_ratio": medians[name] / medians["numpy.argsort"],
-            "times_bfd": medians[name] / medians["bfd"],
+            "timing": timing,
+            "argsort_ratio": timing.median / times["numpy.argsort"].median,
+            "times_bfd": timing.median / times["bfd"].median,
+            "floor": floor,
             "packs": counts.get(name),
             "lower_bound": bound,
             "waste": counts[name] / bound - 1 if name in counts else None,
         }
-        for name, values in times.items()
+        for name, timing in times.items()
     ]
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that numpy moves from one warm 32 MB array to another, read and written bytes counted."""
-    source, target = np.ones(2**22), np.ones(2**22)
-    return 2 * source.nbytes / min(seconds({"copy": lambda: np.copyto(target, source)}, 9)["copy"])
+def prepare(name: str, items: int, capacity: int) -> Callable[[], Any]:
+    """For ``added_memory``."""
+    lengths = lognormal_lengths(items, capacity)
+    function = packer(name)
+    function(lengths[:1], 10**6)
+    function(lengths[:100], capacity)
+    return functools.partial(function, lengths, capacity)
 
 
-def peak_memory(items: int, capacity: int) -> float:
-    """Most bytes an item that one call adds to a fresh process, the result (8 B) included."""
-    code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import packing\n"
-        "from codeact.packing import pack\n"
-        "lengths = packing.lognormal_lengths(int(sys.argv[2]), int(sys.argv[3])); pack(lengths[:1], 10**6)\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the high-water mark
-        "peak = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
-        "before = peak(); packs = pack(lengths, int(sys.argv[3])); print(1024 * (peak() - before))"
+def packing_table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    return table(
+        "capacity | |> items |> median (least to most) |> x argsort |> x bfd |> share of the floor |> packs |> "
+        "over bound",
+        (
+            (
+                f"{r['capacity']:,}",
+                f"codeact {r['what']}" if r["what"] in ALGORITHMS else r["what"],
+                f"{r['items']:,}",
+                r["timing"],
+                digits(r["argsort_ratio"]),
+                digits(r["times_bfd"]),
+                share(r["floor"], r["timing"]),
+                "" if r["packs"] is None else f"{r['packs']:,}",
+                "" if r["waste"] is None else f"{r['waste']:.3%}",
+            )
+            for r in records
+        ),
     )
-    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(items), str(capacity)]
-    return int(subprocess.check_output(arguments, text=True)) / items
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    lines = ["| items | capacity | | median ms | min to max | x argsort | x bfd | packs | bound | over bound |"]
-    lines.append("|--:|--:|:--|--:|:-:|--:|--:|--:|--:|--:|")
-    for r in records:
-        packs = f"{r['packs']:,} | {r['lower_bound']:,} | {r['waste']:.3%}" if r["packs"] else "| |"
-        lines.append(
-            f"| {r['items']:,} | {r['capacity']:,} | {r['what']} | {r['median_ms']:.3f} | "
-            f"{r['min_ms']:.3f} to {r['max_ms']:.3f} | {r['argsort_ratio']:.2f} | {r['times_bfd']:.1f} | {packs} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="20,000 lengths and few runs: does it still work?")
-    options = parser.parse_args()
-    items, runs, trl_runs = (20_000, 5, 1) if options.quick else (1_000_000, 15, 3)
-
-    records = [r for capacity in (2048, 8192) for r in measure(items, capacity, runs, trl_runs)]
-    growth = [
-        r
-        for size in ([10**3, 10**4] if options.quick else [10**3, 10**4, 10**5, 10**6, 10**7])
-        for r in measure(size, 2048, 5 if size > 10**6 else 9, 0)
+def run(options: argparse.Namespace) -> Report:
+    usual = 20_000 if options.quick else USUAL
+    sizes = [10**3, 10**4] if options.quick else [10**3, 10**4, 10**5, 10**6, 10**7]
+    bears = dict.fromkeys(BEARS, 10**3) if options.quick else BEARS
+    if options.full:
+        bears = {TRL: 10**6, SCAN: 10**6, BINPACKING: 3 * 10**4}
+        sizes.insert(2, 3 * 10**4)
+    growth = [r for size in sizes for r in measure(size, 2048, 5 if size > 10**6 else 9, bears)]
+    # At another capacity TRL is slower by a third; the default run leaves it to --full.
+    wide = measure(usual, 8192, 9, bears if options.full else {**bears, TRL: 10**5})
+    measured = {(r["what"], r["items"]): r for r in growth}
+    peaks = {
+        name: added_memory(prepare, name, min(usual, bears.get(name, usual)), 2048)
+        for name in ("bfd", "numpy.argsort", TREE, *([] if options.quick else [TRL]))
+    }
+    lines = []
+    for size in sizes:
+        ours = measured["bfd", size]
+        for name in (TREE, TRL, BINPACKING):
+            if (name, size) in measured and (size in (10**3, USUAL, 10**7) or size == bears.get(name)):
+                peer = measured[name, size]
+                at_usual = size == usual
+                lines.append(
+                    Line(
+                        what=f"pack {size:,} lengths into 2,048",
+                        ours=ours["timing"],
+                        peer=name,
+                        theirs=peer["timing"],
+                        floor=BYTES_PER_ITEM * size / copy_bandwidth(),
+                        memory=peaks["bfd"] if at_usual else None,
+                        peer_memory=peaks.get(name) if at_usual else None,
+                    )
+                )
+    exponents = {}
+    for name in ("bfd", *([] if options.quick else [TREE, TRL]), BINPACKING, SCAN):
+        known = [size for size in sizes if (name, size) in measured]
+        if len(known) > 1:
+            medians = [measured[name, size]["timing"].median for size in known]
+            exponents[name] = growth_exponent(known, medians)
+    notes = [
+        f"Floor: {BYTES_PER_ITEM} B an item at this machine's copy bandwidth, {copy_bandwidth() / 1e9:.1f} GB/s: "
+        f"{BYTES_PER_ITEM * usual / copy_bandwidth() * 1e3:.2f} ms for {usual:,} lengths.",
+        f"A call adds at {usual:,} lengths, its result (8 B a length) included: "
+        + ", ".join(f"{name} {mebibytes(peak)}" for name, peak in peaks.items() if peak is not None)
+        + ".",
+        "Time grows, between the two largest sizes of each, as items to the power of "
+        + ", ".join(f"{value:.2f} ({name})" for name, value in exponents.items())
+        + ".",
     ]
-    bandwidth = copy_bandwidth()
-    memory = peak_memory(items, 2048) if sys.platform == "linux" else None
-    print("## The usual sizes\n\n" + table(records) + "\n\n## Growth\n\n" + table(growth))
-    print(f"\nFloor: {BYTES_PER_ITEM * items / bandwidth * 1e3:.2f} ms for {BYTES_PER_ITEM} B an item", end=" ")
-    print(f"at this machine's copy bandwidth, {bandwidth / 1e9:.1f} GB/s.")
-    if memory is not None:
-        print(f"Peak memory that a call adds at {items:,} lengths: {memory:.1f} B an item, 8 B of them the result.")
-    if options.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "numpy": np.__version__}
-        figures = {**machine, "copy_bytes_per_second": bandwidth, "peak_bytes_per_item": memory}
-        figures["process_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        options.json.write_text(json.dumps({**figures, "records": records, "growth": growth}, indent=1) + "\n")
+    records = [*growth, *wide]
+    figures = {
+        "copy_bytes_per_second": copy_bandwidth(),
+        "added_bytes": peaks,
+        "growth_exponents": exponents,
+        "records": [{**r, "timing": r["timing"].seconds} for r in records],
+    }
+    title = "## Packing"
+    return Report(sections=[title, packing_table(records), "\n".join(notes)], lines=lines, figures=figures)
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, full="larger inputs for the slow packers: several minutes")

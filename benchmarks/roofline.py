@@ -1,6 +1,6 @@
 """How fast K1 could be: FLOPs, bytes and the time floor per model and chip, against logits that are held in memory.
 
-    python -m benchmarks.roofline [--tokens T] [--json FILE]
+    python -m benchmarks.roofline [--json FILE]
 
 Arithmetic from published peak figures. NO DEVICE TIME WAS MEASURED: a real kernel reaches a part of the floor's speed;
 ``python -m benchmarks.nll_cuda`` measures it where there is a device.
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from codeact_kernels.linear_nll import GROUP_T, MAX_TOKENS
 from codeact_kernels.tiles import tile_for
+
+from benchmarks.measure import Report, main, table
+
+TOKENS = 8192
 
 # D, V of the LM head, from each model's config.json.
 MODELS = {
@@ -101,37 +103,38 @@ def floor(model: str, chip_name: str, tokens: int) -> Floor:
     )
 
 
-def table(floors: Iterable[Floor]) -> str:
+def floors_table(floors: Iterable[Floor]) -> str:
     """Markdown, one line a model and chip."""
-    lines = [
-        "| model (D, V) | chip | TFLOP | K1 GB | K1 floor, ms | bound by | plain GB | plain floor, ms | "
-        "extra memory: K1, plain |",
-        "|:--|:--|--:|--:|--:|:--|--:|--:|--:|",
-    ]
-    for f in floors:
-        D, V = MODELS[f.model]
-        lines.append(
-            f"| {f.model} ({D}, {V}) | {f.chip} | {f.flops / 1e12:.2f} | {f.k1_bytes / 1e9:.2f} | "
-            f"{1e3 * f.k1_seconds:.2f} | {f.k1_bound} | {f.plain_bytes / 1e9:.1f} | {1e3 * f.plain_seconds:.2f} | "
-            f"{f.k1_extra / 2**20:.0f} MiB, {f.plain_extra / 2**30:.1f} GiB |"
-        )
-    return "\n".join(lines)
+    return table(
+        "model (D, V) | chip |> TFLOP |> K1 GB |> K1 floor, ms |> bound by |> plain GB |> plain floor, ms |> "
+        "extra memory: K1, plain",
+        (
+            (
+                f"{f.model} {MODELS[f.model]}",
+                f.chip,
+                f"{f.flops / 1e12:.2f}",
+                f"{f.k1_bytes / 1e9:.2f}",
+                f"{1e3 * f.k1_seconds:.2f}",
+                f.k1_bound,
+                f"{f.plain_bytes / 1e9:.1f}",
+                f"{1e3 * f.plain_seconds:.2f}",
+                f"{f.k1_extra / 2**20:.0f} MiB, {f.plain_extra / 2**30:.1f} GiB",
+            )
+            for f in floors
+        ),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="no difference: it is arithmetic")
-    parser.add_argument("--tokens", type=int, default=8192)
-    options = parser.parse_args()
-    floors = [floor(model, chip, options.tokens) for model in MODELS for chip in CHIPS]
-    print(f"## Floor of the loss on a GPU, {options.tokens:,} tokens, bfloat16: arithmetic, no device was timed\n")
-    print(table(floors))
-    print("\nPeaks: " + "; ".join(f"{n} {c.flops / 1e12:.0f} TFLOP/s, {c.bandwidth / 1e12:.2f} TB/s ({c.source})"
-                                   for n, c in CHIPS.items()) + ".")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(f) for f in floors], indent=1) + "\n")
+def run(_: argparse.Namespace) -> Report:
+    floors = [floor(model, chip, TOKENS) for model in MODELS for chip in CHIPS]
+    peaks = "; ".join(
+        f"{name} {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s ({chip.source})"
+        for name, chip in CHIPS.items()
+    )
+    title = f"## Floor of the loss on a GPU, {TOKENS:,} tokens, bfloat16: arithmetic, no device was timed"
+    figures = {"records": [dataclasses.asdict(f) for f in floors]}
+    return Report(sections=[title, floors_table(floors), f"Peaks: {peaks}."], lines=[], figures=figures)
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__)

@@ -1,10 +1,12 @@
 """IFD end to end: codeact against the paper's one-row-at-a-time loop and against padded batches, on real rows.
 
-    python -m benchmarks.scoring [--quick] [--rows N] [--data FILE] [--json FILE]
+    python -m benchmarks.scoring [--quick | --full] [--data FILE] [--json FILE]
 
 Model: SmolLM2-135M-Instruct. Rows: ``--data`` (columns instruction, input, output), by default functions harvested from
 this Python's standard library. The rows are cut into chunks; every arm scores every chunk, in random order, so that a
-machine whose speed drifts is fair to all. Scores are compared before anything is timed.
+machine whose speed drifts is fair to all. Before anything is timed, the exact scores must agree with those of padded
+batches and the seed's with the loop's, to 1e-3 in float32 and 0.1 in bfloat16. Added memory: scoring eight of the
+rows, with the model in memory. How the time grows with the rows is in benchmarks.stages, on a smaller model.
 
 The floor: the multiply-adds of every linear layer on every token that is computed, and of the LM head on every token
 that is scored, at the best speed that torch.mm reaches on the model's own shapes in the same process.
@@ -14,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.measure import Line, Report, Timing, added_memory, digits, main, mebibytes, table
 from codeact import embedded, ifd, token_nll
 from codeact._ifd_reference import seed_ifd
 from codeact.devices import cpu_has_bf16
@@ -43,6 +43,9 @@ from codeact.tokens import PROTOCOLS, tokenize
 
 CHUNKS = 4
 BATCH = 16
+LOOP, PADDED, OURS = "seed's loop", f"padded batches of {BATCH}", "codeact, exact"
+ROWS = {torch.float32: 60, torch.bfloat16: 120}
+FULL_ROWS = 200
 MAX_LENGTH = 2048
 
 
@@ -133,20 +136,20 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
             return scorer.score(chunk)[0]["ifd"].to_pylist()
 
     arms: dict[str, Callable[[list[Record]], Any]] = {
-        "seed's loop": lambda chunk: [seed_ifd(plain, tokenizer, row) for row in chunk],
-        f"padded batches of {BATCH}": lambda chunk: padded_batches(plain, tokenizer, chunk),
-        "codeact, exact": score,
+        LOOP: lambda chunk: [seed_ifd(plain, tokenizer, row) for row in chunk],
+        PADDED: lambda chunk: padded_batches(plain, tokenizer, chunk),
+        OURS: score,
         "codeact, exact, NLL in PyTorch": lambda chunk: score(chunk, lacking="nll"),
         "codeact, exact, all in PyTorch": lambda chunk: score(chunk, lacking="kernels"),
         "codeact, seed": lambda chunk: score(chunk, seed),
     }
-    # The slow loop and the arms that only explain another one take fewer chunks.
-    most_chunks = {f"padded batches of {BATCH}": 1} | {name: 2 for name in arms if "PyTorch" in name}
+    # The arms that only explain another one take fewer chunks.
+    most_chunks = {name: 2 for name in arms if name == PADDED or "PyTorch" in name}
     few = rows[: 2 * BATCH : 4]
     got = {name: np.array(arm(few)) for name, arm in arms.items()}
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    np.testing.assert_allclose(got["codeact, exact"], got[f"padded batches of {BATCH}"], rtol=tolerance)
-    np.testing.assert_allclose(got["codeact, seed"], got["seed's loop"], rtol=tolerance)
+    np.testing.assert_allclose(got[OURS], got[PADDED], rtol=tolerance)
+    np.testing.assert_allclose(got["codeact, seed"], got[LOOP], rtol=tolerance)
 
     peak = matmul_peak(plain, dtype)
     chunks = [rows[i::CHUNKS] for i in range(CHUNKS)]
@@ -162,23 +165,44 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
                 seconds[name].append(time.perf_counter() - begin)
     peak = max(peak, matmul_peak(plain, dtype))
     floors = [flops(plain, chunk) / peak for chunk in items]
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    # A process an arm takes its time: memory is measured in the dtype that codeact takes by itself.
+    measured = (LOOP, PADDED, OURS) if dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32) else ()
     records = []
     for name, times in seconds.items():
-        ratios = [loop / ours for loop, ours in zip(seconds["seed's loop"], times, strict=False)]
-        total = sum(times)
+        done = len(times)
         records.append(
             {
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": name_of_dtype,
                 "what": name,
-                "seconds": total,
-                "rows_per_s": sum(map(len, chunks[: len(times)])) / total,
-                "tokens_per_s": sum(tokens[: len(times)]) / total,
-                "floor_share": sum(floors[: len(times)]) / total,
-                "times_seed_loop": statistics.median(ratios),
-                "times_seed_loop_range": [min(ratios), max(ratios)],
+                # Chunks differ in tokens: seconds of a chunk of average size.
+                "seconds": [t * sum(tokens) / CHUNKS / n for t, n in zip(times, tokens, strict=False)],
+                "rows_per_s": sum(map(len, chunks[:done])) / sum(times),
+                "tokens_per_s": sum(tokens[:done]) / sum(times),
+                "floor_share": sum(floors[:done]) / sum(times),
+                "floor": sum(floors) / CHUNKS,
+                "times_loop": Timing(tuple(a / b for a, b in zip(seconds[LOOP], times, strict=False))),
+                "added_bytes": added_memory(prepare, name, name_of_dtype, few) if name in measured else None,
             }
         )
-    return records, {"tokens": sum(tokens), "matmul_flops_per_s": peak, "floor_seconds": sum(floors)}
+    return records, {"rows": len(rows), "tokens": sum(tokens), "flops_per_s": peak, "floor_seconds": sum(floors)}
+
+
+def prepare(name: str, dtype: str, rows: list[Record]) -> Callable[[], Any]:
+    """For ``added_memory``: scoring a few rows, with the model in memory already."""
+    path = str(embedded.causal_lm())
+    kind = getattr(torch, dtype)
+    if name == OURS:
+        ours, tokenizer = load_causal_lm(path, torch.device("cpu"), kind)
+        scorer = IfdScorer(ours, tokenizer)
+        scorer.score(rows[:1])
+        return lambda: scorer.score(rows)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa").eval()
+    seed_ifd(plain, tokenizer, rows[0])
+    if name == PADDED:
+        return lambda: padded_batches(plain, tokenizer, rows)
+    return lambda: [seed_ifd(plain, tokenizer, row) for row in rows]
 
 
 def agreement(rows: list[Record]) -> dict[str, float]:
@@ -198,53 +222,79 @@ def agreement(rows: list[Record]) -> dict[str, float]:
     }
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def scoring_table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| dtype | | rows/s | tokens/s | share of the floor | x the seed's loop (chunks: least to most) |"]
-    lines.append("|:--|:--|--:|--:|--:|--:|")
-    for r in records:
-        low, high = r["times_seed_loop_range"]
-        lines.append(
-            f"| {r['dtype']} | {r['what']} | {r['rows_per_s']:.2f} | {r['tokens_per_s']:,.0f} | "
-            f"{r['floor_share']:.0%} | {r['times_seed_loop']:.2f} ({low:.2f} to {high:.2f}) |"
+    return table(
+        "dtype | |> rows/s |> tokens/s |> share of the floor |> x the seed's loop (chunks: least to most) |> "
+        "added memory",
+        (
+            (
+                r["dtype"],
+                r["what"],
+                digits(r["rows_per_s"]),
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['floor_share']:.0%}",
+                f"{r['times_loop'].median:.2f} ({min(r['times_loop'].seconds):.2f} to "
+                f"{max(r['times_loop'].seconds):.2f})",
+                mebibytes(r["added_bytes"]),
+            )
+            for r in records
+        ),
+    )
+
+
+def run(options: argparse.Namespace) -> Report:
+    dtypes = (torch.float32, torch.bfloat16) if cpu_has_bf16() else (torch.float32,)
+    most = 16 if options.quick else FULL_ROWS
+    rows = read_rows(options.data, most)
+    records: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    lines = []
+    for dtype in dtypes:
+        count = most if options.quick or options.full else ROWS[dtype]
+        found, fact = measure(rows[:: max(1, len(rows) // count)][:count], dtype)
+        records += found
+        facts[found[0]["dtype"]] = fact
+        by_name = {r["what"]: r for r in found}
+        lines += [
+            Line(
+                what=f"IFD of a quarter of {fact['rows']} rows, SmolLM2-135M, {found[0]['dtype']}",
+                ours=Timing(tuple(by_name[OURS]["seconds"])),
+                peer=peer,
+                theirs=Timing(tuple(by_name[peer]["seconds"])),
+                floor=by_name[OURS]["floor"],
+                memory=by_name[OURS]["added_bytes"],
+                peer_memory=by_name[peer]["added_bytes"],
+            )
+            for peer in (LOOP, PADDED)
+        ]
+    notes = [
+        f"{dtype}: {fact['rows']} rows, {fact['tokens']:,} tokens in both passes; floor {fact['floor_seconds']:.1f} s "
+        f"at {fact['flops_per_s'] / 1e9:.0f} GFLOP/s."
+        for dtype, fact in facts.items()
+    ]
+    if len(dtypes) == 2:
+        best, loop = (
+            next(r["rows_per_s"] for r in records if (r["dtype"], r["what"]) == key)
+            for key in (("bfloat16", OURS), ("float32", LOOP))
         )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="16 rows: does it still work?")
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="Alpaca-form JSON; default: harvested functions")
-    options = parser.parse_args()
-    rows = read_rows(options.data, 16 if options.quick else options.rows)
-
-    records, facts = measure(rows, torch.float32)
-    if cpu_has_bf16():
-        half, half_facts = measure(rows, torch.bfloat16)
-        records += half
-        facts["bfloat16"] = half_facts
-        loop = next(r for r in records if r["what"] == "seed's loop")
-        best = next(r for r in half if r["what"] == "codeact, exact")
-        facts["bf16_against_fp32_loop"] = best["rows_per_s"] / loop["rows_per_s"]
-    facts["bf16_agreement"] = agreement(rows[: 8 if options.quick else 60])
-    print(f"## IFD of {len(rows)} rows, {facts['tokens']:,} tokens in both passes\n\n{table(records)}\n")
-    print(f"Floor: {facts['floor_seconds']:.1f} s at {facts['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s (float32).")
-    if "bf16_against_fp32_loop" in facts:
-        print(f"codeact in bfloat16 against the loop in float32: {facts['bf16_against_fp32_loop']:.2f}x rows/s.")
+        facts["bf16_against_fp32_loop"] = best / loop
+        notes.append(f"codeact in bfloat16 against the loop in float32: {best / loop:.2f}x rows/s.")
     else:
-        print("This CPU has no bfloat16 arithmetic, so codeact scores in float32 here and bfloat16 was not timed.")
-    a = facts["bf16_agreement"]
-    print(
+        notes.append("This CPU has no bfloat16 arithmetic: codeact scores in float32 here, bfloat16 was not timed.")
+    a = facts["bf16_agreement"] = agreement(rows[: 8 if options.quick else 40])
+    notes.append(
         f"bfloat16 against float32 on {a['rows']} rows: Spearman {a['spearman']:.4f}, "
         f"{a['top_40_percent_in_common']:.0%} of the top 40 % in common, "
         f"largest difference {a['largest_relative_difference']:.1%}."
     )
-    if options.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__}
-        options.json.write_text(json.dumps({**machine, **facts, "records": records}, indent=1) + "\n")
+    plain = [{**r, "times_loop": r["times_loop"].seconds} for r in records]
+    return Report(
+        sections=["## IFD of real rows", scoring_table(records), "\n".join(notes)],
+        lines=lines,
+        figures={**facts, "records": plain},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, data="Alpaca-form JSON; default: harvested functions", full="200 rows in each dtype: 6 minutes")

@@ -1,13 +1,19 @@
 """Training in every padding mode, and the paper's experiment in small, on SmolLM2-135M with LoRA and real rows.
 
-    python -m benchmarks.training [--quick | --full] [--arms a,b] [--data FILE] [--json FILE]
+    python -m benchmarks.training [--quick | --full] [--data FILE] [--json FILE]
+
+Exactness is not timed away here: tests/test_trainer.py proves that every mode has the same loss and gradients.
 
 Rows: ``--data`` (columns instruction, input, output), by default functions harvested from this Python's standard
 library. Every arm trains in a process of its own, so that its peak memory is its own; its time and its peak are those
 that `codeact.cost.CostMonitor` counts. bfloat16 autocast where the CPU computes it.
 
-Modes: the same samples once through every mode, micro-batches of 16 as in the paper. "dynamic_pad" is what transformers
-does: logits of every position. The rows under it add our savings one by one.
+Modes: the same samples once through every mode, micro-batches of 16 as in the paper; every round in another order.
+"dynamic_pad" is what transformers does: logits of every position. The modes of ``--full`` add our savings one by one.
+"max_length" takes the first 8 samples only: all cost the same.
+
+The floor: the model's own FLOPs (LoRA's, without recomputation) at the speed of a large matrix multiplication in the
+training's dtype, which ``CostMonitor`` measures; the share is what is called model FLOPs utilisation.
 
 The experiment: (a) all rows, dynamic_pad; (b) 40 % by CDAS, dynamic_pack; (c) 40 % random, dynamic_pack; (d) random
 rows of as many tokens as (b), dynamic_pack; (e) the rows of (b) for as many tokens as (a) reads. A seed decides the
@@ -18,20 +24,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
+import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import codeact
+from benchmarks.measure import Line, Report, Timing, in_fresh_process, main, mebibytes, table
 from codeact import embedded
 from codeact.devices import cpu_has_bf16
 from codeact.harvest import write_harvest
@@ -64,6 +69,11 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dynamic_pack, batch scope": ({**PACK, "pack_scope": "batch"}, {}),
     "dynamic_pack, checkpointing": (PACK, {"activation_checkpointing": True}),
 }
+MAX_LENGTH, BASE, SORTED, OURS = "max_length, 4 rows at a time", "dynamic_pad", "dynamic_pad, sorted", "dynamic_pack"
+# Modes of the default run, and those of its second round.
+USUAL = (MAX_LENGTH, BASE, SORTED, OURS, "dynamic_pack, batch scope", "dynamic_pack, checkpointing")
+TWICE = (BASE, SORTED, OURS)
+MAX_LENGTH_SAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +85,7 @@ class Arm:
     samples: list[Any]
     held_out: list[Any] | None = None
     seed: int = 0
+    evaluate_first: bool = False
 
 
 def read_rows(data: Path | None, count: int, folder: Path) -> list[Record]:
@@ -127,10 +138,10 @@ def run_arm(arm: Arm) -> dict[str, Any]:
             disable_tqdm=True,
             **{**defaults, **arm.arguments},
         )
-        monitor = CostMonitor(model, folder, print_summary=False)
+        monitor = CostMonitor(model, folder, peak_flops="measure", print_summary=False)
         trainer = PackTrainer(model, arm.samples, arguments, options, eval_samples=arm.held_out, monitor=monitor)
         trainer.remove_callback(PrinterCallback)
-        before = trainer.evaluate()["eval_loss"] if arm.held_out and arm.seed == 0 else None
+        before = trainer.evaluate()["eval_loss"] if arm.evaluate_first else None
         outcome = trainer.train()
         after = trainer.evaluate()["eval_loss"] if arm.held_out else None
     report = monitor.report
@@ -142,6 +153,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
         "padding_share": report.padding_share,
         "peak_bytes": report.peak_resident_bytes,
         "steps": len(report.steps.seconds),
+        "utilisation": report.model_utilisation or 0.0,
         "train_loss": outcome.training_loss,
         "held_out_before": before,
         "held_out_after": after,
@@ -150,34 +162,42 @@ def run_arm(arm: Arm) -> dict[str, Any]:
 
 def in_own_process(arm: Arm) -> dict[str, Any]:
     """Run an arm where nothing ran before; the libraries are imported already."""
-    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
-        return pool.submit(run_arm, arm).result()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    result: dict[str, Any] = in_fresh_process(run_arm, arm, preload=("codeact.training", "peft"))
+    return result
 
 
-def modes(samples: Sequence[Any], rounds: int) -> list[dict[str, Any]]:
-    """Every mode on the same samples, as often as there are rounds."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in MODES}
+def modes(samples: Sequence[Any], names: Sequence[str], rounds: int, again: Sequence[str]) -> list[dict[str, Any]]:
+    """Every mode on the same samples, once, and those of ``again`` in every round."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    shuffle = random.Random(0)
     for number in range(rounds):
-        for name, (options, arguments) in MODES.items():
-            arm = Arm(options=options, arguments=arguments, samples=list(samples), seed=number)
+        for name in shuffle.sample(names, len(names)):
+            if number and name not in again:
+                continue
+            options, arguments = MODES[name]
+            some = samples[:MAX_LENGTH_SAMPLES] if name == MAX_LENGTH else samples
+            arm = Arm(options=options, arguments=arguments, samples=list(some), seed=number)
             results[name].append(in_own_process(arm))
             print(f"  {name}: {results[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    base = results[BASE]
     records = []
     for name, runs in results.items():
-        against = [base["seconds"] / run["seconds"] for base, run in zip(results["dynamic_pad"], runs, strict=True)]
-        seconds = statistics.median(run["seconds"] for run in runs)
+        speeds = [run["samples"] / run["seconds"] for run in runs]
+        against = [one / (b["samples"] / b["seconds"]) for one, b in zip(speeds, base, strict=False)]
         peak = statistics.median(run["peak_bytes"] for run in runs)
         records.append(
             {
                 "what": name,
                 **runs[0],
-                "seconds": seconds,
+                "seconds": [run["seconds"] for run in runs],
+                "samples_per_s": statistics.median(speeds),
+                "tokens_per_s": statistics.median(run["tokens"] / run["seconds"] for run in runs),
+                "utilisation": statistics.median(run["utilisation"] for run in runs),
                 "peak_bytes": peak,
-                "samples_per_s": runs[0]["samples"] / seconds,
-                "tokens_per_s": runs[0]["tokens"] / seconds,
                 "times_dynamic_pad": statistics.median(against),
                 "times_dynamic_pad_range": [min(against), max(against)],
-                "memory_of_dynamic_pad": peak / statistics.median(run["peak_bytes"] for run in results["dynamic_pad"]),
+                "memory_of_dynamic_pad": peak / statistics.median(run["peak_bytes"] for run in base),
             }
         )
     return records
@@ -185,17 +205,28 @@ def modes(samples: Sequence[Any], rounds: int) -> list[dict[str, Any]]:
 
 def modes_table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| mode | samples/s | real tokens/s | padding | peak memory | x dynamic_pad, samples/s | x its memory |"]
-    lines.append("|:--|--:|--:|--:|--:|--:|--:|")
-    for r in records:
-        low, high = r["times_dynamic_pad_range"]
-        spread = f" ({low:.2f} to {high:.2f})" if low < high else ""
-        lines.append(
-            f"| {r['what']} | {r['samples_per_s']:.2f} | {r['tokens_per_s']:,.0f} | {r['padding_share']:.1%} | "
-            f"{r['peak_bytes'] / 2**20:,.0f} MiB | {r['times_dynamic_pad']:.2f}{spread} | "
-            f"{r['memory_of_dynamic_pad']:.2f} |"
-        )
-    return "\n".join(lines)
+
+    def spread(low: float, high: float) -> str:
+        return f" ({low:.2f} to {high:.2f})" if low < high else ""
+
+    return table(
+        "mode |> samples/s |> real tokens/s |> padding |> share of the floor |> peak memory "
+        "|> x dynamic_pad, samples/s "
+        "|> x its memory",
+        (
+            (
+                r["what"],
+                f"{r['samples_per_s']:.2f}",
+                f"{r['tokens_per_s']:,.0f}",
+                f"{r['padding_share']:.1%}",
+                f"{r['utilisation']:.0%}",
+                mebibytes(r["peak_bytes"]),
+                f"{r['times_dynamic_pad']:.2f}{spread(*r['times_dynamic_pad_range'])}",
+                f"{r['memory_of_dynamic_pad']:.2f}",
+            )
+            for r in records
+        ),
+    )
 
 
 def choose(rows: Sequence[Record]) -> list[int]:
@@ -207,10 +238,8 @@ def choose(rows: Sequence[Record]) -> list[int]:
     return [position for position, row in enumerate(rows) if row.id in chosen]
 
 
-def experiment(
-    samples: Sequence[Any], chosen: Sequence[int], held_out: list[Any], seeds: int, letters: str
-) -> list[dict[str, Any]]:
-    """The paper's arms (those with one of the letters) over seeds; every record holds the figures of all seeds."""
+def experiment(samples: Sequence[Any], chosen: Sequence[int], held_out: list[Any], seeds: int) -> list[dict[str, Any]]:
+    """The paper's arms over seeds; every record holds the figures of all seeds."""
     lengths = np.array([len(sample.input_ids) for sample in samples])
     cdas = [samples[i] for i in chosen]
     budget = int(lengths[list(chosen)].sum())
@@ -225,16 +254,23 @@ def experiment(
             "(d) random, as many tokens as (b)": ([samples[i] for i in order[:fits]], PACK, {}),
             "(e) CDAS, as many tokens as (a)": (cdas, PACK, {"num_train_epochs": float(lengths.sum() / budget)}),
         }
-        for name, (rows, options, arguments) in arms.items():
-            if name[1] not in letters:
-                continue
-            arm = Arm(options=options, arguments=arguments, samples=rows, held_out=held_out, seed=seed)
+        for name in random.Random(seed).sample(list(arms), len(arms)):
+            rows, options, arguments = arms[name]
+            first = not results  # before training all arms are the same
+            arm = Arm(
+                options=options,
+                arguments=arguments,
+                samples=rows,
+                held_out=held_out,
+                seed=seed,
+                evaluate_first=first,
+            )
             results.setdefault(name, []).append(in_own_process(arm))
             last = results[name][-1]
             print(f"  seed {seed} {name}: {last['seconds']:.1f} s, {last['held_out_after']:.4f}", file=sys.stderr)
     records = []
     base = results["(a) all rows, dynamic_pad"]
-    for name, runs in results.items():
+    for name, runs in sorted(results.items()):
         after = [run["held_out_after"] for run in runs]
         times = [run["seconds"] / reference["seconds"] for run, reference in zip(runs, base, strict=True)]
         memory = [run["peak_bytes"] / reference["peak_bytes"] for run, reference in zip(runs, base, strict=True)]
@@ -260,15 +296,22 @@ def experiment(
 
 def experiment_table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| arm | tokens read | steps | time | peak memory | x time of (a) | x memory of (a) | held-out loss |"]
-    lines.append("|:--|--:|--:|--:|--:|--:|--:|--:|")
-    for r in records:
-        lines.append(
-            f"| {r['what']} | {r['tokens']:,.0f} | {r['steps']:.0f} | {r['seconds']:.1f} s | "
-            f"{r['peak_bytes'] / 2**20:,.0f} MiB | {r['time_of_a']:.3f} | {r['memory_of_a']:.2f} | "
-            f"{r['held_out_mean']:.4f} ± {r['held_out_deviation']:.4f} |"
-        )
-    return "\n".join(lines)
+    return table(
+        "arm |> tokens read |> steps |> time |> peak memory |> x time of (a) |> x memory of (a) |> held-out loss",
+        (
+            (
+                r["what"],
+                f"{r['tokens']:,.0f}",
+                f"{r['steps']:.0f}",
+                Timing(tuple(run["seconds"] for run in r["runs"])),
+                mebibytes(r["peak_bytes"]),
+                f"{r['time_of_a']:.3f}",
+                f"{r['memory_of_a']:.2f}",
+                f"{r['held_out_mean']:.4f} ± {r['held_out_deviation']:.4f}",
+            )
+            for r in records
+        ),
+    )
 
 
 def verdict(by_name: dict[str, dict[str, Any]]) -> str:
@@ -282,30 +325,16 @@ def verdict(by_name: dict[str, dict[str, Any]]) -> str:
     return "; ".join(wins(*pair) for pair in (("(b)", "(a)"), ("(b)", "(c)"), ("(b)", "(d)"), ("(e)", "(a)"))) + "."
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="few rows, one seed: does it still work?")
-    size.add_argument("--full", action="store_true", help="more rows, three rounds: half an hour")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="Alpaca-form JSON; default: harvested functions")
-    parser.add_argument("--arms", metavar="a,b", help="only these arms of the experiment, (a) among them; no modes")
-    options = parser.parse_args()
-    if options.arms and "a" not in options.arms:
-        parser.error("--arms must name a, which the others are compared with")
-    in_modes, rounds, trained, held, seeds = (32, 1, 64, 32, 3)
-    if options.quick:
-        in_modes, rounds, trained, held, seeds = (8, 1, 20, 4, 1)
-    elif options.full:
-        in_modes, rounds, trained, held, seeds = (48, 3, 240, 80, 3)
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["codeact.training", "peft"])
+def run(options: argparse.Namespace) -> Report:
     from transformers import AutoTokenizer
 
     from codeact.conversations import Sample, encode_conversations
 
+    names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 40, 16, 3)
+    if options.quick:
+        names, in_modes, rounds, trained, held, seeds = ((BASE, SORTED, OURS), 4, 1, 10, 4, 1)
+    elif options.full:
+        names, in_modes, rounds, trained, held, seeds = (tuple(MODES), 48, 3, 240, 80, 3)
     tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
     with tempfile.TemporaryDirectory() as folder:
         rows = read_rows(options.data, trained + held, Path(folder))
@@ -315,25 +344,44 @@ def main() -> None:
     rest = [pair for pair in kept if all(pair is not other for other in out)]
     records, samples = [row for row, _ in rest], [sample for _, sample in rest]
 
-    by_mode = [] if options.arms else modes(samples[:in_modes], rounds)
-    if by_mode:
-        print(f"## Training, {by_mode[0]['samples']} rows, {by_mode[0]['tokens']:,} tokens, LoRA r16 on SmolLM2-135M\n")
-        print(modes_table(by_mode))
+    by_mode = modes(samples[:in_modes], names, rounds, names if options.full else TWICE)
     chosen = choose(records)
-    arms = experiment(samples, chosen, [sample for _, sample in out], seeds, options.arms or "abcde")
-    before = arms[0]["runs"][0]["held_out_before"]
+    arms = experiment(samples, chosen, [sample for _, sample in out], seeds)
+    before = next(run["held_out_before"] for r in arms for run in r["runs"] if run["held_out_before"] is not None)
     mean = statistics.mean(len(sample.input_ids) for sample in samples)
     mean_chosen = statistics.mean(len(samples[i].input_ids) for i in chosen)
-    print(f"\n## The paper's experiment in small: {len(samples)} rows, {len(out)} held out, {seeds} seeds\n")
-    print(experiment_table(arms))
-    print(
-        f"\nHeld-out loss before training {before:.4f}. A row chosen by CDAS is {mean_chosen / mean - 1:+.0%} longer "
-        f"than the mean. {'' if options.arms else verdict({record['what']: record for record in arms})}"
+    notes = (
+        f"Held-out loss before training {before:.4f}. A row chosen by CDAS is {mean_chosen / mean - 1:+.0%} longer "
+        f"than the mean. {verdict({record['what']: record for record in arms})}"
     )
-    if options.json:
-        facts = {"bf16": cpu_has_bf16(), "max_seq_len": MAX_SEQ_LEN, "batch": BATCH, "ratio": RATIO}
-        options.json.write_text(json.dumps({**facts, "modes": by_mode, "experiment": arms}, indent=1) + "\n")
+    found = {r["what"]: r for r in by_mode}
+    ours = found[OURS]
+    lines = [
+        Line(
+            what=f"train, {ours['samples']} rows, LoRA; whole process",
+            ours=Timing(tuple(ours["seconds"])),
+            peer=name,
+            theirs=Timing(tuple(found[name]["seconds"])),
+            floor=statistics.median(ours["seconds"]) * ours["utilisation"],
+            memory=ours["peak_bytes"],
+            peer_memory=found[name]["peak_bytes"],
+        )
+        for name in (BASE, SORTED)
+    ]
+    title = f"## Training, {found[BASE]['samples']} rows, {found[BASE]['tokens']:,} tokens, LoRA r16 on SmolLM2-135M"
+    small = f"## The paper's experiment in small: {len(samples)} rows, {len(out)} held out, {seeds} seeds"
+    facts = {"bf16": cpu_has_bf16(), "max_seq_len": MAX_SEQ_LEN, "batch": BATCH, "ratio": RATIO}
+    return Report(
+        sections=[title, modes_table(by_mode), small, experiment_table(arms), notes],
+        lines=lines,
+        figures={**facts, "modes": by_mode, "experiment": arms},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        run,
+        __doc__,
+        data="Alpaca-form JSON; default: harvested functions",
+        full="all modes, more rows, three rounds: half an hour",
+    )
