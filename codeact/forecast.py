@@ -18,6 +18,21 @@ from codeact.settings import RunSettings
 
 HASHED_BYTES = 2 * GIB
 """Weights above this are not hashed for a plan."""
+_WEIGHTS_DECIDE = {
+    "score": ("data", "score"),
+    "train": ("data", "score", "embed", "select", "train"),
+    "generate": ("data", "score", "embed", "select", "train", "generate"),
+}
+"""Stages whose key holds the model's fingerprint, and the sections of the settings that decide them beside it."""
+
+_NEEDS = {
+    "select": {"score", "embed"},
+    "train": {"select"},
+    "generate.after": {"train"},
+    "evaluate.before": {"generate.before"},
+    "evaluate.after": {"generate.after"},
+}
+"""Steps whose results a step takes in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +91,7 @@ def forecast(settings: RunSettings, first: str | None = None, last: str | None =
     with hub_if_reached():
         states, warnings = _states(settings, folder, planned)
         plan = Plan(settings, flags, states)
-        steps = [
-            StepForecast(name=step.name, state=states[step.name])
-            if states[step.name] not in ("to do", "goes on")
-            else getattr(plan, step.stage)(step.name, states[step.name])
-            for step, _ in planned
-        ]
+        steps = plan.steps([(step.stage, step.name, states[step.name]) for step, _ in planned])
     return Forecast(
         output=str(settings.output),
         steps=steps,
@@ -117,25 +127,23 @@ def _states(
         except InputError as error:
             states[step.name] = "to do"
             warnings.append(f"will stop: {error}")
+    size = _weight_bytes(settings.score.model)
+    if size > HASHED_BYTES and started:
+        warnings.append(
+            f"{size / GIB:,.0f} GiB of weights are not hashed for a plan: what is done follows from settings alone"
+        )
     return states, warnings
 
 
 def _state(settings: RunSettings, folder: RunFolder, step: Step, started: set[str], states: dict[str, str]) -> str:
-    if step.name not in started:
-        return "to do"
     before = {name for name, state in states.items() if state in ("to do", "goes on", "put back")}
-    needs = {
-        "select": {"score", "embed"},
-        "train": {"select"},
-        "generate.after": {"train"},
-        "evaluate.before": {"generate.before"},
-        "evaluate.after": {"generate.after"},
-        "report": set(states),
-    }.get(step.name, set())
-    if needs & before:  # what it takes in is not there yet
+    needs = _NEEDS.get(step.name, set(states) if step.stage == "report" else set())
+    if step.name not in started or needs & before:  # what it takes in is not there yet
         return "to do"
-    if step.stage in ("score", "train", "generate") and _weight_bytes(settings.score.model) > HASHED_BYTES:
-        return "done already" if folder.finished(step) else "goes on"
+    if step.stage in _WEIGHTS_DECIDE and _weight_bytes(settings.score.model) > HASHED_BYTES:
+        known, now = folder.settings(), settings.model_dump(mode="json")
+        same = all(known.get(section) == now[section] for section in _WEIGHTS_DECIDE[step.stage])
+        return "to do" if not same else "done already" if folder.finished(step) else "goes on"
     try:
         key = key_of({"step": step.name, **step.inputs()})
     except (InputError, MissingExtraError, KeyError):

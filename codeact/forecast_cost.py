@@ -34,12 +34,19 @@ class ModelFacts:
 
     def adapter_parameters(self, rank: int, targets: str) -> int:
         """Of LoRA adapters on the layers of these names: ``rank * (inputs + outputs)`` each."""
+        return sum(rank * (inputs + outputs) for inputs, outputs in self._adapted(targets))
+
+    def adapted_inputs(self, targets: str) -> int:
+        """Widths of the inputs of all layers with adapters, added up."""
+        return sum(inputs for inputs, _ in self._adapted(targets))
+
+    def _adapted(self, targets: str) -> list[tuple[int, int]]:
         names = {name.strip() for name in targets.split(",")}
-        return sum(
-            rank * (inputs + outputs)
+        return [
+            (inputs, outputs)
             for name, inputs, outputs in self.layers
             if names == {"all-linear"} or name.rpartition(".")[2] in names
-        )
+        ]
 
     def forward_flops(self, tokens: float, squared_lengths: float, head_tokens: float) -> float:
         """Of a forward pass: 2 a parameter and token, the head's only for the tokens whose logits are wanted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -24,11 +25,12 @@ BANDWIDTH_UTILISATION = 0.6
 GPU_START_SECONDS = 30.0
 """Assumed for a GPU process, before it computes."""
 LOAD_BYTES_PER_SECOND = 1e9
-PROGRAM_SECONDS = 1.0
+PROGRAM_SECONDS = 1.5
 """Assumed for a program under its tests, in its sandbox."""
-SELECT_SECONDS = 3.0
+SELECT_SECONDS = 0.1
 SELECT_SECONDS_PER_ROW = 5e-5
 REPORT_SECONDS = 5.0
+TOKENIZER_BYTES = 4e6
 PROMPT_TOKENS = 200  # of a task of HumanEval or MBPP, about
 TASKS = {"humaneval": 164, "mbpp": 378}
 
@@ -139,6 +141,23 @@ class Plan:
             *self.machine.lines,
         ]
 
+    def steps(self, planned: list[tuple[str, str, str]]) -> list[StepForecast]:
+        """Costs of ``(stage, step, state)``, in order."""
+        found = []
+        kept = 0.0
+        for stage, name, state in planned:
+            step = StepForecast(name=name, state=state)
+            if state in ("to do", "goes on"):
+                step = getattr(self, stage)(name, state)
+            if self._on_cpu and self.settings.processes == 1 and step.memory is not None:
+                # What a process took of the machine's memory it seldom gives back.
+                missing = max(0.0, kept - step.memory.total)
+                parts = {**step.memory.parts, **({"left by steps before": missing} if missing else {})}
+                step = dataclasses.replace(step, memory=Memory(parts=parts))
+                kept = max(kept, step.memory.total if step.memory else 0.0)
+            found.append(step)
+        return found
+
     @property
     def _parallel(self) -> int:
         """Devices that score and train at the same time; the processes of one machine without GPUs share it."""
@@ -167,7 +186,7 @@ class Plan:
             memory=self._shared(
                 inference_memory(self.model, self._bytes(settings.score.dtype), longest, self.machine.base)
             ),
-            disk=100.0 * data.rows,
+            disk=20e3 + 100.0 * data.rows,
         )
 
     def embed(self, name: str, state: str) -> StepForecast:
@@ -235,7 +254,7 @@ class Plan:
             error=data.error * times,
             seconds=self.machine.start_seconds + (flops + evaluated) / (self.machine.flops["train"] * self._parallel),
             memory=self._shared(memory),
-            disk=saved + checkpoints * (saved + 12.0 * trained),
+            disk=saved + TOKENIZER_BYTES + checkpoints * (saved + 12.0 * trained),
         )
 
     def _epoch(self) -> StrategyStats | None:
@@ -293,7 +312,7 @@ class Plan:
         parallel = judged.parallel or max(1, (os.cpu_count() or 2) // 2)
         count = self._programs()
         return StepForecast(
-            name=name, state=state, rows=count, seconds=count * PROGRAM_SECONDS / parallel, disk=5000.0 * count
+            name=name, state=state, rows=count, seconds=count * PROGRAM_SECONDS / parallel, disk=1500.0 * count
         )
 
     def report(self, name: str, state: str) -> StepForecast:
@@ -341,12 +360,12 @@ class Plan:
                 f"{GPU_START_SECONDS:.0f} s to start, {LOAD_BYTES_PER_SECOND / 1e9:.0f} GB/s to load"
             )
         if "train" in stages and self.chosen is None:
-            lines.append("chosen rows are as long as all rows (cdas likes hard ones, which need not be)")
+            lines.append("chosen rows are as long as all rows; cdas tends to take longer ones (1.4 times in the demo)")
         if "generate" in stages:
             assert self.settings.generate is not None
             lines.append(f"generation: {self.settings.generate.max_new_tokens:,} tokens an answer, which is the most")
         if "evaluate" in stages:
-            lines.append(f"evaluation: {PROGRAM_SECONDS:.0f} s a program; one that hangs takes longer")
+            lines.append(f"evaluation: {PROGRAM_SECONDS:g} s a program; one that hangs takes longer")
         if any(step.memory for step in steps):
             lines.append("memory is arithmetic on widths; fragmentation and what libraries hoard come on top")
         return lines

@@ -32,6 +32,7 @@ class TrainingShape:
     fused_loss: bool
     lora_rank: int | None
     lora_targets: str
+    lora_dropout: float
     weight_bytes: float
     """Of a weight that is held: 4, 2, or less where it is quantised."""
     autocast: bool
@@ -102,6 +103,7 @@ def training_shape(flags: Any, settings: RunSettings) -> TrainingShape:
         fused_loss=flags.fused_loss,
         lora_rank=flags.lora_r if flags.lora else None,
         lora_targets=flags.lora_target_modules,
+        lora_dropout=flags.lora_dropout,
         weight_bytes=weight_bytes,
         autocast=autocast,
         checkpointing=bool(flags.activation_checkpointing or flags.gradient_checkpointing),
@@ -160,6 +162,11 @@ def training_memory(model: ModelFacts, shape: TrainingShape, ranks: int, tokens:
     if shape.autocast and shape.weight_bytes > 2 and not deepspeed and not whole:
         parts["autocast's copies"] = 2.0 * model.trunk
     parts["activations"] = activation_memory(model.shape, tokens, 2 if shape.autocast else 4, shape.checkpointing)
+    if shape.lora_rank is not None:
+        # An adapter takes its input in float32: a copy of it, one after dropout with its mask, one for autocast.
+        of_token = (6.0 if shape.autocast else 0.0) + (5.0 if shape.lora_dropout else 0.0)
+        inputs = model.adapted_inputs(shape.lora_targets) / (model.shape.layers if shape.checkpointing else 1)
+        parts["adapters' inputs"] = tokens * inputs * of_token
     parts["logits"] = float(
         min(FUSED_LOSS_BYTES, model.shape.logit_bytes(tokens)) if shape.fused_loss else model.shape.logit_bytes(tokens)
     )

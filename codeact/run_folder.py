@@ -148,6 +148,10 @@ class RunFolder:
         record = self._record(step.name)
         return record is not None and record["key"] == key
 
+    def settings(self) -> dict[str, Any]:
+        """Those of the last run here."""
+        return dict(self._content.get("settings", {}))
+
     def started(self) -> set[str]:
         """Names of the steps that were ever begun."""
         return set(self._content["stages"])
