@@ -58,6 +58,7 @@ def calibrate(
     training: TrainingShape | None,
     flags: Any,
     records: Sequence[Record | BadRow],
+    stages: set[str],
 ) -> Calibration:
     """Measure this machine, in about 20 seconds at most where nothing else runs on it.
 
@@ -66,6 +67,7 @@ def calibrate(
         model, embedder: their shapes.
         training, flags: what is trained and its flags; None: nothing.
         records: rows to measure with; none: made-up ones.
+        stages: the ones to measure.
     """
     begin = time.perf_counter()
     device = resolve_device(settings.score.device)
@@ -74,22 +76,27 @@ def calibrate(
     assert peak is not None
     found = Calibration(peak=peak, base=float(peak_memory(device)[0]))
     rows = [row for row in records if isinstance(row, Record)] or _made_up()
-    folder = local_weights(settings.score.model)
+    of_model = stages & {"score", "train", "generate"}
+    folder = local_weights(settings.score.model) if of_model else None
     tokens = int(_SECONDS * UTILISATION * peak / (2 * model.parameters))
     needed = model.parameters * (dtype.itemsize + (16 if training and training.lora_rank is None else 4))
-    if folder is None:
+    if not of_model:
+        pass
+    elif folder is None:
         found.lines.append(f"{settings.score.model} has no weights here, so it was not run")
     elif tokens < 128 or needed > _MEMORY_SHARE * _free(device):
         found.lines.append(f"{settings.score.model} is too large to be tried here in a few seconds")
     else:
-        _run_model(found, settings, folder, device, dtype, model, training, flags, rows, tokens)
-    if local_weights(settings.embed.model) is not None and time.perf_counter() - begin < _BUDGET:
+        training = training if "train" in stages else None
+        _run_model(found, settings, folder, device, dtype, model, training, flags, rows, tokens, "generate" in stages)
+    if "embed" in stages and local_weights(settings.embed.model) is not None and time.perf_counter() - begin < _BUDGET:
         _embedding(found, settings, embedder, rows)
-    missing = [name for name in ("score", "embed", "train") if name not in found.flops]
+    wanted = {"score"} & of_model | {"embed", "train"} & stages
+    missing = sorted(wanted - set(found.flops))
+    measured = "score" in found.flops
     rate = found.flops.get("score", UTILISATION * peak)
-    for name in missing:
-        found.flops[name] = rate
-    if missing and "score" not in missing:
+    found.flops = {"score": rate, "embed": rate, "train": rate, **found.flops}
+    if missing and measured:
         found.lines.append(f"{', '.join(missing)}: not measured; taken to reach the {rate / 1e9:,.0f} GFLOP/s of score")
     elif missing:
         found.lines.append(
@@ -136,6 +143,7 @@ def _run_model(
     flags: Any,
     rows: Sequence[Record],
     tokens: int,
+    generate: bool,
 ) -> None:
     """Load the model once and measure what it is used for."""
     from codeact.ifd import IfdScorer
@@ -165,7 +173,7 @@ def _run_model(
     found.flops["score"] = facts.forward_flops(total, float(np.square(lengths).sum()), head) / seconds
     found.lines.append(f"score: {total:,} tokens in {seconds:.1f} s, {total / seconds:,.0f} tokens/s, measured here")
     late = time.perf_counter() - start > _BUDGET
-    if settings.generate is not None and not late:
+    if generate and not late:
         _decoding(found, settings, model, device, items[0].conditional)
     if training is not None and training.sharding in ("none", "ddp") and not late:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from codeact.errors import InputError, MissingExtraError
 from codeact.forecast_cost import GIB
 from codeact.forecast_models import hub_if_reached
-from codeact.forecast_steps import Plan, StepForecast
+from codeact.forecast_steps import TO_DO, Plan, StepForecast
 from codeact.run_folder import RunFolder, Step, key_of
 from codeact.settings import RunSettings
 
@@ -90,18 +90,19 @@ def forecast(settings: RunSettings, first: str | None = None, last: str | None =
     planned = steps_between(settings, folder, first, last)
     with hub_if_reached():
         states, warnings = _states(settings, folder, planned)
-        plan = Plan(settings, flags, states)
+        to_do = {step.stage for step, _ in planned if states[step.name] in TO_DO}
+        warnings += _obstacles(settings, to_do)
+        if not to_do:  # so nothing has to be known of data and machine
+            steps = [StepForecast(name=step.name, state=states[step.name]) for step, _ in planned]
+            return Forecast(output=str(settings.output), steps=steps, sources=[], assumptions=[], warnings=warnings)
+        plan = Plan(settings, flags, states, to_do)
         steps = plan.steps([(step.stage, step.name, states[step.name]) for step, _ in planned])
     return Forecast(
         output=str(settings.output),
         steps=steps,
         sources=plan.sources,
-        assumptions=plan.assumptions([step for step in steps if step.seconds is not None]),
-        warnings=[
-            *warnings,
-            *_obstacles(settings, {step.name for step in steps if step.seconds}),
-            *plan.warnings(steps),
-        ],
+        assumptions=plan.assumptions(to_do),
+        warnings=[*warnings, *plan.warnings(steps)],
     )
 
 
@@ -158,9 +159,8 @@ def _weight_bytes(name: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
 
 
-def _obstacles(settings: RunSettings, to_do: set[str]) -> Iterator[str]:
-    """What would stop a step that is to do."""
-    stages = {name.partition(".")[0] for name in to_do}
+def _obstacles(settings: RunSettings, stages: set[str]) -> Iterator[str]:
+    """What would stop one of these stages."""
     checks: list[Any] = []
     if settings.generate is not None and stages & {"generate", "evaluate"}:
         checks.append(lambda: _problems(settings))

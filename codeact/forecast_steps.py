@@ -32,6 +32,8 @@ SELECT_SECONDS_PER_ROW = 5e-5
 REPORT_SECONDS = 5.0
 TOKENIZER_BYTES = 4e6
 PROMPT_TOKENS = 200  # of a task of HumanEval or MBPP, about
+TO_DO = ("to do", "goes on")
+"""States of steps that cost something."""
 TASKS = {"humaneval": 164, "mbpp": 378}
 
 
@@ -77,6 +79,7 @@ def machine_of(
     training: TrainingShape | None,
     flags: Any,
     data: DataFacts,
+    to_do: set[str],
 ) -> Machine:
     """The GPU that the settings name, or this machine, calibrated."""
     wanted = settings.forecast
@@ -101,7 +104,7 @@ def machine_of(
         )
     from codeact.calibration import calibrate
 
-    found = calibrate(settings, model, embedder, training, flags, data.records)
+    found = calibrate(settings, model, embedder, training, flags, data.records, to_do)
     return Machine(
         gpu=None,
         devices=1,
@@ -125,7 +128,8 @@ def _machine_memory() -> float:
 class Plan:
     """Costs of steps; the methods are named as the stages."""
 
-    def __init__(self, settings: RunSettings, flags: Any, states: dict[str, str]) -> None:
+    def __init__(self, settings: RunSettings, flags: Any, states: dict[str, str], to_do: set[str]) -> None:
+        """Look at data, models and machine; ``states``: of the steps by name, ``to_do``: stages."""
         self.settings, self.flags = settings, flags
         self.training = None if flags is None else training_shape(flags, settings)
         self.model = model_facts(settings.score.model, settings.forecast.parameters)
@@ -133,7 +137,7 @@ class Plan:
         done = states.get("select") in ("done already", "left as it is")
         self.chosen = settings.output / "selected.jsonl" if done else None
         self.data = data_facts(settings, flags, tokenizer, length, self.chosen)
-        self.machine = machine_of(settings, self.model, self.embedder, self.training, flags, self.data)
+        self.machine = machine_of(settings, self.model, self.embedder, self.training, flags, self.data, to_do)
         self.sources = [
             f"data: {self.data.source}",
             f"model: {self.model.source}, {self.model.parameters / 1e9:.3g}e9 parameters",
@@ -147,7 +151,7 @@ class Plan:
         kept = 0.0
         for stage, name, state in planned:
             step = StepForecast(name=name, state=state)
-            if state in ("to do", "goes on"):
+            if state in TO_DO:
                 step = getattr(self, stage)(name, state)
             if self._on_cpu and self.settings.processes == 1 and step.memory is not None:
                 # What a process took of the machine's memory it seldom gives back.
@@ -350,9 +354,8 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------- what stands below it
 
-    def assumptions(self, steps: list[StepForecast]) -> list[str]:
-        """What no source says."""
-        stages = {step.name.partition(".")[0] for step in steps}
+    def assumptions(self, stages: set[str]) -> list[str]:
+        """What no source says of these stages."""
         lines = []
         if self.machine.gpu is not None:
             lines.append(
@@ -366,7 +369,7 @@ class Plan:
             lines.append(f"generation: {self.settings.generate.max_new_tokens:,} tokens an answer, which is the most")
         if "evaluate" in stages:
             lines.append(f"evaluation: {PROGRAM_SECONDS:g} s a program; one that hangs takes longer")
-        if any(step.memory for step in steps):
+        if stages - {"evaluate", "report"}:
             lines.append("memory is arithmetic on widths; fragmentation and what libraries hoard come on top")
         return lines
 

@@ -334,6 +334,7 @@ def test_done_steps_are_named(local, monkeypatch):
         return forecast(settings, last="embed").steps[0].state
 
     assert state(local) == "done already"
+    assert forecast(local, last="score").sources == []  # nothing is to do, so nothing is looked at
     assert state(changed(local, score={**local.score.model_dump(), "max_length": 128})) == "to do"
     assert {path: path.read_bytes() for path in local.output.rglob("*") if path.is_file()} == before
     content = json.loads((local.output / "run.json").read_text())
