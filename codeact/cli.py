@@ -363,9 +363,17 @@ def run(
         str | None, typer.Option("--from", metavar="STAGE", help="Take the stages before as they are.")
     ] = None,
     last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Leave out the stages after.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would do, and estimate tokens, time and memory.")
+    ] = False,
 ) -> None:
     """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
     settings = read_settings(config)
+    if dry_run:
+        from codeact.forecast import forecast
+
+        print(forecast(settings, first, last).table())
+        return
     pipeline.run(settings, first, last)
     print(f"everything is in {settings.output}")
 

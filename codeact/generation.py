@@ -107,7 +107,7 @@ class HuggingFaceGenerator:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * dim * self._model.dtype.itemsize
         device = self._model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         fits = int(_MEMORY_SHARE * free / (a_token * longest))
         return max(1, min(fits, _LARGEST_BATCH.get(device.type, 64)))
 
@@ -287,7 +287,7 @@ def _claim(
     return size
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that this machine has to give; a guess where it does not say."""
     try:
         lines: Iterable[str] = Path("/proc/meminfo").read_text().splitlines()

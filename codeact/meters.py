@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from contextlib import suppress
@@ -11,27 +10,13 @@ from pathlib import Path
 
 import torch
 
-# Dense 16-bit matrix multiplication with float32 accumulation, FLOP/s, from the makers' data sheets (their figures
-# "with sparsity" halved). Every word must be part of the device's name; the first line that fits counts.
-_PEAKS = (
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("MI300X", 1307e12),
-)
+from codeact.gpus import find_gpu
 
 
 def known_peak(device_name: str) -> float | None:
     """16-bit FLOP/s of a GPU by the name that its driver gives, such as "NVIDIA A100-SXM4-80GB"; None if unknown."""
-    words = set(re.split(r"[\s\-_]+", device_name))
-    return next((peak for names, peak in _PEAKS if words.issuperset(names.split())), None)
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.flops
 
 
 def resolve_peak(wanted: float | str | None, device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

@@ -19,6 +19,9 @@ from codeact.ledger import Ledger
 from codeact.run_folder import RunFolder, Step, key_of
 from codeact.settings import RunSettings
 
+TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
+"""Flags of training that follow from the rest of a run's settings."""
+
 STAGES = ("score", "embed", "select", "train", "generate", "evaluate", "report")
 
 
@@ -107,7 +110,7 @@ def check(settings: RunSettings) -> None:
     if settings.train is not None:
         from codeact.training_arguments import check_flags
 
-        check_flags(settings.train, "train", taken=("model_name_or_path", "data_path", "output_dir"))
+        check_flags(settings.train, "train", taken=TAKEN_FLAGS)
     if settings.generate is not None:
         from codeact.run_steps import problems_of
 

@@ -143,6 +143,19 @@ class RunFolder:
             return self.finished(step)
         return (self._aside(step.name, key) / "record.json").exists()
 
+    def current(self, step: Step, key: str) -> bool:
+        """Whether what lies in the folder of this step, finished or not, is of ``key``."""
+        record = self._record(step.name)
+        return record is not None and record["key"] == key
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the last run here."""
+        return dict(self._content.get("settings", {}))
+
+    def started(self) -> set[str]:
+        """Names of the steps that were ever begun."""
+        return set(self._content["stages"])
+
     def do(self, step: Step, key: str) -> Lines:
         """Do the step; what a killed run did for the same key is gone on from."""
         self._switch(step, key)

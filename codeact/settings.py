@@ -173,7 +173,7 @@ def _is_run(entry: Any) -> bool:
 
 def _shipped(path: Path) -> Path:
     names = shipped_configs()
-    if path.suffix or path.exists():
+    if path.exists() or (path.suffix and str(path) not in names):  # a name may hold a dot: 6.7b
         return path
     if str(path) not in names:
         raise InputError(f"no such file: {path}; codeact brings {', '.join(names)}")

@@ -196,8 +196,11 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
     return _settings(parser, _flags(parser, values, where))
 
 
-def check_flags(values: Mapping[str, Any], where: str, taken: Collection[str] = ()) -> None:
+def check_flags(values: Mapping[str, Any], where: str, taken: Collection[str] = ()) -> argparse.Namespace:
     """Check keys and types alone: on another machine than the one to train on, too, and before there is data.
+
+    Returns:
+        Every flag by its name, defaults filled in.
 
     Raises:
         InputError: as ``parse``; or a flag is one of ``taken``, which the caller sets.
@@ -205,7 +208,9 @@ def check_flags(values: Mapping[str, Any], where: str, taken: Collection[str] = 
     for name in taken:
         if name in values:
             raise InputError(f"{where}: {name} follows from the other settings; leave it out")
-    _flags(_Parser((*_OWN, TrainerArguments)), values, where)
+    parser = _Parser((*_OWN, TrainerArguments))
+    known: argparse.Namespace = parser.parse_known_args(_flags(parser, values, where))[0]
+    return known
 
 
 def _settings(parser: _Parser, argv: Sequence[str]) -> TrainSettings:

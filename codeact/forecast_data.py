@@ -1,0 +1,235 @@
+"""The rows and token lengths that a forecast starts from: counted on a sample of the data, or assumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codeact.conversations import IGNORE, Sample, encode_conversations
+from codeact.errors import InputError
+from codeact.records import BadRow, Record, RecordSet
+from codeact.settings import ForecastSettings, RunSettings
+
+SAMPLE_ROWS = 400
+TEMPLATE_TOKENS = 20  # of a row, where no template is rendered
+LENGTH_SPREAD = 0.6  # standard deviation of the logarithm of a length, where lengths are assumed
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sampled:
+    """Token counts of some rows, (n,), that stand for ``rows`` rows; ``counted``: on data, so with an error."""
+
+    values: Integers
+    rows: float
+    counted: bool = True
+
+    @property
+    def total(self) -> float:
+        """Estimate of the sum over all rows."""
+        return float(self.values.mean()) * self.rows if len(self.values) else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of ``total``; 0 where every row was counted, or none."""
+        count = len(self.values)
+        if not self.counted or count < 2 or self.rows <= count:
+            return 0.0
+        spread = float(self.values.std(ddof=1)) * math.sqrt(1 - count / self.rows)
+        return spread / math.sqrt(count) * self.rows
+
+    @property
+    def squares(self) -> float:
+        """Estimate of the sum of squares."""
+        return float(np.square(self.values.astype(np.float64)).mean()) * self.rows if len(self.values) else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DataFacts:
+    """Rows, and the tokens that every stage makes of them.
+
+    Attributes:
+        rows: of the data.
+        conditional, unconditional, scored: tokens of the two passes of scoring, and what of both is scored.
+        questions: tokens for the embedder.
+        conversations, supervised: tokens of a training sample, and how many of them have a label.
+        row_bytes: of a row as UTF-8 text, on average.
+        records: the rows that were looked at; none where lengths are assumed.
+        source: where all this is known from.
+    """
+
+    rows: int
+    conditional: Sampled
+    unconditional: Sampled
+    scored: Sampled
+    questions: Sampled
+    conversations: Sampled
+    supervised: Sampled
+    row_bytes: float
+    records: tuple[Record | BadRow, ...]
+    source: str
+
+
+def data_facts(
+    settings: RunSettings, flags: Any, embedder: str, embedder_length: int, chosen: Path | None = None
+) -> DataFacts:
+    """Count tokens of some hundred rows, drawn by a fixed seed; or make lengths up from the section ``forecast``.
+
+    Args:
+        settings: the run.
+        flags: of training, see ``codeact.training_arguments.check_flags``; None if there is no training.
+        embedder: what to load the embedder's tokenizer by; "": count as the causal model does.
+        embedder_length: tokens that the embedder takes.
+        chosen: conversations that were selected already, if they were: what training takes.
+
+    Raises:
+        InputError: neither data nor section tells.
+    """
+    wanted = settings.forecast
+    tokenizer, no_tokenizer = _tried(lambda: _tokenizer(settings.score.model))
+    records, no_data = _tried(settings.data.open)
+    rows = len(records) if records is not None else wanted.rows
+    if rows is None:
+        raise InputError(f"{no_data}; or say what it holds, in the settings: {_section(wanted)}")
+    if records is not None and tokenizer is not None:
+        return _counted(settings, records, tokenizer, flags, embedder, embedder_length, chosen)
+    if wanted.question_tokens is None or wanted.answer_tokens is None:
+        raise InputError(
+            f"{no_data or no_tokenizer}; or say how long its rows are, in the settings: {_section(wanted)}"
+        )
+    return _assumed(settings, rows, flags, embedder_length, f"{no_data or no_tokenizer}")
+
+
+def _section(wanted: ForecastSettings) -> str:
+    missing = {"rows": "80000", "question_tokens": "120", "answer_tokens": "300"}
+    return "forecast: {" + ", ".join(f"{k}: {v}" for k, v in missing.items() if getattr(wanted, k) is None) + "}"
+
+
+def _tried(make: Any) -> tuple[Any, str]:
+    try:
+        return make(), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _tokenizer(name: str) -> Any:
+    from codeact.models import load_tokenizer
+
+    return load_tokenizer(name)
+
+
+def _counted(
+    settings: RunSettings,
+    records: RecordSet,
+    tokenizer: Any,
+    flags: Any,
+    embedder: str,
+    embedder_length: int,
+    chosen: Path | None,
+) -> DataFacts:
+    from codeact.conversations import open_conversations
+    from codeact.templates import PromptBuilder
+    from codeact.tokens import tokenize
+
+    score, rows = settings.score, len(records)
+    drawn = _draw(records)
+    share = rows / len(drawn)
+    prompts = PromptBuilder(tokenizer, score.template)
+    scored = [
+        item for item in tokenize(drawn, tokenizer, prompts, score.max_length, score.protocol) if item.conditional
+    ]
+    good = [row for row in drawn if isinstance(row, Record)]
+    question_tokens = _lengths([row.question for row in good], embedder, tokenizer, embedder_length)
+    samples: list[Sample] = []
+    stands_for = 0.0
+    if flags is not None:
+        conversations = open_conversations(chosen) if chosen else None
+        among = drawn if conversations is None else _draw(conversations)
+        results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
+        samples = [result for result in results if isinstance(result, Sample)]
+        whole = rows * settings.select.ratio if conversations is None else len(conversations)
+        stands_for = whole * len(samples) / len(among)
+    source = f"{records.source}: {rows:,} rows"
+    source += (
+        ", all of them tokenized" if len(drawn) == rows else f", {len(drawn):,} of them tokenized (drawn by seed 0)"
+    )
+    return DataFacts(
+        rows=rows,
+        conditional=_sampled([len(item.conditional) for item in scored], len(scored) * share),
+        unconditional=_sampled([len(item.unconditional) for item in scored], len(scored) * share),
+        scored=_sampled(
+            [
+                len(item.conditional) - item.conditional_start + len(item.unconditional) - item.unconditional_start
+                for item in scored
+            ],
+            len(scored) * share,
+        ),
+        questions=_sampled(question_tokens, len(good) * share),
+        conversations=_sampled([len(sample.input_ids) for sample in samples], stands_for),
+        supervised=_sampled([int(np.count_nonzero(sample.labels[1:] != IGNORE)) for sample in samples], stands_for),
+        row_bytes=float(np.mean([len((r.question + r.answer).encode(errors="replace")) for r in good] or [0])),
+        records=tuple(drawn),
+        source=source,
+    )
+
+
+def _draw(records: RecordSet) -> list[Record | BadRow]:
+    if len(records) <= SAMPLE_ROWS:
+        return records.rows(0, len(records))
+    picked = np.sort(np.random.default_rng(0).choice(len(records), SAMPLE_ROWS, replace=False)).tolist()
+    return [row for position in picked for row in records.rows(position, position + 1)]
+
+
+def _lengths(texts: Sequence[str], embedder: str, tokenizer: Any, most: int) -> list[int]:
+    found, _ = _tried(lambda: _tokenizer(embedder)) if embedder else (None, "")
+    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    ids = (found or tokenizer)(texts, verbose=False)["input_ids"] if texts else []
+    return [min(len(item), most) for item in ids]
+
+
+def _sampled(values: Sequence[int], rows: float) -> Sampled:
+    return Sampled(values=np.array(values, dtype=np.int64), rows=rows)
+
+
+def _assumed(settings: RunSettings, rows: int, flags: Any, embedder_length: int, why: str) -> DataFacts:
+    """Lengths spread lognormally around the averages that the settings give."""
+    wanted, most = settings.forecast, settings.score.max_length
+    assert wanted.question_tokens is not None
+    assert wanted.answer_tokens is not None
+    rng = np.random.default_rng(0)
+    questions = _spread(rng, wanted.question_tokens)
+    answers = np.maximum(_spread(rng, wanted.answer_tokens), 2)
+    prompts = np.minimum(questions + TEMPLATE_TOKENS, most - 2)
+    kept = np.minimum(answers, most - prompts)
+    longest = most if flags is None else flags.max_seq_len
+    conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, longest)
+    chosen = rows * settings.select.ratio if flags is not None else 0
+    return DataFacts(
+        rows=rows,
+        conditional=Sampled(values=prompts + kept, rows=rows, counted=False),
+        unconditional=Sampled(values=kept, rows=rows, counted=False),
+        scored=Sampled(values=2 * kept, rows=rows, counted=False),
+        questions=Sampled(values=np.minimum(questions, embedder_length), rows=rows, counted=False),
+        conversations=Sampled(values=conversations, rows=chosen, counted=False),
+        supervised=Sampled(values=np.minimum(answers, conversations - 1), rows=chosen, counted=False),
+        row_bytes=3.5 * (wanted.question_tokens + wanted.answer_tokens),
+        records=(),
+        source=(
+            f"{rows:,} rows of {wanted.question_tokens:g} + {wanted.answer_tokens:g} tokens on average, as the section "
+            f"forecast says, spread lognormally (not looked at: {why})"
+        ),
+    )
+
+
+def _spread(rng: np.random.Generator, mean: float) -> Integers:
+    """Lengths of that mean, whatever was drawn."""
+    drawn = rng.lognormal(0.0, LENGTH_SPREAD, SAMPLE_ROWS)
+    lengths: Integers = np.maximum(np.rint(drawn * mean / drawn.mean()), 1).astype(np.int64)
+    return lengths
