@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> Report:
                 Line(
                     what=f"{name} {last:,} rows",
                     ours=times[name, last],
-                    peer=peer,
+                    peer=f"{peer}, the floor",
                     theirs=floor,
                     floor=floor.median,
                     memory=peaks.get((name, last)),
