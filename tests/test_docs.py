@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -264,8 +265,8 @@ def compare(place: str, expected: list[str], shown: str) -> None:
 
 
 def label(line: str) -> list[str]:
-    """The words of a line, numbers wild."""
-    return re.sub(r"\d[\d,.:/%e+\-]*", "#", line).split()
+    """The words of a line, numbers and widths of tables wild."""
+    return re.sub(r"\d[\d,.:/%e+\-]*", "#", re.sub(r"-{3,}", "--", line)).split()
 
 
 def file_name(block: Block) -> str | None:
@@ -362,6 +363,7 @@ def check_pip(place: str, words: list[str]) -> None:
         assert (ROOT / words[words.index("-c") + 1]).is_file(), place
 
 
+@functools.cache
 def cli_command(name: str) -> Any:
     return typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
 
@@ -372,6 +374,7 @@ def train_parser() -> Any:
     return _Parser((*_OWN, TrainerArguments))
 
 
+@functools.cache
 def train_flags() -> set[str]:
     return set(train_parser()._option_string_actions)
 
@@ -420,8 +423,7 @@ def test_every_option_is_told_with_its_default(command):
 @by_name
 def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
-    known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file", "--no-build-isolation"}
-    known |= {"--from", "--until", "--dry-run"} if COMING_COMMANDS else set()  # of codeact run
+    known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
     text = prose(page)
     if page.name in ("coming-from.md", "CHANGELOG.md"):  # whose first columns are other tools' flags
         text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)
@@ -448,6 +450,7 @@ def test_messages_are_those_of_the_code(page):
                         assert any(part in text for text in texts), f"{name_of(page)}: no message has {part!r}"
 
 
+@functools.cache
 def string_constants() -> list[str]:
     found = []
     for path in [*(ROOT / "codeact").glob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]:
