@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,10 @@ import torch
 import typer
 import yaml
 
-from codeact.cli import app, main
-from codeact.errors import InputError
+from codeact.cli import app
 from codeact.records import write_jsonl
-from codeact.sandbox import Limits, Sandbox
 from tests.conftest import make_records
+from tests.docs_shell import EMBEDDER, MODEL, PROGRAMS, Shell, compare, file_name, without_settings
 from tests.markdown_pages import (
     PAGES,
     ROOT,
@@ -51,7 +47,7 @@ from tests.markdown_pages import (
 COMING_FILES = {"docs/report.png", "docs/run.md", "docs/report.md"}
 COMING_COMMANDS = {"doctor", "report"}
 
-# Where the options of a command are told. Of those without a page of options: demo has two, said in the README.
+# On which page a command's options are told, below a heading "Options of `codeact NAME`".
 OPTIONS = {
     "harvest": "data.md",
     "score": "score.md",
@@ -69,11 +65,6 @@ OPTIONS = {
     "demo": "run.md",
 }
 
-# What is written in the pages, and what stands there in a test.
-MODEL, EMBEDDER = "~/.cache/codeact/smollm2-135m-instruct", "~/.cache/codeact/all-minilm-l6-v2"
-FEWER = {"limit": 24, "rows": 24, "max-new-tokens": 8}
-SMALLER = {"harvest stdlib": "harvest email"}
-PROGRAMS = {"head", "cat", "ls"}  # run as they are
 FOREIGN = {"apt-get", "git", "trl", "axolotl", "."}  # only ever in blocks that are not run
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -161,116 +152,6 @@ def write_selected(path: Path) -> None:
             for n, pair in enumerate(turns)
         ],
     )
-
-
-class Shell:
-    """Runs the blocks of one page in a folder of its own: codeact and python in this process."""
-
-    def __init__(self, monkeypatch: Any, capsys: Any, caplog: Any, places: dict[str, str]) -> None:
-        self._monkeypatch, self._capsys, self._caplog = monkeypatch, capsys, caplog
-        self._places = places
-        self._names: dict[str, Any] = {"__name__": "docs"}
-        self.left_out: list[str] = []
-
-    def run(self, block: Block) -> None:
-        if block.language == "python":
-            exec(compile(self._placed(block.text), block.place, "exec"), self._names)
-        elif block.language == "yaml":
-            name = file_name(block)
-            assert name, f"{block.place}: begin a yaml block that is run with '# NAME.yaml'"
-            Path(name).write_text(self._placed(block.text))
-        elif block.language == "console":
-            for command in commands(block):
-                self._command(command)
-
-    def _placed(self, text: str) -> str:
-        for written, real in self._places.items():
-            text = text.replace(written, real)
-        return text
-
-    def _command(self, command: Command) -> None:
-        place, text = f"{command.block.place}: $ {command.text}", self._placed(command.text)
-        for large, small in SMALLER.items():
-            text = text.replace(large, small)
-        text = re.sub(rf"--({'|'.join(FEWER)}) (\d+)", lambda m: f"--{m[1]} {min(FEWER[m[1]], int(m[2]))}", text)
-        words = shlex.split(text, comments=True)
-        words = [os.path.expandvars(word) for word in words]
-        settings, words = without_settings(words)
-        if not words:
-            for name, value in settings:
-                if name != "CODEACT_EVAL_DATA":
-                    self._monkeypatch.setenv(name, value)
-            return
-        with pytest.MonkeyPatch.context() as only_here:
-            for name, value in settings:
-                only_here.setenv(name, value)
-            if words[0] == "codeact":
-                if words[1] == "evaluate" and not isolated():
-                    self.left_out.append(place)
-                    return
-                code, shown = self._codeact(words)
-            else:
-                assert words[0] in PROGRAMS, f"{place}: this cannot be run; say why above it: <!-- not run: ... -->"
-                done = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-                code, shown = done.returncode, done.stdout + done.stderr
-        errors = [line for line in command.output if line.startswith("codeact: error: ")]
-        assert code == (2 if errors else 0), f"{place}\nended with {code}:\n{shown}"
-        if "output not compared" not in command.block.marks:
-            compare(place, command.output, shown)
-
-    def _codeact(self, words: list[str]) -> tuple[int, str]:
-        self._monkeypatch.setattr(sys, "argv", words)
-        self._caplog.clear()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        shown = self._capsys.readouterr()
-        return code, f"{shown.out}\n{shown.err}\n{self._caplog.text}"
-
-
-def without_settings(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Variables that stand before a command, and the command."""
-    rest = words[1:] if words[0] == "export" else words
-    count = next((i for i, word in enumerate(rest) if not re.match(r"[A-Z_]+=", word)), len(rest))
-    pairs = [word.partition("=") for word in rest[:count]]
-    return [(name, value) for name, _, value in pairs], rest[count:]
-
-
-def isolated() -> bool:
-    """Whether generated programs can be run here."""
-    try:
-        return Sandbox(Limits()).isolated
-    except InputError:
-        return False
-
-
-def compare(place: str, expected: list[str], shown: str) -> None:
-    """Every line that is shown must come, in its first words, whatever the numbers; an error as a whole."""
-    lines = re.split(r"[\n\r]+", shown)
-    for line in expected:
-        if not line.strip() or line.strip() == "...":
-            continue
-        if line.startswith("codeact: error: "):
-            number, anything = "\ue000", "\ue001"  # which re.escape leaves as they are
-            form = re.escape(re.sub(r"\d+(?:[.,]\d+)*", number, line.replace("...", anything)))
-            form = form.replace(number, r"[\d.,]+").replace(anything, ".*")
-            found = any(re.fullmatch(form, known) for known in lines)
-        else:
-            start = label(line)[:3]
-            found = any(label(known)[: len(start)] == start for known in lines)
-        assert found, f"{place}\nshows: {line}\nwhat came:\n{shown}"
-
-
-def label(line: str) -> list[str]:
-    """The words of a line, numbers wild."""
-    return re.sub(r"\d[\d,.:/%e+\-]*", "#", line).split()
-
-
-def file_name(block: Block) -> str | None:
-    found = re.match(r"# ([\w.-]+\.ya?ml)\b", block.text)
-    return found and found[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -362,6 +243,7 @@ def check_pip(place: str, words: list[str]) -> None:
         assert (ROOT / words[words.index("-c") + 1]).is_file(), place
 
 
+@functools.cache
 def cli_command(name: str) -> Any:
     return typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
 
@@ -372,6 +254,7 @@ def train_parser() -> Any:
     return _Parser((*_OWN, TrainerArguments))
 
 
+@functools.cache
 def train_flags() -> set[str]:
     return set(train_parser()._option_string_actions)
 
@@ -406,7 +289,7 @@ def test_every_option_is_told_with_its_default(command):
     if name_of(page) in COMING_FILES and not page.exists():
         pytest.skip(f"{name_of(page)} is not written yet")
     told = {}
-    for first, default, *_ in rows(sections(page)[f"Options of `codeact {command}`"]):
+    for first, default, *_ in rows(sections(page).get(f"Options of `codeact {command}`", "")):
         told[inline_code(first)[0]] = default
     real = cli_options(command)
     assert set(told) == set(real), f"{name_of(page)} differs from codeact {command} --help"
@@ -420,8 +303,7 @@ def test_every_option_is_told_with_its_default(command):
 @by_name
 def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
-    known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file", "--no-build-isolation"}
-    known |= {"--from", "--until", "--dry-run"} if COMING_COMMANDS else set()  # of codeact run
+    known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
     text = prose(page)
     if page.name in ("coming-from.md", "CHANGELOG.md"):  # whose first columns are other tools' flags
         text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)
@@ -448,6 +330,7 @@ def test_messages_are_those_of_the_code(page):
                         assert any(part in text for text in texts), f"{name_of(page)}: no message has {part!r}"
 
 
+@functools.cache
 def string_constants() -> list[str]:
     found = []
     for path in [*(ROOT / "codeact").glob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]:
