@@ -89,8 +89,9 @@ def calibrate(
     else:
         training = training if "train" in stages else None
         _run_model(found, settings, folder, device, dtype, model, training, flags, rows, tokens, "generate" in stages)
-    if "embed" in stages and local_weights(settings.embed.model) is not None and time.perf_counter() - begin < _BUDGET:
-        _embedding(found, settings, embedder, rows)
+    embedding = local_weights(settings.embed.model) if "embed" in stages else None
+    if embedding is not None and time.perf_counter() - begin < _BUDGET:
+        _embedding(found, settings, embedding, embedder, rows)
     wanted = {"score"} & of_model | {"embed", "train"} & stages
     missing = sorted(wanted - set(found.flops))
     measured = "score" in found.flops
@@ -289,11 +290,13 @@ def _one_batch(tokenizer: Any, training: TrainingShape, flags: Any, rows: Sequen
     return samples
 
 
-def _embedding(found: Calibration, settings: RunSettings, facts: ModelFacts, rows: Sequence[Record]) -> None:
+def _embedding(
+    found: Calibration, settings: RunSettings, folder: Path, facts: ModelFacts, rows: Sequence[Record]
+) -> None:
     from codeact.embedding import embed_texts, load_embedder
 
     with suppress(InputError):
-        encoder = load_embedder(settings.embed.model, device=settings.embed.device, dtype=settings.embed.dtype)
+        encoder = load_embedder(folder, device=settings.embed.device, dtype=settings.embed.dtype)
         texts = [row.question for row in rows[: 4 * _ROWS]]
         embed_texts(texts[:1], encoder)
         begin = time.perf_counter()
