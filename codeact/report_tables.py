@@ -17,9 +17,10 @@ _LINES = 40  # of a stage's summary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """``columns``: heads; those in ``numbers`` are set to the right. The first cell of a row is its name.
+    """``columns``: heads; ``numbers`` are set to the right, ``texts`` are never narrow.
 
-    ``bars``: for every row a share, 0 to 1, drawn behind the cell of ``bar_column``. ``marked``: a row to stress.
+    The first cell of a row is its name. ``bars``: for every row a share, 0 to 1, drawn in the cell of ``bar_column``.
+    ``marked``: a row to stress. ``folded``: under its caption until it is opened.
     """
 
     kind: ClassVar[str] = "table"
@@ -27,6 +28,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: frozenset[int] = frozenset()
+    texts: frozenset[int] = frozenset()
     bars: Sequence[float] = ()
     bar_column: int = 1
     marked: int | None = None
@@ -58,6 +60,7 @@ def ledger_table(ledger: Ledger) -> Table:
             for entry in ledger.entries
         ],
         numbers=frozenset(range(2, 6)),
+        texts=frozenset({6, 7}),
     )
 
 

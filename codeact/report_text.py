@@ -69,6 +69,8 @@ def duration(seconds: float | None) -> str:
 
 def short(value: float) -> str:
     """A number for the tick of an axis: 950, 2k, 1.5M."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale * (10 if unit == "k" else 1):
             return f"{value / scale:.4g}{unit}"
