@@ -113,7 +113,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
 
 def losses(rows: Rows) -> Plot | None:
     """Mean loss of the answer with the question against that without it."""
-    x, y = rows.uncond.astype(np.float64), rows.cond.astype(np.float64)
+    x, y = rows.uncond, rows.cond
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(rows.ifd))
     if not len(usable):
         return None
@@ -135,7 +135,7 @@ def losses(rows: Rows) -> Plot | None:
     axes.set_ylim(0, top)
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=6))
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     axes.set_xlabel("mean loss of the answer alone (nats per token)")
     axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
@@ -182,12 +182,14 @@ def cluster_map(rows: Rows, found: Map) -> Plot:
     axes.set_xlabel(f"first principal component ({percent(found.explained[0])} of the variance)")
     axes.set_ylabel(f"second ({percent(found.explained[1])})")
     centres = {n: np.median(found.xy[cluster == n], axis=0) for n in labels if n >= 0}
-    if 1 < len(centres) <= 40:
-        _name_clusters(axes, centres)
+    if len(centres) > 1:
+        largest = sorted(centres, key=lambda n: -int((cluster == n).sum()))[:_CLUSTERS]
+        _name_clusters(axes, {n: centres[n] for n in sorted(largest)})
     shown = sum(found.explained)
     text = "Every dot is a question; dots that are near each other ask for like things"
     if centres:
-        text += f", colour and number are its cluster ({len(centres)} in all)"
+        text += f", colour and number are its cluster ({len(centres)} in all"
+        text += f", the {_CLUSTERS} largest named)" if len(centres) > _CLUSTERS else ")"
     if chosen.any():
         text += f". Ringed and larger are the {percent(chosen.mean())} that were chosen"
         if len(centres) > 1:
@@ -258,7 +260,7 @@ def _edges(values: Floats, most: int = 60, whole: bool = False) -> Floats:
     return np.array([round(number * step, 9) for number in range(first, last + 1)])
 
 
-def _reach(values: Floats) -> tuple[float, float]:
+def _reach(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
     """What an axis shows: everything, but for outliers that would squeeze the rest."""
     low, high = map(float, np.quantile(values, [1 - _SEEN, _SEEN]))
     spare = (high - low) / 2
