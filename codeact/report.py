@@ -119,7 +119,7 @@ def _sections(run: Run) -> list[Section]:
             title="What became of every row",
             stage="score",
             parts=[
-                *(report_tables.ledger_table(run.ledger) if run.ledger else ()),
+                *((report_tables.ledger_table(run.ledger),) if run.ledger else ()),
                 *((report_tables.fate_table(rows),) if rows else ()),
             ],
         ),
@@ -160,8 +160,8 @@ def _kept(*parts: Any) -> list[Any]:
 
 
 def _rows_in(run: Run) -> int | None:
-    if run.ledger and run.ledger.stages:
-        return run.ledger.stages[0].rows_in
+    if run.ledger and run.ledger.entries:
+        return run.ledger.entries[0].rows_in
     return None if run.rows is None else len(run.rows.ifd)
 
 

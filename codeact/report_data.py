@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from codeact.errors import InputError
+from codeact.ledger import Ledger
 from codeact.report_rows import Rows, read_rows
 
 
@@ -41,33 +42,6 @@ class RunRecord(_Record):
     versions: dict[str, str | None] = {}
     machine: dict[str, Any] = {}
     stages: dict[str, StageRecord] = {}
-
-
-class Flow(_Record):
-    """Rows and tokens that a stage lost or added for one reason."""
-
-    reason: str
-    rows: int
-    tokens: int | None = None
-
-
-class LedgerStage(_Record):
-    """Rows and tokens into and out of a stage; tokens are None where programs are counted."""
-
-    stage: str
-    what: str
-    rows_in: int
-    tokens_in: int | None = None
-    rows_out: int
-    tokens_out: int | None = None
-    lost: list[Flow] = []
-    added: list[Flow] = []
-
-
-class Ledger(_Record):
-    """``ledger.json``."""
-
-    stages: list[LedgerStage]
 
 
 class Strategy(_Record):
@@ -204,7 +178,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder=folder,
         record=record,
-        ledger=_read(folder / "ledger.json", Ledger),
+        ledger=Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None,
         rows=read_rows(folder),
         packs=_read(folder / "pack_stats.json", PackFigures),
         lengths=_read_lengths(folder / "pack_lengths.npy"),

@@ -56,7 +56,8 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     )
     if rows.chosen is not None and (taken := rows.chosen[scored]).any():
         easier = float((ifd[~taken] < np.median(ifd[taken])).mean()) if not taken.all() else 0.0
-        text += f". The chosen rows' median is {np.median(ifd[taken]):.2f}, harder than {percent(easier)} of the others"
+        many = "all the" if easier == 1 else f"{percent(easier)} of the"
+        text += f". The chosen rows' median is {np.median(ifd[taken]):.2f}, higher than {many} others"
         text += f"; {counted(int((hard & taken).sum()), 'chosen row')} of IFD 1 or more" if (hard & taken).any() else ""
     text += "." + _beyond(ifd, edges)
     return Plot(name="ifd", svg=inline_svg(figure, "ifd", "Histogram of IFD"), caption=text)
@@ -112,14 +113,14 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
 
 def losses(rows: Rows) -> Plot | None:
     """Mean loss of the answer with the question against that without it."""
-    x, y = rows.uncond.astype(np.float64), rows.cond.astype(np.float64)
+    x, y = rows.uncond, rows.cond
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(rows.ifd))
     if not len(usable):
         return None
     drawn = sample(usable, DRAWN)
     from matplotlib.ticker import MaxNLocator
 
-    highest = max(np.quantile(x[usable], _SEEN), np.quantile(y[usable], _SEEN)) * 1.02
+    highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
     step = _round_up(highest / 10)
     top = math.ceil(highest / step) * step
     inside = drawn[(x[drawn] <= top) & (y[drawn] <= top)]
@@ -134,7 +135,7 @@ def losses(rows: Rows) -> Plot | None:
     axes.set_ylim(0, top)
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=6))
+        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     axes.set_xlabel("mean loss of the answer alone (nats per token)")
     axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
@@ -143,17 +144,15 @@ def losses(rows: Rows) -> Plot | None:
     )  # fmt: skip
     _legend(axes, markers=True)
     gain = x[usable] - y[usable]
+    many = "all rows" if (gain > 0).all() else f"{percent((gain > 0).mean())} of the rows"
     text = (
-        f"The question takes {np.median(gain):.2f} nats per token off the answer's loss in the median: "
-        f"{percent((gain > 0).mean())} of the rows lie below the dashed line, where it helps. The farther below, the "
-        "smaller the IFD."
+        f"The question takes {np.median(gain):.2f} nats per token off the answer's loss in the median: {many} lie "
+        "below the dashed line, where it helps. The farther below, the smaller the IFD."
     )
-    if len(inside) < len(usable):
-        text += f" Drawn are {counted(len(inside), 'row')} of {len(usable):,}"
-        text += f", a random sample of {len(drawn):,}" if len(drawn) < len(usable) else ""
-        text += (
-            f" without {counted(len(drawn) - len(inside), 'row')} beyond the axes." if len(inside) < len(drawn) else "."
-        )
+    if len(drawn) < len(usable):
+        text += f" Drawn is a random sample of {len(drawn):,} of {counted(len(usable), 'row')}."
+    if len(inside) < len(drawn):
+        text += f" Not drawn: {counted(len(drawn) - len(inside), 'row')} beyond the axes."
     return Plot(name="losses", svg=inline_svg(figure, "losses", "Scatter plot of mean losses"), caption=text)
 
 
@@ -183,12 +182,14 @@ def cluster_map(rows: Rows, found: Map) -> Plot:
     axes.set_xlabel(f"first principal component ({percent(found.explained[0])} of the variance)")
     axes.set_ylabel(f"second ({percent(found.explained[1])})")
     centres = {n: np.median(found.xy[cluster == n], axis=0) for n in labels if n >= 0}
-    if 1 < len(centres) <= 40:
-        _name_clusters(axes, centres)
+    if len(centres) > 1:
+        largest = sorted(centres, key=lambda n: -int((cluster == n).sum()))[:_CLUSTERS]
+        _name_clusters(axes, {n: centres[n] for n in sorted(largest)})
     shown = sum(found.explained)
     text = "Every dot is a question; dots that are near each other ask for like things"
     if centres:
-        text += f", colour and number are its cluster ({len(centres)} in all)"
+        text += f", colour and number are its cluster ({len(centres)} in all"
+        text += f", the {_CLUSTERS} largest named)" if len(centres) > _CLUSTERS else ")"
     if chosen.any():
         text += f". Ringed and larger are the {percent(chosen.mean())} that were chosen"
         if len(centres) > 1:
@@ -248,7 +249,7 @@ def length_histogram(rows: Rows) -> Plot | None:
 
 def _edges(values: Floats, most: int = 60, whole: bool = False) -> Floats:
     """Edges of bins of a round width; every multiple of it is one, so 1 is. Outliers may fall outside."""
-    low, high = np.quantile(values, [1 - _SEEN, _SEEN])
+    low, high = _reach(values)
     target = (high - low) / np.clip(2 * len(values) ** (1 / 3), 12, most)
     step = _round_up(float(target)) if target > 0 else 1.0 if whole else 0.05
     if whole:
@@ -256,8 +257,14 @@ def _edges(values: Floats, most: int = 60, whole: bool = False) -> Floats:
     first, last = math.floor(low / step), math.floor(high / step) + 1
     if not whole:  # the line at 1 is always in the picture
         first, last = min(first, math.floor(0.9 / step)), max(last, math.ceil(1.1 / step))
-    edges: Floats = np.arange(first, last + 1) * step
-    return np.round(edges, 9)
+    return np.array([round(number * step, 9) for number in range(first, last + 1)])
+
+
+def _reach(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """What an axis shows: everything, but for outliers that would squeeze the rest."""
+    low, high = map(float, np.quantile(values, [1 - _SEEN, _SEEN]))
+    spare = (high - low) / 2
+    return max(low - spare, float(values.min())), min(high + spare, float(values.max()))
 
 
 def _round_up(value: float) -> float:

@@ -1,6 +1,6 @@
 """The rows of a run as columns, the map of their embeddings, and the examples; made for tables of 10^8 rows.
 
-Columns are read whole, texts are not: of the chosen conversations only those that are shown are parsed.
+Numbers are kept as 25 bytes a row; of the chosen conversations only those that are shown are parsed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DRAWN = 2_500
 
 _FITTED = 20_000  # vectors that the axes of the map are found from
 _SHOWN = 3  # examples of each kind
+_PART = 1 << 20  # rows of a table that are in memory at a time
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 
@@ -89,28 +90,41 @@ def read_rows(folder: Path) -> Rows | None:
     path = folder / "scores" / "scores.parquet"
     if not path.exists():
         return None
-    table = _read_table(path, _SCORES)
-    rows = _numpy(table["row"], pa.int64())
-    if not np.array_equal(rows, np.arange(len(rows))):
-        raise InputError(f"{path} does not hold every row once, in order; run codeact merge {path.parent}")
-    scored = _numpy(table["scored_tokens"], pa.float32()), _numpy(table["uncond_scored_tokens"], pa.float32())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cond = _numpy(table["cond_nll_sum"], pa.float64()).astype(np.float32) / scored[0]
-        uncond = _numpy(table["uncond_nll_sum"], pa.float64()).astype(np.float32) / scored[1]
-    ifd = _numpy(table["ifd"], pa.float64())
+    try:
+        return _read(folder, path)
+    except (pa.ArrowException, KeyError) as error:  # a column is missing, or of another type
+        what = str(error).splitlines()[0]
+        raise InputError(f"the tables of {folder} are damaged: {what}; run stages score and select again") from None
+
+
+def _read(folder: Path, path: Path) -> Rows:
+    count, status = _rows(path), Counter[str]()
+    ifd, tokens = np.empty(count), np.empty(count, np.int32)
+    cond, uncond = np.empty(count, np.float32), np.empty(count, np.float32)
+    for part, table in _parts(path, _SCORES):
+        if not np.array_equal(_numpy(table["row"], pa.int64()), np.arange(part.start, part.stop)):
+            raise InputError(f"{path} does not hold every row once, in order; run codeact merge {path.parent}")
+        status += _counts(table["status"])
+        scores = _numpy(table["ifd"], pa.float64())
+        ifd[part] = np.where(np.isfinite(scores), scores, np.nan)
+        tokens[part] = _numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for mean, prefix in ((cond, ""), (uncond, "un")):
+                scored = table["scored_tokens" if not prefix else "uncond_scored_tokens"]
+                mean[part] = _numpy(table[f"{prefix}cond_nll_sum"], pa.float64()) / _numpy(scored, pa.int64())
     selected = folder / "selected.rows.parquet"
-    chosen, cluster, reasons = _read_selected(selected, len(rows)) if selected.exists() else (None, None, Counter())
+    chosen, cluster, reasons = _read_selected(selected, count) if selected.exists() else (None, None, Counter())
     hardest, easiest = ((), ()) if chosen is None else _examples(folder / "selected.jsonl", ifd, chosen)
     return Rows(
-        status=_counts(table["status"]),
-        ifd=np.where(np.isfinite(ifd), ifd, np.nan),
+        status=status,
+        ifd=ifd,
         cond=cond,
         uncond=uncond,
-        tokens=_numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32()),
+        tokens=tokens,
         chosen=chosen,
         cluster=cluster,
         reasons=reasons,
-        map=_read_map(folder / "embeddings.npy", len(rows)),
+        map=_read_map(folder / "embeddings.npy", count),
         hardest=hardest,
         easiest=easiest,
     )
@@ -124,19 +138,32 @@ def sample(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
     return positions[np.sort(drawn)]
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+def _rows(path: Path) -> int:
     try:
-        return pq.read_table(path, columns=list(columns))
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}; run its stage again") from None
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
+
+
+def _parts(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[slice, pa.Table]]:
+    """Read some million rows at a time, and where they belong: a table takes three times the memory of its arrays."""
+    start = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PART, columns=list(columns)):
+                yield slice(start, start + batch.num_rows), pa.Table.from_batches([batch])
+                start += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged: {str(error).splitlines()[0]}; run its stage again")
 
 
 def _numpy(column: pa.ChunkedArray, kind: pa.DataType) -> NDArray[Any]:
     """A column as numpy; null becomes NaN, or 0 in a column of integers."""
-    try:
-        filled = pc.fill_null(column.cast(kind, safe=False), float("nan") if pa.types.is_floating(kind) else 0)
-    except pa.ArrowException as error:
-        raise InputError(f"a column of the run's tables is no {kind}: {error}; run its stage again") from None
+    filled = pc.fill_null(column.cast(kind, safe=False), float("nan") if pa.types.is_floating(kind) else 0)
     values: NDArray[Any] = filled.to_numpy()
     return values
 
@@ -147,12 +174,19 @@ def _counts(column: pa.ChunkedArray) -> Counter[str]:
 
 
 def _read_selected(path: Path, rows: int) -> tuple[NDArray[np.bool_], NDArray[np.int32], Counter[str]]:
-    table = _read_table(path, ("row", "cluster", "chosen", "reason"))
-    if not np.array_equal(_numpy(table["row"], pa.int64()), np.arange(rows)):
+    chosen, cluster, reasons = np.zeros(rows, np.bool_), np.full(rows, -1, np.int32), Counter[str]()
+    done = 0
+    for part, table in _parts(path, ("row", "cluster", "chosen", "reason")):
+        numbers = _numpy(table["row"], pa.int64())
+        if part.stop > rows or not np.array_equal(numbers, np.arange(part.start, part.stop)):
+            break
+        cluster[part] = pc.fill_null(table["cluster"].cast(pa.int32()), -1).to_numpy()
+        chosen[part] = pc.fill_null(table["chosen"], False).to_numpy()
+        reasons += _counts(table["reason"])
+        done = part.stop
+    if done != rows:
         raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
-    cluster = _numpy(pc.fill_null(table["cluster"].cast(pa.int32()), -1), pa.int32())
-    chosen: NDArray[np.bool_] = pc.fill_null(table["chosen"], False).to_numpy()
-    return chosen, cluster, _counts(table["reason"])
+    return chosen, cluster, reasons
 
 
 def _examples(path: Path, ifd: Floats, chosen: NDArray[np.bool_]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:

@@ -153,7 +153,8 @@ def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
 def _style(text: str) -> str:
     text = re.sub(r"(fill|stroke): #[0-9a-f]{6}; \1-opacity: 0(?![.\d])", r"\1: none", text)
     text = re.sub(r"#0001[0-9a-f]{2}", lambda match: f"var(--{_NAMES[match[0]]})", text)
-    # The font is the page's, its size and weight are the figure's.
+    # The font is the page's, its size and weight are the figure's; matplotlib before 3.10 writes one property of all.
+    text = re.sub(r"font-family: [^;]*(; )?", "", text)
     return re.sub(r"font: (bold |\d+ )?([\d.]+)px [^;]*", _font, text)
 
 

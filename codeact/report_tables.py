@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
+from codeact.ledger import Change, Ledger
 from codeact.pack_plans import STRATEGIES
-from codeact.report_data import Cost, Evaluations, Flow, Ledger, LedgerStage, PackFigures, RunRecord, Training
+from codeact.report_data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training
 from codeact.report_rows import Rows
 from codeact.report_text import NONE, count, counted, duration, percent, signed, size, title
 
@@ -17,9 +17,10 @@ _LINES = 40  # of a stage's summary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """``columns``: heads; those in ``numbers`` are set to the right. The first cell of a row is its name.
+    """``columns``: heads; ``numbers`` are set to the right, ``texts`` are never narrow.
 
-    ``bars``: for every row a share, 0 to 1, drawn behind the cell of ``bar_column``. ``marked``: a row to stress.
+    The first cell of a row is its name. ``bars``: for every row a share, 0 to 1, drawn in the cell of ``bar_column``.
+    ``marked``: a row to stress. ``folded``: under its caption until it is opened.
     """
 
     kind: ClassVar[str] = "table"
@@ -27,69 +28,54 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: frozenset[int] = frozenset()
+    texts: frozenset[int] = frozenset()
     bars: Sequence[float] = ()
     bar_column: int = 1
     marked: int | None = None
     folded: bool = False
 
 
-def ledger_table(ledger: Ledger) -> list[Table]:
-    """What went into and out of every stage: a table of rows and tokens, and one of programs."""
-    tables = []
-    for what in dict.fromkeys(stage.what for stage in ledger.stages):
-        stages = [stage for stage in ledger.stages if stage.what == what]
-        tokens = any(stage.tokens_in is not None for stage in stages)
-        head = ["stage", f"{what} in", f"{what} out", *(["tokens in", "tokens out"] if tokens else [])]
-        body = [
+def ledger_table(ledger: Ledger) -> Table:
+    """What went into and out of every stage."""
+    complaints = ledger.complaints()
+    verdict = (
+        "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
+        if not complaints
+        else f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
+    )
+    return Table(
+        caption=f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}",
+        columns=["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"],
+        rows=[
             [
-                s.stage,
-                count(s.rows_in),
-                count(s.rows_out),
-                *([count(s.tokens_in), count(s.tokens_out)] if tokens else []),
-                _flows(s.lost, what),
-                _flows(s.added, what),
+                entry.stage,
+                entry.what,
+                count(entry.rows_in),
+                count(entry.rows_out),
+                count(entry.tokens_in),
+                count(entry.tokens_out),
+                _changes(entry.lost, entry.what),
+                _changes(entry.added, entry.what),
             ]
-            for s in stages
-        ]
-        tables.append(
-            Table(
-                caption=f"{what.capitalize()} into and out of every stage. {_balance(stages)}",
-                columns=[*head, "lost", "added"],
-                rows=body,
-                numbers=frozenset(range(1, len(head))),
-            )
-        )
-    return tables
+            for entry in ledger.entries
+        ],
+        numbers=frozenset(range(2, 6)),
+        texts=frozenset({6, 7}),
+    )
 
 
-def _flows(flows: Iterable[Flow], what: str) -> str:
+def _changes(changes: Iterable[Change], what: str) -> str:
     texts = []
-    for flow in flows:
-        parts = [counted(flow.rows, what.removesuffix("s"))] if flow.rows else []
-        parts += [counted(flow.tokens, "token")] if flow.tokens else []
+    for change in changes:
+        parts = [counted(change.rows, what.removesuffix("s"))] if change.rows else []
+        parts += [counted(change.tokens, "token")] if change.tokens else []
         if parts:
-            texts.append(f"{_reason(flow.reason)}: {', '.join(parts)}")
+            texts.append(f"{_reason(change.reason)}: {', '.join(parts)}")
     return "\n".join(texts) or NONE
 
 
 def _reason(text: str) -> str:
     return text.replace("ifd_at_least_1", "IFD of 1 or more").replace("_", " ")
-
-
-def _balance(stages: Sequence[LedgerStage]) -> str:
-    wrong = [stage.stage for stage in stages if not _balances(stage)]
-    wrong += [b.stage for a, b in pairwise(stages) if a.rows_out != b.rows_in]
-    if wrong:
-        return f"IT DOES NOT BALANCE at {', '.join(dict.fromkeys(wrong))}: rows were lost without a reason."
-    return "It balances: in and added are out and lost, and every stage takes in what the one before gave out."
-
-
-def _balances(stage: LedgerStage) -> bool:
-    rows = stage.rows_in + sum(f.rows for f in stage.added) == stage.rows_out + sum(f.rows for f in stage.lost)
-    if stage.tokens_in is None or stage.tokens_out is None:
-        return rows
-    added, lost = (sum(flow.tokens or 0 for flow in flows) for flows in (stage.added, stage.lost))
-    return rows and stage.tokens_in + added == stage.tokens_out + lost
 
 
 def fate_table(rows: Rows) -> Table:
@@ -217,17 +203,18 @@ def pass_table(name: str, found: Evaluations) -> Table:
 
 def stage_table(record: RunRecord) -> Table:
     """Time and memory of every stage."""
-    total = sum(stage.seconds or 0 for stage in record.stages.values())
-    shares = [(stage.seconds or 0) / total if total else 0.0 for stage in record.stages.values()]
+    stages = _stages(record)
+    total = sum(stage.seconds or 0 for stage in stages.values())
+    shares = [(stage.seconds or 0) / total if total else 0.0 for stage in stages.values()]
     rows = [
         [
             name,
-            duration(stage.seconds),
+            "unfinished" if stage.seconds is None else duration(stage.seconds),
             percent(share),
             size(stage.peak_memory),
             stage.started[:16].replace("T", " ") or NONE,
         ]
-        for (name, stage), share in zip(record.stages.items(), shares, strict=True)
+        for (name, stage), share in zip(stages.items(), shares, strict=True)
     ]
     return Table(
         caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
@@ -243,9 +230,14 @@ def line_tables(record: RunRecord) -> list[Table]:
     """The lines that each stage printed."""
     return [
         Table(caption=f"What {name} printed", columns=["line", "value"], rows=stage.lines[:_LINES], folded=True)
-        for name, stage in record.stages.items()
+        for name, stage in _stages(record).items()
         if stage.lines
     ]
+
+
+def _stages(record: RunRecord) -> dict[str, StageRecord]:
+    """All but the report itself: what its last writing took is no part of it."""
+    return {name: stage for name, stage in record.stages.items() if name != "report"}
 
 
 def origin_table(record: RunRecord) -> Table:

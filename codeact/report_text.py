@@ -69,6 +69,8 @@ def duration(seconds: float | None) -> str:
 
 def short(value: float) -> str:
     """A number for the tick of an axis: 950, 2k, 1.5M."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale * (10 if unit == "k" else 1):
             return f"{value / scale:.4g}{unit}"
@@ -76,12 +78,5 @@ def short(value: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Show what is invisible: a control character as its picture (␛), others as their number (⟨U+202E⟩)."""
-
-    def shown(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return "\N{SYMBOL FOR DELETE}" if code == 0x7F else f"⟨U+{code:04X}⟩"
-
-    return _INVISIBLE.sub(shown, text.replace("\r\n", "\n"))
+    """Show what is invisible as its number, such as ⟨U+202E⟩; tabs and ends of lines stay."""
+    return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))

@@ -161,21 +161,25 @@ def _write_evaluation(folder: Path, solved: int) -> None:
 
 
 def _write_records(folder: Path, refused: Any, chosen: Any, tokens: Any) -> None:
-    def stage(name: str, before: Any, after: Any, reason: str) -> dict[str, Any]:
+    def stage(name: str, follows: str | None, before: Any, after: Any, reason: str) -> dict[str, Any]:
         lost = before & ~after
         flows = [{"reason": reason, "rows": int(lost.sum()), "tokens": int(tokens[lost].sum())}]
         return {
-            "stage": name, "what": "rows", "rows_in": int(before.sum()), "tokens_in": int(tokens[before].sum()),
+            "stage": name, "what": "rows", "after": follows, "rows_in": int(before.sum()),
+            "tokens_in": int(tokens[before].sum()),
             "rows_out": int(after.sum()), "tokens_out": int(tokens[after].sum()), "lost": flows, "added": [],
         }  # fmt: skip
 
     everything = np.ones(len(chosen), np.bool_)
-    stages = [stage("score", everything, ~refused, "empty_answer"), stage("select", ~refused, chosen, "below_budget")]
+    stages = [
+        stage("score", None, everything, ~refused, "empty_answer"),
+        stage("select", "score", ~refused, chosen, "below_budget"),
+    ]
     write_json(folder / "ledger.json", {"stages": stages})
     record = {"started": "2026-01-02T03:04:05+00:00", "seconds": 3723.4, "peak_memory": 2**31, "lines": [["a", "<i>b"]]}
     content = {
         "format": 1, "codeact": "0.1.0", "commit": None, "settings": {"data": {"source": "<img src=x>", "split": None}},
         "versions": {"python": "3.11"}, "machine": {"cpu": "A & B", "memory": 2**34, "gpus": []},
-        "stages": {name: {"key": "k", **record} for name in ("score", "embed", "select", "train")},
+        "stages": {name: {"key": "k", **record} for name in ("score", "embed", "select", "train", "report")},
     }  # fmt: skip
     write_json(folder / "run.json", content)

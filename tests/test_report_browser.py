@@ -92,7 +92,7 @@ class Browser:
 
     def __init__(self, driver: Any, page: Path) -> None:
         self.driver = driver
-        self._page = page
+        self.page = page
 
     def open(self, width: int, scheme: str = "light", media: str = "") -> None:
         """Load the page anew."""
@@ -100,7 +100,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-        self.driver.get(self._page.as_uri())
+        self.driver.get(self.page.as_uri())
 
     def run(self, script: str) -> Any:
         """Run JavaScript in the page, from outside of its policy."""
@@ -128,9 +128,10 @@ def test_nothing_is_complained_of_run_or_loaded(browser: Browser) -> None:
     browser.open(1280)
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
-    requested = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    requested = [url for url in requested if not url.startswith("chrome:")]  # the browser's own first page
-    assert requested[0].startswith("file:")
+    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    # Not those of the browser's own first page, which may still be loading.
+    requested = [r["request"]["url"] for r in requests if r["documentURL"] == browser.page.as_uri()]
+    assert requested[0] == browser.page.as_uri()
     assert [url for url in requested[1:] if url != "data:,"] == []
     assert browser.driver.get_log("browser") == []
     assert browser.driver.title == "codeact run run"
