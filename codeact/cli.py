@@ -281,7 +281,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 1024,
     batch_size: Annotated[int | None, typer.Option(help="Answers at a time; default: what memory allows.")] = None,
-    data: Annotated[Path | None, typer.Option(help="File of the problems; see the README.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of the problems; see docs/evaluate.md.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many tasks.")] = None,
     backend: Annotated[str, typer.Option(help="hf or vllm.")] = "hf",
     dtype: Dtype = "auto",
@@ -335,7 +335,7 @@ def sanitize(
 def evaluate(
     dataset: Annotated[str, typer.Option(help="humaneval or mbpp.")],
     samples: Annotated[Path, typer.Option(help="JSON lines with task_id and solution (or completion), or a folder.")],
-    data: Annotated[Path | None, typer.Option(help="File of the problems; see the README.")] = None,
+    data: Annotated[Path | None, typer.Option(help="File of the problems; see docs/evaluate.md.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: half the cores.")] = None,
     base_only: Annotated[bool, typer.Option("--base-only", help="Leave out the plus tests.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many tasks.")] = None,

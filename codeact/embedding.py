@@ -118,7 +118,7 @@ def load_embedder(
         if (device, dtype) != ("auto", "auto"):
             raise InputError("a loaded model keeps its device and dtype; pass its name or folder to choose them")
         return model
-    name = os.fspath(model)
+    name = str(Path(model).expanduser()) if str(model).startswith("~") else os.fspath(model)
     from sentence_transformers import SentenceTransformer
 
     from codeact.devices import resolve_device, resolve_dtype

@@ -67,7 +67,7 @@ def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
     if facts is None:
         raise InputError(f"the configuration of the embedding model {name} lacks a width")
     length = 384 if not place else int(getattr(config, "max_position_embeddings", 512))
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError, KeyError):
         path = Path(name).expanduser() / "sentence_bert_config.json"
         length = int(json.loads(path.read_text(encoding="utf-8"))["max_seq_length"])
     return facts, length, place

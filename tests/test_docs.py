@@ -43,10 +43,6 @@ from tests.markdown_pages import (
     sections,
 )
 
-# Written or made elsewhere, and not here yet; a test below says when one of these has come and can be struck out.
-COMING_FILES = {"docs/report.png", "docs/run.md", "docs/report.md"}
-COMING_COMMANDS = {"doctor", "report"}
-
 # On which page a command's options are told, below a heading "Options of `codeact NAME`".
 OPTIONS = {
     "harvest": "data.md",
@@ -218,8 +214,6 @@ def check_command(command: Command) -> None:
 
 def check_codeact(place: str, words: list[str]) -> None:
     name, *rest = words
-    if name in COMING_COMMANDS:
-        return
     if name == "train":
         unknown = [w for w in rest if w.startswith("--") and w.split("=")[0] not in train_flags()]
         assert not unknown, f"{place}: codeact train has no {unknown[0]}"
@@ -286,8 +280,6 @@ def cli_options(name: str) -> dict[str, Any]:
 def test_every_option_is_told_with_its_default(command):
     assert command in OPTIONS, f"which page tells the options of codeact {command}?"
     page = ROOT / "docs" / OPTIONS[command]
-    if name_of(page) in COMING_FILES and not page.exists():
-        pytest.skip(f"{name_of(page)} is not written yet")
     told = {}
     for first, default, *_ in rows(sections(page).get(f"Options of `codeact {command}`", "")):
         told[inline_code(first)[0]] = default
@@ -311,7 +303,7 @@ def test_flags_and_commands_in_the_text_exist(page):
         for flag in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", code):
             assert flag in known, f"{name_of(page)}: {code}: no command has {flag}"
         if named := re.match(r"codeact ([a-z][a-z-]*)\b(?! \|)", code):
-            assert named[1] in COMING_COMMANDS or cli_command(named[1]), f"{name_of(page)}: there is no {code}"
+            assert cli_command(named[1]), f"{name_of(page)}: there is no {code}"
 
 
 def _opts(name: str) -> list[str]:
@@ -362,8 +354,6 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if not file.exists() and name_of(file) in COMING_FILES:
-            continue
         assert file.exists(), f"{name_of(page)}: {target} leads nowhere"
         if anchor:
             assert anchor in anchors(file), f"{name_of(page)}: {target}: no such heading"
@@ -372,11 +362,6 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_reached_from_the_readme():
     reached = {(ROOT / target.partition("#")[0]).resolve() for target in links(ROOT / "README.md")}
     assert set(PAGES) - {ROOT / "README.md"} <= reached
-
-
-def test_what_has_come_is_struck_out():
-    assert not [name for name in COMING_FILES if (ROOT / name).exists()]
-    assert not [name for name in COMING_COMMANDS if cli_command(name)]
 
 
 @pytest.mark.parametrize(
