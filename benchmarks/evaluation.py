@@ -7,8 +7,8 @@ codeact, isolated, and by evalplus, with the expected values computed before the
 differs is listed. The default run takes 24 tasks, evenly over the set; ``--full`` takes all of HumanEval+ and MBPP+,
 and as many programs of a model as ``--samples`` holds. ``--data`` (default: CODEACT_EVAL_DATA) is a folder with
 HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz; without it only sanitizing is measured. evalplus is installed into
-build/evalplus, without the libraries that it would bring for hosted models. Peak memory is that of the whole process,
-or of its largest child.
+build/evalplus, without the libraries that it would bring for hosted models. Memory is the peak of the process that
+judges, all of it, without the programs that it runs.
 
 The floor of verdicts is a bare interpreter, started once a program; that of sanitizing, one ``ast.parse`` of an answer
 that is all code.
@@ -23,7 +23,6 @@ import gzip
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, Line, Report, Timing, digits, interleave, main, table
+from benchmarks.measure import ROOT, Line, Report, Timing, digits, interleave, main, resident, table
 from benchmarks.mutants import mutate
 from codeact.eval_data import ProblemSet, load_problems
 from codeact.evaluation import evaluate
@@ -195,7 +194,6 @@ def compare(dataset: str, data: Path, tasks: int | None, mutants: int, programs:
     interpreter = interleave(
         {"start": lambda: subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)}, 5
     )["start"].median
-    peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "dataset": dataset,
         "tasks": len(problems.problems),
@@ -205,7 +203,7 @@ def compare(dataset: str, data: Path, tasks: int | None, mutants: int, programs:
         "timing": Timing(tuple(seconds["codeact"])),
         "evalplus": Timing(tuple(seconds["evalplus"])),
         "floor": len(samples) * interpreter / parallel,
-        "peak_bytes": peaks[0],
+        "peak_bytes": resident("VmHWM") if sys.platform == "linux" else None,
         "evalplus_peak_bytes": theirs["peak_bytes"],
         "differences": differences,
     }

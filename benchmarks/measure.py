@@ -99,11 +99,13 @@ def added_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> 
     return grown
 
 
-def _added_memory(prepare: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> int:
-    def resident(field: str) -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+def resident(field: str) -> int:
+    """Bytes of this process that /proc/self/status counts: "VmRSS" now, "VmHWM" at most (ru_maxrss is inherited)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
+
+def _added_memory(prepare: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> int:
     call = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
