@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from codeact import cli
 from codeact.errors import InputError
 from codeact.forecast import forecast
-from codeact.forecast_cost import ModelFacts, decoding_seconds, inference_memory
-from codeact.forecast_data import Sampled, data_facts
-from codeact.forecast_models import model_facts
-from codeact.forecast_training import TrainingShape, activation_memory, training_memory, training_shape
+from codeact.forecast.cost import ModelFacts, decoding_seconds, inference_memory
+from codeact.forecast.data import Sampled, data_facts
+from codeact.forecast.models import model_facts
+from codeact.forecast.training import TrainingShape, activation_memory, training_memory, training_shape
 from codeact.gpus import GPUS, find_gpu
 from codeact.model_cost import ModelShape, ParameterCounts
 from codeact.run_folder import key_of
@@ -352,7 +352,9 @@ def test_done_steps_are_named(local, monkeypatch):
 def test_every_config_that_is_shipped_has_a_plan(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))  # no look for a download
-    monkeypatch.setattr("codeact.calibration.local_weights", lambda name: None)  # nor a measurement of the demo's
+    monkeypatch.setattr(
+        "codeact.forecast.calibration.local_weights", lambda name: None
+    )  # nor a measurement of the demo's
     result = CliRunner().invoke(cli.app, ["run", name, "--dry-run"])
     assert result.exit_code == 0, result.exception
     assert "in all" in result.stdout

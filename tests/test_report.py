@@ -16,8 +16,8 @@ import pytest
 
 from codeact.errors import InputError, MissingExtraError
 from codeact.report import write_report
-from codeact.report_rows import read_rows, sample
-from codeact.report_text import duration, percent, short, size, visible
+from codeact.report.rows import read_rows, sample
+from codeact.report.text import duration, percent, short, size, visible
 from tests.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -151,7 +151,7 @@ def test_structure_for_screen_readers(page: Page) -> None:
 
 
 def test_colours_follow_the_page(page: Page, folder: Path) -> None:
-    css = Path(__file__).parents[1] / "codeact" / "pages" / "report.css"
+    css = Path(__file__).parents[1] / "codeact" / "report" / "page.css"
     defined = set(re.findall(r"(--[\w-]+):", css.read_text()))
     used = set(re.findall(r"var\((--[\w-]+)\)", (folder / "report.html").read_text()))
     assert {"--chosen", "--other", "--c0", "--s0", "--waste"} <= used <= {*defined, "--share"}

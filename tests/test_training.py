@@ -194,6 +194,15 @@ def test_the_same_command_after_a_kill_ends_where_an_unbroken_run_does(
     assert sorted(path.name for path in (tmp_path / "parts").glob("checkpoint-*")) == ["checkpoint-1"]
 
 
+def test_a_mistake_does_not_claim_the_folder(train, selected, tmp_path):
+    """Whatever stopped a run before it made anything, the corrected command may have its folder."""
+    options = ("--data_path", selected, "--output_dir", tmp_path / "o", *FEW, "--save_strategy", "no")
+    code, _, err = train(*options, "--max_seq_len", 100_000)
+    assert (code, "is more than the 512 positions" in err) == (2, True)
+    code, _, err = train(*options, "--max_steps", 1)
+    assert code == 0, err
+
+
 def test_lora_is_merged_into_a_full_model(train, selected, tmp_path, tiny_model_path):
     from peft import PeftModel
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codeact.errors import InputError
-from codeact.forecast_cost import Memory, ModelFacts
+from codeact.forecast.cost import Memory, ModelFacts
 from codeact.model_cost import ModelShape, ParameterCounts
 from codeact.settings import RunSettings
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from codeact.errors import InputError
 from codeact.ledger import Ledger
-from codeact.report_rows import Rows, read_rows
+from codeact.report.rows import Rows, read_rows
 
 
 class _Record(BaseModel):

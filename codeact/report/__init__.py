@@ -1,6 +1,6 @@
 """``codeact report``: a run folder -> one HTML page that needs nothing but itself.
 
-run folder -> report_data, report_rows -> report_plots, report_stage_plots, report_tables -> pages/report.html
+run folder -> data, rows -> plots, stage_plots, tables -> page.html
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from codeact import report_plots, report_stage_plots, report_tables
 from codeact.atomic import atomic_path
 from codeact.errors import MissingExtraError
-from codeact.report_data import Run, read_run
-from codeact.report_plots import Plot
-from codeact.report_rows import Example
-from codeact.report_svg import page_style
-from codeact.report_tables import Table
-from codeact.report_text import counted, moved, percent, title, visible
+from codeact.report import plots, stage_plots, tables
+from codeact.report.data import Run, read_run
+from codeact.report.plots import Plot
+from codeact.report.rows import Example
+from codeact.report.svg import page_style
+from codeact.report.tables import Table
+from codeact.report.text import counted, moved, percent, title, visible
 
 _TEXT = 4_000  # characters of a turn that the page shows
 _FOLDED = (13, 800)  # lines or characters from which on a turn is folded
@@ -76,14 +76,14 @@ def write_report(folder: Path) -> Path:
         run = read_run(folder)
         sections = _sections(run)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("codeact", "pages"),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html").render(
+    page = environment.get_template("page.html").render(
         title=f"codeact run {folder.resolve().name}",
         sentence=_sentence(run),
         tiles=_tiles(run),
@@ -99,28 +99,28 @@ def write_report(folder: Path) -> Path:
 def _sections(run: Run) -> list[Section]:
     rows, packs = run.rows, run.packs
     difficulty = _kept(
-        rows and report_plots.ifd_histogram(rows),
-        rows and report_plots.ifd_by_cluster(rows),
-        rows and report_plots.losses(rows),
+        rows and plots.ifd_histogram(rows),
+        rows and plots.ifd_by_cluster(rows),
+        rows and plots.losses(rows),
     )
-    mapped = _kept(rows and rows.map and report_plots.cluster_map(rows, rows.map))
-    lengths = _kept(rows and report_plots.length_histogram(rows))
+    mapped = _kept(rows and rows.map and plots.cluster_map(rows, rows.map))
+    lengths = _kept(rows and plots.length_histogram(rows))
     modes: list[Any] = []
     if packs is not None:
         used = run.training.strategy if run.training else ""
-        modes += _kept(None if run.lengths is None else report_stage_plots.packs(run.lengths, packs, used))
-        modes += report_tables.mode_tables(packs, run.cost, run.training)
+        modes += _kept(None if run.lengths is None else stage_plots.packs(run.lengths, packs, used))
+        modes += tables.mode_tables(packs, run.cost, run.training)
     evaluated: list[Any] = []
     for name, found in run.evaluations.items():
-        evaluated += [report_tables.pass_table(name, found), *_kept(report_stage_plots.pass_at_1(name, found))]
+        evaluated += [tables.pass_table(name, found), *_kept(stage_plots.pass_at_1(name, found))]
     return [
         Section(
             id="ledger",
             title="What became of every row",
             stage="score",
             parts=[
-                *((report_tables.ledger_table(run.ledger),) if run.ledger else ()),
-                *((report_tables.fate_table(rows),) if rows else ()),
+                *((tables.ledger_table(run.ledger),) if run.ledger else ()),
+                *((tables.fate_table(rows),) if rows else ()),
             ],
         ),
         Section(id="difficulty", title="Difficulty", stage="score", parts=difficulty),
@@ -133,8 +133,8 @@ def _sections(run: Run) -> list[Section]:
             title="Training",
             stage="train",
             parts=[
-                *_kept(run.training and report_stage_plots.training_loss(run.training)),
-                *((report_tables.training_table(run.cost),) if run.cost else ()),
+                *_kept(run.training and stage_plots.training_loss(run.training)),
+                *((tables.training_table(run.cost),) if run.cost else ()),
             ],
         ),
         Section(id="evaluation", title="Programs solved", stage="evaluate", parts=evaluated),
@@ -142,15 +142,13 @@ def _sections(run: Run) -> list[Section]:
             id="cost",
             title="Time and memory",
             stage="score",
-            parts=[report_tables.stage_table(run.record), *report_tables.line_tables(run.record)]
-            if run.record.stages
-            else [],
+            parts=[tables.stage_table(run.record), *tables.line_tables(run.record)] if run.record.stages else [],
         ),
         Section(
             id="origin",
             title="Versions, machine and settings",
             stage="run",
-            parts=[report_tables.origin_table(run.record), report_tables.settings_table(run.record)],
+            parts=[tables.origin_table(run.record), tables.settings_table(run.record)],
         ),
     ]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from codeact.errors import InputError, MissingExtraError
-from codeact.forecast_cost import GIB
-from codeact.forecast_models import hub_if_reached
-from codeact.forecast_steps import TO_DO, Plan, StepForecast
+from codeact.forecast.cost import GIB
+from codeact.forecast.models import hub_if_reached
+from codeact.forecast.steps import TO_DO, Plan, StepForecast
 from codeact.run_folder import RunFolder, Step, key_of
 from codeact.settings import RunSettings
 

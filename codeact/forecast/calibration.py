@@ -18,8 +18,8 @@ import torch
 from codeact.conversations import Sample, encode_conversations
 from codeact.devices import resolve_device, resolve_dtype
 from codeact.errors import InputError, MissingExtraError
-from codeact.forecast_cost import ModelFacts
-from codeact.forecast_training import TrainingShape
+from codeact.forecast.cost import ModelFacts
+from codeact.forecast.training import TrainingShape
 from codeact.meters import peak_memory, resolve_peak
 from codeact.records import BadRow, Record
 from codeact.settings import RunSettings

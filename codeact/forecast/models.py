@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from codeact.errors import InputError
-from codeact.forecast_cost import ModelFacts
+from codeact.forecast.cost import ModelFacts
 from codeact.model_cost import ModelShape, ParameterCounts
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from codeact.pack_figure import draw_rows, first_batches
 from codeact.pack_plans import STRATEGIES, plan
 from codeact.programs import KINDS
-from codeact.report_data import Evaluations, PackFigures, Training
-from codeact.report_plots import Plot
-from codeact.report_svg import COLOURS, classed, inline_svg, new_figure
-from codeact.report_text import counted, moved, percent, short, signed, title
+from codeact.report.data import Evaluations, PackFigures, Training
+from codeact.report.plots import Plot
+from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
+from codeact.report.text import counted, moved, percent, short, signed, title
 
 _POINTS = 400  # of a line: more are averaged
 _SHADES = 6  # colours ``s0`` to ``s5``

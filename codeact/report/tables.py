@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from codeact.ledger import Change, Ledger
 from codeact.pack_plans import STRATEGIES
-from codeact.report_data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training
-from codeact.report_rows import Rows
-from codeact.report_text import NONE, count, counted, duration, percent, signed, size, title
+from codeact.report.data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training
+from codeact.report.rows import Rows
+from codeact.report.text import NONE, count, counted, duration, percent, signed, size, title
 
 _LINES = 40  # of a stage's summary
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeact.errors import one_of
-from codeact.forecast_cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
-from codeact.forecast_data import DataFacts, data_facts
-from codeact.forecast_models import embedder_facts, model_facts
-from codeact.forecast_training import TrainingShape, training_memory, training_shape
+from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
+from codeact.forecast.data import DataFacts, data_facts
+from codeact.forecast.models import embedder_facts, model_facts
+from codeact.forecast.training import TrainingShape, training_memory, training_shape
 from codeact.gpus import GPUS, Gpu, find_gpu
 from codeact.pack_plans import StrategyStats, strategy_stats
 from codeact.settings import RunSettings
@@ -102,7 +102,7 @@ def machine_of(
                 f"{gpu.memory / 1e9:.0f} GB; not measured"
             ],
         )
-    from codeact.calibration import calibrate
+    from codeact.forecast.calibration import calibrate
 
     found = calibrate(settings, model, embedder, training, flags, data.records, to_do)
     return Machine(

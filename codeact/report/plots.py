@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.report_rows import DRAWN, Map, Rows, sample
-from codeact.report_svg import COLOURS, classed, inline_svg, new_figure
-from codeact.report_text import counted, percent, short
+from codeact.report.rows import DRAWN, Map, Rows, sample
+from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
+from codeact.report.text import counted, percent, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
