@@ -18,7 +18,7 @@ STRATEGIES: Mapping[str, str] = {
     "max_length": "max_length",
     "dynamic_pad": "dynamic_pad",
     "dynamic_pad_sorted": "dynamic_pad, sorted by length",
-    "seed_pack": "seed's packing",
+    "seed_pack": "the paper's packing",
     "dynamic_pack_batch": "dynamic_pack, batch scope",
     "dynamic_pack_epoch": "dynamic_pack, epoch scope",
 }

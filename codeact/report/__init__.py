@@ -199,8 +199,7 @@ def _sentence(run: Run) -> str:
         parts.append(f"{mine} padding where padded batches have {percent(padding[0])}")
     if passed is not None:
         name, plus, before, after, tasks = passed
-        change = f"{moved(before, after)} {percent(before)} to {percent(after)}"
-        parts.append(f"pass@1 on {counted(tasks, 'task')} of {title(name)}{plus} {change}")
+        parts.append(f"pass@1 on {counted(tasks, 'task')} of {title(name)}{plus} {moved(before, after, percent)}")
     return "; ".join(parts) + "." if parts else "No stage has run yet."
 
 

@@ -109,9 +109,8 @@ def _loss_caption(trained: NDArray[np.float64], held_out: NDArray[np.float64], d
     parts = []
     if len(held_out) > 1:
         (_, first), (step, last) = held_out[0], held_out[-1]
-        how = moved(first, last)
         parts.append(
-            f"The loss of the {counted(rows, 'held-out row')} {how} {first:.3f} to {last:.3f} nats per token "
+            f"The loss of the {counted(rows, 'held-out row')} {moved(first, last, '{:.3f}'.format)} nats per token "
             f"({signed(100 * (last / first - 1))} %)"
         )
         best = held_out[held_out[:, 1].argmin()]
@@ -190,7 +189,7 @@ def _pass_caption(found: Evaluations) -> str:
         first, last = found.pass_at(kind, "pass@1")
         if first is not None and last is not None:
             tests = "the base tests" if kind == "base" else "base and plus tests together"
-            texts.append(f"On {tests} pass@1 {moved(first, last)} {percent(first)} to {percent(last)}")
+            texts.append(f"On {tests} pass@1 {moved(first, last, percent)}")
     kind = "plus" if "plus" in before.pass_at and "plus" in after.pass_at else "base"
     solved = [
         {task for task, verdicts in side.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}

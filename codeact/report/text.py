@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 NONE = "\N{EN DASH}"
 """What a cell shows where there is no number."""
@@ -32,9 +33,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}{_SPACE}%"
 
 
-def moved(before: float, after: float) -> str:
-    """The verb between two values: rose from, fell from, or, where they are equal, went from."""
-    return "rose from" if after > before else "fell from" if after < before else "went from"
+def moved(before: float, after: float, show: Callable[[float], str]) -> str:
+    """How a value went: rose from 1 to 2, fell from 2 to 1, stayed at 1. ``show`` writes it."""
+    if show(before) == show(after):
+        return f"stayed at {show(after)}"
+    return f"{'rose' if after > before else 'fell'} from {show(before)} to {show(after)}"
 
 
 def title(dataset: str) -> str:
