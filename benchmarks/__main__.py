@@ -31,7 +31,7 @@ from benchmarks.measure import ROOT, machine, read_lines, summary, table
 BUDGET = {
     "packing": 50,
     "primitives": 60,
-    "nll": 220,
+    "nll": 225,
     "scoring": 180,
     "clustering": 60,
     "stages": 90,

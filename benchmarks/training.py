@@ -330,9 +330,9 @@ def run(options: argparse.Namespace) -> Report:
 
     from codeact.conversations import Sample, encode_conversations
 
-    names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 40, 16, 3)
+    names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 32, 12, 3)
     if options.quick:
-        names, in_modes, rounds, trained, held, seeds = ((BASE, SORTED, OURS), 4, 1, 10, 4, 1)
+        names, in_modes, rounds, trained, held, seeds = ((BASE, SORTED, OURS), 4, 1, 6, 2, 1)
     elif options.full:
         names, in_modes, rounds, trained, held, seeds = (tuple(MODES), 48, 3, 240, 80, 3)
     tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
