@@ -325,7 +325,7 @@ def test_messages_are_those_of_the_code(page):
 @functools.cache
 def string_constants() -> list[str]:
     found = []
-    for path in [*(ROOT / "codeact").glob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]:
+    for path in [*(ROOT / "codeact").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found += [
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -58,7 +58,7 @@ def test_no_top_level_kernels_package():
 
 
 def test_nothing_unpickles_or_trusts_remote_code():
-    for path in (ROOT / "codeact").glob("*.py"):
+    for path in (ROOT / "codeact").rglob("*.py"):
         text = path.read_text()
         for forbidden in ("pickle.load", "torch.load", "trust_remote_code=True", "allow_pickle=True"):
             assert forbidden not in text, f"{path.name}: {forbidden}"
