@@ -30,14 +30,14 @@ from benchmarks.measure import ROOT, machine, read_lines, summary, table
 # Seconds that each part takes on two quiet cores with AVX512-BF16: under 20 minutes in all.
 BUDGET = {
     "packing": 50,
-    "primitives": 75,
-    "nll": 225,
+    "primitives": 90,
+    "nll": 235,
     "scoring": 180,
     "clustering": 60,
-    "stages": 90,
-    "training": 330,
+    "stages": 110,
+    "training": 320,
     "generation": 80,
-    "evaluation": 60,
+    "evaluation": 25,
     "roofline": 5,
 }
 ON_A_DEVICE = "nll_cuda"

@@ -3,8 +3,8 @@
     python -m benchmarks.primitives [--quick] [--json FILE]
 
 Each primitive has arms, codeact's first. ``test_agreement`` compares what they return; only then ``test_arm`` times
-them: in five repetitions, each in another (seeded) order of all arms of all primitives. A repetition's time is
-pytest-benchmark's median of at least three calls, or of 0.1 s of them; the table has the median of the five, the least
+them: in three repetitions, each in another (seeded) order of all arms of all primitives. A repetition's time is
+pytest-benchmark's median of at least three calls, or of 0.1 s of them; the table has the median of the three, the least
 and the most. Added memory is that of one call in a process of its own.
 
 Floors: bytes that must be read and written at the speed at which one thread copies, or multiply-adds at the most that
@@ -50,7 +50,7 @@ from benchmarks.measure import (
     table,
 )
 
-REPETITIONS = 5
+REPETITIONS = 3
 # benchmarks.packing and benchmarks.nll have their memory.
 MEASURED_ELSEWHERE = ("pack", "token_nll", "linear_cross_entropy")
 

@@ -49,6 +49,8 @@ SIZES = (100, 300, 1_000, 10_000)
 QUICK_SIZES = (50, 100)
 # Stages whose time a row makes 10^4 of them too long.
 MOST = {"embed": 300}
+# Rows at which memory is measured, in a process each; benchmarks.clustering has that of clustering.
+MEMORY_ROWS = {"read": 10_000, "tokenize": 10_000, "score": 1_000, "embed": 300}
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -199,8 +201,7 @@ def run(options: argparse.Namespace) -> Report:
         names = [name for name in dict.fromkeys(name for name, _ in times) if not name.endswith("floor")]
         peaks: dict[tuple[str, int], int | None] = {}
         if not options.quick:
-            largest = {name: max(count for one, count in times if one == name) for name in names}
-            peaks = {(name, count): added_memory(prepare, name, folder, count) for name, count in largest.items()}
+            peaks = {(name, count): added_memory(prepare, name, folder, count) for name, count in MEMORY_ROWS.items()}
     rows = []
     lines = []
     exponents = {}

@@ -330,7 +330,7 @@ def run(options: argparse.Namespace) -> Report:
 
     from codeact.conversations import Sample, encode_conversations
 
-    names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 32, 12, 3)
+    names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 48, 16, 3)
     if options.quick:
         names, in_modes, rounds, trained, held, seeds = ((BASE, SORTED, OURS), 4, 1, 6, 2, 1)
     elif options.full:
