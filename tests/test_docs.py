@@ -296,6 +296,7 @@ def test_every_option_is_told_with_its_default(command):
 def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
     known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
+    known |= {"--quick", "--full"}  # of the benchmarks
     text = prose(page)
     if page.name in ("coming-from.md", "CHANGELOG.md"):  # whose first columns are other tools' flags
         text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)
