@@ -66,6 +66,7 @@ def run(settings: RunSettings, first: str | None = None, last: str | None = None
             if step.stage in ("score", "select", "generate", "evaluate"):  # the others have said it themselves
                 data_stages.print_table(folder.lines(step.name))
         ledger = ledger_of(settings.output)
+        ledger.write(settings.output / "ledger.json")
         print(f"\n{ledger.table()}\n")
         complaints = ledger.complaints()
         if complaints:
