@@ -30,13 +30,13 @@ from benchmarks.measure import ROOT, machine, read_lines, summary, table
 # Seconds that each part takes on two quiet cores with AVX512-BF16: under 20 minutes in all.
 BUDGET = {
     "packing": 50,
-    "primitives": 90,
-    "nll": 235,
-    "scoring": 180,
+    "primitives": 60,
+    "nll": 190,
+    "scoring": 150,
     "clustering": 60,
     "stages": 110,
-    "training": 320,
-    "generation": 80,
+    "training": 370,
+    "generation": 110,
     "evaluation": 25,
     "roofline": 5,
 }
