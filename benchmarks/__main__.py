@@ -3,7 +3,7 @@
     python -m benchmarks [--quick]
 
 Writes ``benchmarks/results/<date>-<machine>.json`` and ``.md``; ``make bench`` calls this. The page begins with the
-summary that the README shows: codeact beside the strongest peer of each part. ``--quick`` checks in two minutes that
+summary that the README shows: codeact beside the strongest peer of each part. ``--quick`` checks with small sizes that
 everything runs, and writes nothing. A part that fails is named, the others still run, and the exit code is 1.
 
 CODEACT_SHARED_DATA, if set, names a folder with code_alpaca_2k.json, which scoring and training then use instead of
