@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from codeact.run_folder import cpu_name
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -215,15 +217,6 @@ def summary(lines: Iterable[Line]) -> str:
             for line in lines
         ),
     )
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:

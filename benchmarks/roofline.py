@@ -22,6 +22,7 @@ from codeact_kernels.linear_nll import GROUP_T, MAX_TOKENS
 from codeact_kernels.tiles import tile_for
 
 from benchmarks.measure import Report, main, table
+from codeact.gpus import find_gpu
 
 TOKENS = 8192
 
@@ -46,11 +47,17 @@ class Chip:
     source: str
 
 
+def _chip(name: str, architecture: str, source: str) -> Chip:
+    gpu = find_gpu(name)
+    assert gpu is not None, name
+    return Chip(flops=gpu.flops, bandwidth=gpu.bandwidth, architecture=architecture, source=source)
+
+
 CHIPS = {
-    "A100": Chip(flops=312e12, bandwidth=2.039e12, architecture="sm_80", source="NVIDIA A100 datasheet, SXM 80 GB"),
-    "H100": Chip(flops=989e12, bandwidth=3.35e12, architecture="sm_90", source="NVIDIA H100 datasheet, SXM, dense"),
-    "B200": Chip(flops=2250e12, bandwidth=8.0e12, architecture="sm_100", source="NVIDIA DGX B200 datasheet / 8, dense"),
-    "MI300X": Chip(flops=1307e12, bandwidth=5.3e12, architecture="gfx942", source="AMD Instinct MI300X data sheet"),
+    "A100": _chip("A100", "sm_80", "NVIDIA A100 datasheet, SXM 80 GB"),
+    "H100": _chip("H100", "sm_90", "NVIDIA H100 datasheet, SXM, dense"),
+    "B200": _chip("B200", "sm_100", "NVIDIA DGX B200 datasheet / 8, dense"),
+    "MI300X": _chip("MI300X", "gfx942", "AMD Instinct MI300X data sheet"),
 }
 
 

@@ -18,6 +18,7 @@ from codeact.atomic import remove_leftovers
 from codeact.errors import InputError
 from codeact.records import BadRow, RecordSet
 from codeact.settings import DataSettings, EmbedSettings, ScoreSettings, SelectSettings
+from codeact.sources import absolute_name
 
 if TYPE_CHECKING:
     from codeact.embedding import EmbeddingMetadata
@@ -72,11 +73,11 @@ def score(
         {
             "data": {
                 **data.model_dump(),
-                "source": _absolute(data.source),
+                "source": absolute_name(data.source),
                 "rows": len(records),
                 "fingerprint": records.fingerprint,
             },
-            "model": {"name": _absolute(settings.model), "fingerprint": model_fingerprint(settings.model, model)},
+            "model": {"name": absolute_name(settings.model), "fingerprint": model_fingerprint(settings.model, model)},
             "template": scorer.prompts.text,
             "max_length": settings.max_length,
             "dtype": str(dtype).removeprefix("torch."),
@@ -88,7 +89,7 @@ def score(
     folder.claim(overwrite)
     index, count = shard
     missing = [number for number in folder.missing() if number % count == index]
-    _say(f"scoring {records.source}: {len(missing)} of {folder.shards} shards to do, {dtype} on {device}")
+    say(f"scoring {records.source}: {len(missing)} of {folder.shards} shards to do, {dtype} on {device}")
     with _RowBar(sum(folder.shard_rows(number) for number in missing)) as bar:
         folder.score(records, scorer, missing, bar)
     return folder.merge() if count == 1 else None
@@ -145,7 +146,7 @@ def embed(data: DataSettings, settings: EmbedSettings, output: str | Path) -> Em
         except InputError:
             known = None  # of a killed or another run: made anew
         if known and (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == wanted:
-            _say(f"{output} is up to date: {known.rows:,} embeddings")
+            say(f"{output} is up to date: {known.rows:,} embeddings")
             return known
     quiet_transformers()
     remove_leftovers(Path(output).parent)
@@ -158,7 +159,7 @@ def embed(data: DataSettings, settings: EmbedSettings, output: str | Path) -> Em
         dtype=settings.dtype,
         progress=True,
     )
-    _say(
+    say(
         f"embedded {done.rows:,} questions ({done.tokens:,} tokens; {done.truncated:,} cut to the model's length; "
         f"{done.skipped:,} rows without a question skipped)"
     )
@@ -308,12 +309,8 @@ def _batch_padding(table: pa.Table, batch: int) -> float:
     return 1 - int(lengths.sum()) / padded
 
 
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the person who waits; what a program reads goes to the standard output."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -6,7 +6,6 @@ does the steps whose hash has changed. At the end the ledger of rows and tokens 
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -59,9 +58,9 @@ def run(settings: RunSettings, first: str | None = None, last: str | None = None
                 continue
             key = key_of({"step": step.name, **step.inputs()})
             if folder.reusable(step, key):
-                _say(f"{step.name}: done already")
+                data_stages.say(f"{step.name}: done already")
                 continue
-            _say(f"{step.name} ...")
+            data_stages.say(f"{step.name} ...")
             folder.do(step, key)
             if step.stage in ("score", "select", "generate", "evaluate"):  # the others have said it themselves
                 data_stages.print_table(folder.lines(step.name))
@@ -74,7 +73,7 @@ def run(settings: RunSettings, first: str | None = None, last: str | None = None
                 f"the ledger of {settings.output} does not balance: {'; '.join(complaints)}; files there were changed, "
                 "or a stage loses rows without saying so, which is a bug to report"
             )
-    _say(f"{time.perf_counter() - begin:.0f} s")
+    data_stages.say(f"{time.perf_counter() - begin:.0f} s")
     return ledger
 
 
@@ -127,7 +126,3 @@ def write_settings(settings: RunSettings, path: Path) -> None:
     content = settings.model_dump(mode="json", exclude_defaults=True)
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -389,6 +389,12 @@ def open_hub(name: str, columns: Sequence[str], split: str, config_name: str | N
 # ------------------------------------------------------------------------------------------- messages of bounded length
 
 
+def absolute_name(name: str) -> str:
+    """A file or folder by its absolute path, so that it means the same from elsewhere; a name on the hub as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def require(columns: Sequence[str], seen: Sequence[str], where: str) -> None:
     for column in columns:
         if column not in seen:

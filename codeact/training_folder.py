@@ -15,6 +15,7 @@ import transformers
 
 from codeact.atomic import atomic_path
 from codeact.errors import InputError
+from codeact.sources import absolute_name
 from codeact.training_arguments import TrainSettings
 from codeact.training_data import TrainingData, token_count
 
@@ -101,7 +102,7 @@ def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
 def _decisive(settings: TrainSettings, data: TrainingData) -> dict[str, Any]:
     model = dataclasses.asdict(settings.model)
     model.pop("merge")
-    model["model_name_or_path"] = _absolute(model["model_name_or_path"])
+    model["model_name_or_path"] = absolute_name(model["model_name_or_path"])
     of_data = {key: getattr(settings.data, key) for key in ("eval_ratio", "model_type", "on_overflow")}
     trainer = {key: getattr(settings.trainer, key) for key in _DECISIVE}
     values = {"data": data.fingerprints, **of_data, **model, **dataclasses.asdict(settings.packs), **trainer}
@@ -139,8 +140,3 @@ def write_result(
     }
     with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _absolute(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
