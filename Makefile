@@ -15,7 +15,7 @@ help:
 	@echo "make check   lint, types, format, sanitizers over the C++"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
 
-$(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+$(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@command -v $(PYTHON) >/dev/null || { echo "codeact: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "codeact: Python 3.11 or newer is needed; say make PYTHON=..."; exit 1; }
 	@for c in "$${CXX:-c++}" g++ clang++; do command -v $$c >/dev/null && exit 0; done; echo "codeact: no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"; exit 1
@@ -26,7 +26,7 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	@touch $@
 
 models: $(BIN)/codeact
-	@$(BIN)/python -m codeact.embedded >/dev/null
+	@$(BIN)/python -m codeact.run.demo_models >/dev/null
 
 # What isolates generated programs; where it cannot be had, their tests are skipped and the demo leaves them out.
 sandbox:
@@ -50,7 +50,7 @@ check: $(BIN)/codeact
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.hpp tests/csrc/*.cpp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
@@ -62,7 +62,7 @@ wheel-check:
 	build/wheel-check/bin/python -m pip install -q build
 	build/wheel-check/bin/python -m build -o build/wheel-check/dist . >build/wheel-check/build.log || { tail -30 build/wheel-check/build.log; exit 1; }
 	build/wheel-check/bin/python -m pip install -q -c constraints.txt build/wheel-check/dist/*.whl
-	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/wheel_smoke.py
+	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/package/wheel_smoke.py
 
 bench: models sandbox
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
@@ -71,7 +71,7 @@ bench: models sandbox
 format: $(BIN)/codeact
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.hpp tests/native/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.cpp csrc/*/*.hpp tests/csrc/*.cpp
 
 clean:
 	rm -rf $(VENV) build dist demo-run *.egg-info codeact/*.so

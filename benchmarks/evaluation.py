@@ -33,12 +33,12 @@ from typing import Any
 
 from benchmarks.measure import ROOT, Line, Report, Timing, digits, interleave, main, resident, table
 from benchmarks.mutants import mutate
-from codeact.eval_data import ProblemSet, load_problems
-from codeact.evaluation import evaluate
-from codeact.programs import GroundTruth
-from codeact.samples import Sample, read_rows, write_samples
-from codeact.sandbox import Limits, Sandbox
-from codeact.sanitize import sanitize
+from codeact.evaluation.judge import GroundTruth
+from codeact.evaluation.problems import ProblemSet, load_problems
+from codeact.evaluation.programs import Program, read_rows, write_samples
+from codeact.evaluation.results import evaluate
+from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
+from codeact.evaluation.sanitize import sanitize
 
 EVALPLUS = (
     "evalplus==0.3.1 wget==3.2 tempdir==0.7.1 appdirs==1.4.4 multipledispatch==1.0.0 termcolor==3.3.0 fire==0.7.1 "
@@ -108,12 +108,12 @@ def measure_sanitize(lines: int, theirs_at: int) -> list[dict[str, Any]]:
     ]
 
 
-def samples_of(problems: ProblemSet, mutants: int) -> list[Sample]:
+def samples_of(problems: ProblemSet, mutants: int) -> list[Program]:
     """Canonical solutions, then mutants of them."""
-    found = [Sample(task_id=p.task_id, solution=p.reference, place="canonical") for p in problems.problems]
+    found = [Program(task_id=p.task_id, solution=p.reference, place="canonical") for p in problems.problems]
     for problem in problems.problems:
         for text in mutate(problem.reference, mutants, problem.task_id):
-            found.append(Sample(task_id=problem.task_id, solution=text, place="mutant"))
+            found.append(Program(task_id=problem.task_id, solution=text, place="mutant"))
     return found
 
 
@@ -127,7 +127,7 @@ def some_of(problems: ProblemSet, count: int | None, data: Path, folder: Path) -
     return load_problems(problems.dataset, chosen), chosen
 
 
-def evalplus_verdicts(dataset: str, data: Path, samples: list[Sample], parallel: int, scratch: Path) -> dict[str, Any]:
+def evalplus_verdicts(dataset: str, data: Path, samples: list[Program], parallel: int, scratch: Path) -> dict[str, Any]:
     """Seconds and verdicts of evalplus, in the order of the samples, and its peak of memory."""
     plain = data
     if data.suffix == ".gz":
@@ -157,7 +157,7 @@ def compare(dataset: str, data: Path, tasks: int | None, mutants: int, programs:
         samples = samples_of(problems, mutants)
         if programs:
             rows = read_rows(programs)
-            samples += [Sample(task_id=r["task_id"], solution=r["solution"], place="model") for r in rows]
+            samples += [Program(task_id=r["task_id"], solution=r["solution"], place="model") for r in rows]
         sandbox = Sandbox(Limits())
         truth = GroundTruth(problems, sandbox)
         for problem in problems.problems:  # warm, as for evalplus

@@ -35,13 +35,20 @@ from benchmarks.measure import (
     share,
     table,
 )
-from codeact import embedded
-from codeact.devices import cpu_has_bf16
-from codeact.eval_data import load_problems
-from codeact.eval_prompts import PromptWriter
-from codeact.generation import GenerationSettings, HuggingFaceGenerator, Request, generate, plan_batches, requests_for
-from codeact.models import load_causal_lm
-from codeact.samples import read_rows
+from codeact.base.devices import cpu_has_bf16
+from codeact.evaluation.generate import (
+    GenerationSettings,
+    HuggingFaceGenerator,
+    Request,
+    generate,
+    plan_batches,
+    requests_for,
+)
+from codeact.evaluation.problems import load_problems
+from codeact.evaluation.programs import read_rows
+from codeact.evaluation.prompts import PromptWriter
+from codeact.models.loading import load_causal_lm
+from codeact.run import demo_models as embedded
 
 TASKS, NEW_TOKENS, EQUAL_TASKS = 16, 64, 8
 FULL_TASKS, FULL_NEW_TOKENS = 32, 128

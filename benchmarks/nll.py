@@ -37,7 +37,7 @@ from benchmarks.measure import (
     table,
 )
 from codeact import _native, linear_cross_entropy, token_nll
-from codeact._nll_reference import token_nll_reference
+from codeact.ops.nll_reference import token_nll_reference
 
 Shape = tuple[int, int, int]
 Arm = Callable[[Tensor, Tensor, Tensor], Tensor]

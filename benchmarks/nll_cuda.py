@@ -21,7 +21,7 @@ from codeact_kernels.linear_nll import linear_nll
 from torch import Tensor
 
 from benchmarks.measure import Line, Report, Timing, main, table
-from codeact._nll_reference import token_nll_reference
+from codeact.ops.nll_reference import token_nll_reference
 
 Arm = Callable[[Tensor, Tensor, Tensor], Tensor]
 # T, D, V

@@ -12,7 +12,7 @@ The floor: one pass each to read the lengths (8 B an item), to write and read th
 read the sorted positions (8 B) and to write the indices (8 B): 32 B an item, at the speed at which one thread copies.
 Above it stand the count, which reads the copy once more, the clearing of the sorted positions (so that the caches hold
 them), the two scatters, of positions to one place per length and of indices to one per pack, and in a first call the
-system's zeroing of fresh pages (up to 4 huge pages of each size are kept for later calls, see csrc/large_array.hpp).
+system's zeroing of fresh pages (up to 4 huge pages of each size are kept for later calls: csrc/common/large_array.hpp).
 Below some 100,000 lengths all of it stays in caches that are faster than the floor says.
 """
 
@@ -40,7 +40,7 @@ from benchmarks.measure import (
     share,
     table,
 )
-from codeact.packing import ALGORITHMS, Packs, pack
+from codeact.packing.packs import ALGORITHMS, Packs, pack
 
 MEAN_LENGTH, SIGMA = 450, 0.8  # lognormal: what code instruction data looks like
 BYTES_PER_ITEM = 32

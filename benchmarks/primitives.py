@@ -153,7 +153,7 @@ def _attention(gradients: bool) -> Primitive:
     import torch.nn.functional as F
 
     from benchmarks.packing import lognormal_lengths
-    from codeact.varlen import varlen_attention
+    from codeact.ops.attention import varlen_attention
 
     heads, groups, width, tokens = 9, 3, 64, 2048
     ends = np.minimum(np.cumsum(lognormal_lengths(50, 512) // 4 + 1), tokens)
@@ -225,7 +225,7 @@ def lay_pack() -> Primitive:
     from transformers import DataCollatorWithFlattening
 
     from benchmarks.packing import lognormal_lengths
-    from codeact.pack_dataset import PackCollator
+    from codeact.training.dataset import PackCollator
 
     generator = np.random.default_rng(0)
     arrays = [generator.integers(0, 49152, length) for length in lognormal_lengths(40, 2048)]
@@ -283,7 +283,7 @@ def select() -> Primitive:
 def sanitize() -> Primitive:
     """An answer of a model: prose, a fence, twenty functions of which one is asked for."""
     from benchmarks.evaluation import evalplus_sanitize
-    from codeact.sanitize import sanitize as ours
+    from codeact.evaluation.sanitize import sanitize as ours
 
     helpers = "".join(f"def helper_{n}(x):\n    return x + {n}\n\n\n" for n in range(20))
     answer = f"Sure! Here it is:\n\n```python\nimport math\n\n\n{helpers}def f(x):\n    return helper_3(x)\n```\nDone."

@@ -5,7 +5,7 @@
 Model: SmolLM2-135M-Instruct. Rows: ``--data`` (columns instruction, input, output), by default functions harvested from
 this Python's standard library. The rows are cut into chunks; every arm scores every chunk, in random order, so that a
 machine whose speed drifts is fair to all. Before anything is timed, the exact scores must agree with those of padded
-batches and the seed's with the loop's, to 1e-3 in float32 and 0.1 in bfloat16. Added memory: scoring eight of the
+batches and the paper's with the loop's, to 1e-3 in float32 and 0.1 in bfloat16. Added memory: scoring eight of the
 rows, with the model in memory. How the time grows with the rows is in benchmarks.stages, on a smaller model.
 
 The floor: the multiply-adds of every linear layer on every token that is computed, and of the LM head on every token
@@ -31,19 +31,21 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import Line, Report, Timing, added_memory, digits, main, mebibytes, table
-from codeact import embedded, ifd, token_nll
-from codeact._ifd_reference import seed_ifd
-from codeact.devices import cpu_has_bf16
-from codeact.harvest import write_harvest
-from codeact.ifd import IfdScorer
-from codeact.models import load_causal_lm
-from codeact.records import Columns, Record, open_records
-from codeact.templates import PromptBuilder
-from codeact.tokens import PROTOCOLS, tokenize
+from codeact import token_nll
+from codeact.base.devices import cpu_has_bf16
+from codeact.data.harvest import write_harvest
+from codeact.data.records import Columns, Record, open_records
+from codeact.models.loading import load_causal_lm
+from codeact.run import demo_models as embedded
+from codeact.scoring import ifd
+from codeact.scoring.ifd import IfdScorer
+from codeact.scoring.reference import paper_ifd
+from codeact.scoring.tokens import PROTOCOLS, tokenize
+from codeact.text.templates import PromptBuilder
 
 CHUNKS = 4
 BATCH = 16
-LOOP, PADDED, OURS = "seed's loop", f"padded batches of {BATCH}", "codeact, exact"
+LOOP, PADDED, OURS = "the paper's loop", f"padded batches of {BATCH}", "codeact, exact"
 ROWS = {torch.float32: 60, torch.bfloat16: 120}
 FULL_ROWS = 200
 MAX_LENGTH = 2048
@@ -62,7 +64,7 @@ def read_rows(data: Path | None, count: int) -> list[Record]:
     tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
     prompts = PromptBuilder(tokenizer, "qa")
     both = [tokenize(rows, tokenizer, prompts, MAX_LENGTH, protocol) for protocol in PROTOCOLS]
-    return [row for row, exact, seed in zip(rows, *both, strict=True) if exact.status == seed.status == "ok"][:count]
+    return [row for row, exact, paper in zip(rows, *both, strict=True) if exact.status == paper.status == "ok"][:count]
 
 
 @torch.inference_mode()
@@ -129,19 +131,19 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
     path = str(embedded.causal_lm())
     ours, tokenizer = load_causal_lm(path, torch.device("cpu"), dtype)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
-    exact, seed = IfdScorer(ours, tokenizer), IfdScorer(ours, tokenizer, protocol="seed")
+    exact, paper = IfdScorer(ours, tokenizer), IfdScorer(ours, tokenizer, protocol="paper")
 
     def score(chunk: list[Record], scorer: IfdScorer = exact, lacking: str | None = None) -> list[float]:
         with without(lacking) if lacking else nullcontext():
             return scorer.score(chunk)[0]["ifd"].to_pylist()
 
     arms: dict[str, Callable[[list[Record]], Any]] = {
-        LOOP: lambda chunk: [seed_ifd(plain, tokenizer, row) for row in chunk],
+        LOOP: lambda chunk: [paper_ifd(plain, tokenizer, row) for row in chunk],
         PADDED: lambda chunk: padded_batches(plain, tokenizer, chunk),
         OURS: score,
         "codeact, exact, NLL in PyTorch": lambda chunk: score(chunk, lacking="nll"),
         "codeact, exact, all in PyTorch": lambda chunk: score(chunk, lacking="kernels"),
-        "codeact, seed": lambda chunk: score(chunk, seed),
+        "codeact, paper": lambda chunk: score(chunk, paper),
     }
     # The arms that only explain another one take fewer chunks.
     most_chunks = {name: 2 for name in arms if name == PADDED or "PyTorch" in name}
@@ -149,7 +151,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
     got = {name: np.array(arm(few)) for name, arm in arms.items()}
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     np.testing.assert_allclose(got[OURS], got[PADDED], rtol=tolerance)
-    np.testing.assert_allclose(got["codeact, seed"], got[LOOP], rtol=tolerance)
+    np.testing.assert_allclose(got["codeact, paper"], got[LOOP], rtol=tolerance)
 
     peak = matmul_peak(plain, dtype)
     chunks = [rows[i::CHUNKS] for i in range(CHUNKS)]
@@ -200,10 +202,10 @@ def prepare(name: str, dtype: str, rows: list[Record]) -> Callable[[], Any]:
         return lambda: scorer.score(rows)
     tokenizer = AutoTokenizer.from_pretrained(path)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="sdpa").eval()
-    seed_ifd(plain, tokenizer, rows[0])
+    paper_ifd(plain, tokenizer, rows[0])
     if name == PADDED:
         return lambda: padded_batches(plain, tokenizer, rows)
-    return lambda: [seed_ifd(plain, tokenizer, row) for row in rows]
+    return lambda: [paper_ifd(plain, tokenizer, row) for row in rows]
 
 
 def agreement(rows: list[Record]) -> dict[str, float]:
@@ -226,7 +228,7 @@ def agreement(rows: list[Record]) -> dict[str, float]:
 def scoring_table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     return table(
-        "dtype | |> rows/s |> tokens/s |> share of the floor |> x the seed's loop (chunks: least to most) |> "
+        "dtype | |> rows/s |> tokens/s |> share of the floor |> x the paper's loop (chunks: least to most) |> "
         "added memory",
         (
             (

@@ -42,8 +42,8 @@ from benchmarks.measure import (
     mebibytes,
     table,
 )
-from codeact import embedded
-from codeact.records import Record
+from codeact.data.records import Record
+from codeact.run import demo_models as embedded
 
 SIZES = (100, 300, 1_000, 10_000)
 QUICK_SIZES = (50, 100)
@@ -55,7 +55,7 @@ MEMORY_ROWS = {"read": 10_000, "tokenize": 10_000, "score": 1_000, "embed": 300}
 
 def write_rows(folder: Path, count: int) -> Path:
     """A JSONL file of so many rows."""
-    from codeact.harvest import write_harvest
+    from codeact.data.harvest import write_harvest
 
     source = folder / "stdlib.jsonl"
     if not source.exists():
@@ -75,9 +75,9 @@ class Stages:
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        from codeact.ifd import IfdScorer
-        from codeact.scores import ScoreFolder
-        from codeact.templates import PromptBuilder
+        from codeact.scoring.folder import ScoreFolder
+        from codeact.scoring.ifd import IfdScorer
+        from codeact.text.templates import PromptBuilder
 
         self.count = count
         self.file = write_rows(folder, count)
@@ -109,7 +109,7 @@ class Stages:
 
     @functools.cached_property
     def embedder(self) -> Any:
-        from codeact.embedding import load_embedder
+        from codeact.embedding.vectors import load_embedder
 
         return load_embedder(str(embedded.sentence_embedder()), device="cpu")
 
@@ -121,7 +121,7 @@ class Stages:
             return [json.loads(line) for line in file]
 
     def tokenize(self) -> list[Any]:
-        from codeact.tokens import tokenize
+        from codeact.scoring.tokens import tokenize
 
         return tokenize(self.rows, self.tokenizer, self.prompts, 2048)
 

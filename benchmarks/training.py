@@ -2,11 +2,11 @@
 
     python -m benchmarks.training [--quick | --full] [--data FILE] [--json FILE]
 
-Exactness is not timed away here: tests/test_trainer.py proves that every mode has the same loss and gradients.
+Exactness is not timed away here: tests/training/test_trainer.py proves that every mode has the same loss and gradients.
 
 Rows: ``--data`` (columns instruction, input, output), by default functions harvested from this Python's standard
 library. Every arm trains in a process of its own, so that its peak memory is its own; its time and its peak are those
-that `codeact.cost.CostMonitor` counts. bfloat16 autocast where the CPU computes it.
+that `codeact.training.cost.CostMonitor` counts. bfloat16 autocast where the CPU computes it.
 
 Modes: the same samples once through every mode, micro-batches of 16 as in the paper; every round in another order.
 "dynamic_pad" is what transformers does: logits of every position. The modes of ``--full`` add our savings one by one.
@@ -37,10 +37,10 @@ import numpy as np
 
 import codeact
 from benchmarks.measure import Line, Report, Timing, in_fresh_process, main, mebibytes, table
-from codeact import embedded
-from codeact.devices import cpu_has_bf16
-from codeact.harvest import write_harvest
-from codeact.records import Columns, Record, open_records
+from codeact.base.devices import cpu_has_bf16
+from codeact.data.harvest import write_harvest
+from codeact.data.records import Columns, Record, open_records
+from codeact.run import demo_models as embedded
 
 MAX_SEQ_LEN = 1024
 BATCH = 16
@@ -49,7 +49,7 @@ CLUSTERS = 5
 
 PLAIN = {"pad_mode": "dynamic_pad", "fused_loss": False}
 PACK = {"pad_mode": "dynamic_pack"}
-# name: options of codeact.trainer, arguments of Trainer
+# name: options of codeact.training.trainer, arguments of Trainer
 MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # 16 rows of 1024 tokens in one pass want more memory than this machine has.
     "max_length, 4 rows at a time": (
@@ -104,11 +104,11 @@ def run_arm(arm: Arm) -> dict[str, Any]:
     import transformers
     from transformers import PrinterCallback, TrainingArguments
 
-    from codeact.adapters import add_lora
-    from codeact.cost import CostMonitor
-    from codeact.models import load_causal_lm
-    from codeact.trainer import PackOptions, PackTrainer
-    from codeact.training_arguments import LORA_TARGETS
+    from codeact.models.adapters import add_lora
+    from codeact.models.loading import load_causal_lm
+    from codeact.training.cost import CostMonitor
+    from codeact.training.flags import LORA_TARGETS
+    from codeact.training.trainer import PackOptions, PackTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -163,7 +163,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
 def in_own_process(arm: Arm) -> dict[str, Any]:
     """Run an arm where nothing ran before; the libraries are imported already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    result: dict[str, Any] = in_fresh_process(run_arm, arm, preload=("codeact.training", "peft"))
+    result: dict[str, Any] = in_fresh_process(run_arm, arm, preload=("codeact.training.stage", "peft"))
     return result
 
 
@@ -328,7 +328,7 @@ def verdict(by_name: dict[str, dict[str, Any]]) -> str:
 def run(options: argparse.Namespace) -> Report:
     from transformers import AutoTokenizer
 
-    from codeact.conversations import Sample, encode_conversations
+    from codeact.text.conversations import Sample, encode_conversations
 
     names, in_modes, rounds, trained, held, seeds = (USUAL, 32, 2, 48, 16, 3)
     if options.quick:

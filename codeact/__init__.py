@@ -9,34 +9,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codeact.clustering import cluster as cluster
-    from codeact.cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from codeact.embedding import embed as embed
-    from codeact.errors import InputError as InputError
-    from codeact.ifd import score_ifd as score_ifd
-    from codeact.nll import token_nll as token_nll
-    from codeact.packing import Packs as Packs
-    from codeact.packing import pack as pack
-    from codeact.records import Columns as Columns
-    from codeact.records import Record as Record
-    from codeact.records import open_records as open_records
-    from codeact.selection import select as select
+    from codeact.base.errors import InputError as InputError
+    from codeact.data.records import Columns as Columns
+    from codeact.data.records import Record as Record
+    from codeact.data.records import open_records as open_records
+    from codeact.embedding.vectors import embed as embed
+    from codeact.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from codeact.ops.nll import token_nll as token_nll
+    from codeact.packing.packs import Packs as Packs
+    from codeact.packing.packs import pack as pack
+    from codeact.scoring.ifd import score_ifd as score_ifd
+    from codeact.selection.choose import select as select
+    from codeact.selection.clustering import cluster as cluster
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Columns": "records",
-    "InputError": "errors",
-    "Packs": "packing",
-    "Record": "records",
-    "cluster": "clustering",
-    "embed": "embedding",
-    "linear_cross_entropy": "cross_entropy",
-    "open_records": "records",
-    "pack": "packing",
-    "score_ifd": "ifd",
-    "select": "selection",
-    "token_nll": "nll",
+    "Columns": "data.records",
+    "InputError": "base.errors",
+    "Packs": "packing.packs",
+    "Record": "data.records",
+    "cluster": "selection.clustering",
+    "embed": "embedding.vectors",
+    "linear_cross_entropy": "ops.cross_entropy",
+    "open_records": "data.records",
+    "pack": "packing.packs",
+    "score_ifd": "scoring.ifd",
+    "select": "selection.choose",
+    "token_nll": "ops.nll",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the flow

@@ -1,4 +1,4 @@
-"""The compiled core. `codeact.packing` and `codeact.nll` check its arguments and document what it does."""
+"""The compiled core. `codeact.packing.packs` and `codeact.ops.nll` check its arguments and document what it does."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,7 +6,7 @@ import numpy.typing as npt
 def pack(
     lengths: npt.NDArray[np.integer], capacity: int, algorithm: str, max_items: int | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]:
-    """Return (indices (items,), offsets (packs + 1,), tokens, lower_bound); see `codeact.packing.pack`.
+    """Return (indices (items,), offsets (packs + 1,), tokens, lower_bound); see `codeact.packing.packs.pack`.
 
     Args:
         lengths: (items,) integers of any width, stride and alignment, in native byte order. Read without the GIL.
@@ -35,7 +35,7 @@ def linear_nll(
     threads: int,
     instruction_set: str,
 ) -> npt.NDArray[np.float32]:
-    """Return the losses (T,); see `codeact.nll.token_nll`.
+    """Return the losses (T,); see `codeact.ops.nll.token_nll`.
 
     Args:
         hidden: (T, D) float32, or uint16 that holds the bits of bfloat16; any row stride. Read without the GIL.
@@ -61,7 +61,7 @@ def varlen_attention(
     threads: int,
     instruction_set: str,
 ) -> npt.NDArray[np.float32 | np.uint16]:
-    """Return the causal attention of every sample on its own, (T, H, E); see `codeact.varlen.varlen_attention`.
+    """Return the causal attention of every sample on its own, (T, H, E); see `codeact.ops.attention.varlen_attention`.
 
     Args:
         query: (H, T, D) float32, or uint16 that holds the bits of bfloat16; any stride of heads and tokens.

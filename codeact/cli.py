@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from codeact import __version__, data_stages, pipeline
-from codeact.errors import InputError, MissingExtraError
-from codeact.settings import DataSettings, EmbedSettings, ScoreSettings, SelectSettings, read_settings
+from codeact import __version__
+from codeact.base.errors import InputError, MissingExtraError
+from codeact.run import flow as pipeline
+from codeact.run import stages as data_stages
+from codeact.run.settings import DataSettings, EmbedSettings, ScoreSettings, SelectSettings, read_settings
 
 app = typer.Typer(
     help=(
@@ -40,7 +42,7 @@ Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
 ConfigName = Annotated[str | None, typer.Option("--config-name", help="Configuration of a hub data set.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")]
-Protocol = Annotated[str, typer.Option(help="exact, or seed: the numbers of the paper's scripts.")]
+Protocol = Annotated[str, typer.Option(help="exact, or paper: the numbers of the paper's scripts.")]
 
 
 def _data(
@@ -81,7 +83,7 @@ def harvest(
     limit: Annotated[int | None, typer.Option(min=1, help="So many rows, spread evenly over all.")] = None,
 ) -> None:
     """Make instruction rows from the functions with docstrings of Python code; the code is parsed, never run."""
-    from codeact.harvest import write_harvest
+    from codeact.data.harvest import write_harvest
 
     print(write_harvest(target, output, limit=limit))
 
@@ -142,19 +144,19 @@ def score(
 @app.command()
 def merge(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score.")],
-    seed_json: Annotated[
+    paper_json: Annotated[
         Path | None, typer.Option(help="Also write the paper's JSON: a list of {question, answer, IFD}.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Where the data lies now, for --seed-json.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the data lies now, for --paper-json.")] = None,
 ) -> None:
     """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
-    from codeact.scores import ScoreFolder, write_seed_json
+    from codeact.scoring.folder import ScoreFolder, write_paper_json
 
     scores = ScoreFolder.open(folder)
     _print_scores(folder, scores.merge())
-    if seed_json is not None:
-        count = write_seed_json(seed_json, scores.read(), data_stages.open_scored_data(scores, data))
-        print(f"{count:,} rows in {seed_json}")
+    if paper_json is not None:
+        count = write_paper_json(paper_json, scores.read(), data_stages.open_scored_data(scores, data))
+        print(f"{count:,} rows in {paper_json}")
 
 
 @app.command()
@@ -216,7 +218,7 @@ def select(
 )
 def train(context: typer.Context) -> None:
     """Fine-tune a model on conversations: packs without leaks, LoRA, QLoRA, FSDP, DeepSpeed."""
-    from codeact.training import main as run_training
+    from codeact.training.stage import main as run_training
 
     run_training(context.args)
 
@@ -238,9 +240,9 @@ def pack_stats(
     config_name: ConfigName = None,
 ) -> None:
     """Count padding, rows and memory of every padding and packing strategy on a data set."""
-    from codeact.pack_figure import plot_packs, require_matplotlib
-    from codeact.pack_stats import stats_for_data
-    from codeact.records import Columns
+    from codeact.data.records import Columns
+    from codeact.padding.figure import plot_packs, require_matplotlib
+    from codeact.padding.stats import stats_for_data
 
     if plot is not None:
         require_matplotlib()
@@ -289,8 +291,8 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard samples of other settings there.")] = False,
 ) -> None:
     """Let a model write programs for the tasks of HumanEval or MBPP."""
-    from codeact import eval_stages
-    from codeact.generation import GenerationSettings
+    from codeact.evaluation import stage as eval_stages
+    from codeact.evaluation.generate import GenerationSettings
 
     settings = GenerationSettings(
         template=template if instruct else None,
@@ -325,7 +327,7 @@ def sanitize(
     data: Annotated[Path | None, typer.Option(help="File of the problems, for samples of other tools.")] = None,
 ) -> None:
     """Keep of every answer the program: the entry point with its helpers and imports."""
-    from codeact import eval_stages
+    from codeact.evaluation import stage as eval_stages
 
     target, count, changed = eval_stages.sanitize_file(samples, output, data)
     print(f"{count:,} samples, {changed:,} changed -> {target}")
@@ -344,7 +346,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Run the programs on the tests, each alone in a sandbox, and report pass@k."""
-    from codeact import eval_stages
+    from codeact.evaluation import stage as eval_stages
 
     report, files = eval_stages.evaluate_file(
         dataset, samples, data=data, parallel=parallel, base_only=base_only, limit=limit, unsafe=unsafe
@@ -394,7 +396,7 @@ def demo(
     rows: Annotated[int, typer.Option(min=10, help="Rows to score.")] = 240,
 ) -> None:
     """Run the whole flow on small embedded models and this Python's standard library."""
-    from codeact.demo import demo as run_demo
+    from codeact.run.demo import demo as run_demo
 
     run_demo(output, rows)
 
@@ -404,7 +406,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what is here and works, and what to install for the rest."""
-    from codeact.doctor import run as examine
+    from codeact.doctor.examine import run as examine
 
     raise typer.Exit(examine(as_json))
 

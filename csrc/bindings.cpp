@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "instruction_sets.hpp"
-#include "linear_nll.hpp"
-#include "packing.hpp"
-#include "varlen_attention.hpp"
+#include "attention/attention.hpp"
+#include "nll/linear_nll.hpp"
+#include "packing/packing.hpp"
+#include "simd/instruction_sets.hpp"
 
 namespace py = pybind11;
 
@@ -202,7 +202,8 @@ std::vector<std::string> as_strings(const std::vector<std::string_view>& names) 
 }  // namespace
 
 PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
-  module.doc() = "The compiled core of codeact. Use codeact.packing and codeact.nll, which check their arguments.";
+  module.doc() =
+      "The compiled core of codeact. Use codeact.packing.packs and codeact.ops.nll, which check their arguments.";
   module.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("algorithm"), py::arg("max_items"));
   module.def("instruction_sets", [] { return as_strings(codeact::instruction_sets()); });
   module.def("compiled_instruction_sets", [] { return as_strings(codeact::compiled_instruction_sets()); });

@@ -11,15 +11,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from codeact import embedded
-from codeact.records import Columns, Record, RecordSet, open_records
+from codeact.data.records import Columns, Record, RecordSet, open_records
+from codeact.run import demo_models as embedded
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # Triton decides at its import whether its library and our kernels are interpreted: so before anything imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Triton has wheels for Linux only.
-collect_ignore = [] if importlib.util.find_spec("triton") else ["kernels", "test_cuda_route.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else ["kernels", "gpu", "scoring/test_cuda_route.py"]
 # In CI the same examples every time: a failure there is a failure of the change, not of a lucky draw.
 settings.register_profile("codeact", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("codeact")
@@ -74,8 +74,8 @@ def codeact(monkeypatch, capsys):
 @pytest.fixture
 def isolated() -> None:
     """Skip where programs cannot be run in isolation."""
-    from codeact.errors import InputError
-    from codeact.sandbox import Limits, Sandbox
+    from codeact.base.errors import InputError
+    from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
     try:
         Sandbox(Limits())

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codeact import data_stages
-from codeact.records import write_jsonl
+from codeact.data.records import write_jsonl
+from codeact.run import stages as data_stages
 from tests.conftest import make_records
 
 ROWS = 40
@@ -52,7 +52,7 @@ def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path)
         assert line["extra"] == {"tag": source["tag"]}
         assert 0 < line["ifd"] < 1
         assert line["cluster"] in (0, 1, 2)
-    code, out, err = codeact("merge", tmp_path / "scores", "--seed-json", tmp_path / "seed.json")
+    code, out, err = codeact("merge", tmp_path / "scores", "--paper-json", tmp_path / "paper.json")
     assert code == 0, err
     assert "39 rows in" in out
 

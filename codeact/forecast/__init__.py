@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeact.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, MissingExtraError
 from codeact.forecast.cost import GIB
 from codeact.forecast.models import hub_if_reached
 from codeact.forecast.steps import TO_DO, Plan, StepForecast
-from codeact.run_folder import RunFolder, Step, key_of
-from codeact.settings import RunSettings
+from codeact.run.folder import RunFolder, Step, key_of
+from codeact.run.settings import RunSettings
 
 HASHED_BYTES = 2 * GIB
 """Weights above this are not hashed for a plan."""
@@ -74,15 +74,15 @@ def forecast(settings: RunSettings, first: str | None = None, last: str | None =
     """Plan a run without starting it; nothing in ``settings.output`` is made or changed.
 
     Args:
-        settings, first, last: as ``codeact.pipeline.run`` takes them.
+        settings, first, last: as ``codeact.run.flow.run`` takes them.
 
     Raises:
         InputError: settings that would stop the run at once; or data or model cannot be reached and the section
             ``forecast`` does not say what to assume.
     """
-    from codeact.models import quiet_transformers
-    from codeact.pipeline import TAKEN_FLAGS, steps_between
-    from codeact.training_arguments import check_flags
+    from codeact.models.loading import quiet_transformers
+    from codeact.run.flow import TAKEN_FLAGS, steps_between
+    from codeact.training.flags import check_flags
 
     quiet_transformers()
     flags = None if settings.train is None else check_flags(settings.train, "train", taken=TAKEN_FLAGS)
@@ -174,13 +174,13 @@ def _obstacles(settings: RunSettings, stages: set[str]) -> Iterator[str]:
 
 
 def _problems(settings: RunSettings) -> Any:
-    from codeact.run_steps import problems_of
+    from codeact.run.steps import problems_of
 
     return problems_of(settings.generate)
 
 
 def _sandbox() -> None:
-    from codeact.sandbox import Limits, Sandbox
+    from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
     Sandbox(Limits())
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from codeact.conversations import Sample, encode_conversations
-from codeact.devices import resolve_device, resolve_dtype
-from codeact.errors import InputError, MissingExtraError
+from codeact.base.devices import resolve_device, resolve_dtype
+from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.machine import peak_memory, resolve_peak
+from codeact.data.records import BadRow, Record
 from codeact.forecast.cost import ModelFacts
 from codeact.forecast.training import TrainingShape
-from codeact.meters import peak_memory, resolve_peak
-from codeact.records import BadRow, Record
-from codeact.settings import RunSettings
+from codeact.run.settings import RunSettings
+from codeact.text.conversations import Sample, encode_conversations
 
 UTILISATION = 0.6
 """What is assumed of the rate of a large matrix product where the model itself does not run."""
@@ -123,7 +123,7 @@ def local_weights(name: str) -> Path | None:
 def _free(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    from codeact.generation import free_memory
+    from codeact.evaluation.generate import free_memory
 
     return float(free_memory())
 
@@ -147,9 +147,9 @@ def _run_model(
     generate: bool,
 ) -> None:
     """Load the model once and measure what it is used for."""
-    from codeact.ifd import IfdScorer
-    from codeact.models import load_causal_lm
-    from codeact.tokens import tokenize
+    from codeact.models.loading import load_causal_lm
+    from codeact.scoring.ifd import IfdScorer
+    from codeact.scoring.tokens import tokenize
 
     start = begin = time.perf_counter()
     model, tokenizer = load_causal_lm(str(folder), device, dtype)
@@ -184,7 +184,7 @@ def _run_model(
 
 
 def _decoding(found: Calibration, settings: RunSettings, model: Any, device: torch.device, ids: Sequence[int]) -> None:
-    from codeact.decoding import Sampling, decode
+    from codeact.evaluation.decoding import Sampling, decode
 
     wanted = settings.generate
     assert wanted is not None
@@ -225,9 +225,9 @@ def _training(
     tokens: int,
 ) -> None:
     """Forward, backward and optimizer step of one batch, as the Trainer would do them."""
-    from codeact.adapters import add_lora
-    from codeact.fused_loss import fuse_loss
-    from codeact.trainer import PackOptions, collator
+    from codeact.models.adapters import add_lora
+    from codeact.models.fused_loss import fuse_loss
+    from codeact.training.trainer import PackOptions, collator
 
     if flags.quantize != "none":
         raise InputError("quantised weights are not calibrated")
@@ -293,7 +293,7 @@ def _one_batch(tokenizer: Any, training: TrainingShape, flags: Any, rows: Sequen
 def _embedding(
     found: Calibration, settings: RunSettings, folder: Path, facts: ModelFacts, rows: Sequence[Record]
 ) -> None:
-    from codeact.embedding import embed_texts, load_embedder
+    from codeact.embedding.vectors import embed_texts, load_embedder
 
     with suppress(InputError):
         encoder = load_embedder(folder, device=settings.embed.device, dtype=settings.embed.dtype)

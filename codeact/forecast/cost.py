@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from codeact.model_cost import ModelShape
+from codeact.ops.flops import ModelShape
 
 GIB = 2.0**30
 CUDA_CONTEXT = 1.5 * GIB

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codeact.conversations import IGNORE, Sample, encode_conversations
-from codeact.errors import InputError
-from codeact.records import BadRow, Record, RecordSet
-from codeact.settings import ForecastSettings, RunSettings
+from codeact.base.errors import InputError
+from codeact.data.records import BadRow, Record, RecordSet
+from codeact.run.settings import ForecastSettings, RunSettings
+from codeact.text.conversations import IGNORE, Sample, encode_conversations
 
 SAMPLE_ROWS = 400
 TEMPLATE_TOKENS = 20  # of a row, where no template is rendered
@@ -84,7 +84,7 @@ def data_facts(
 
     Args:
         settings: the run.
-        flags: of training, see ``codeact.training_arguments.check_flags``; None if there is no training.
+        flags: of training, see ``codeact.training.flags.check_flags``; None if there is no training.
         embedder: what to load the embedder's tokenizer by; "": count as the causal model does.
         embedder_length: tokens that the embedder takes.
         chosen: conversations that were selected already, if they were: what training takes.
@@ -120,7 +120,7 @@ def _tried(make: Any) -> tuple[Any, str]:
 
 
 def _tokenizer(name: str) -> Any:
-    from codeact.models import load_tokenizer
+    from codeact.models.loading import load_tokenizer
 
     return load_tokenizer(name)
 
@@ -134,9 +134,9 @@ def _counted(
     embedder_length: int,
     chosen: Path | None,
 ) -> DataFacts:
-    from codeact.conversations import open_conversations
-    from codeact.templates import PromptBuilder
-    from codeact.tokens import tokenize
+    from codeact.scoring.tokens import tokenize
+    from codeact.text.conversations import open_conversations
+    from codeact.text.templates import PromptBuilder
 
     score, rows = settings.score, len(records)
     drawn = _draw(records)

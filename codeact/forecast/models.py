@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from codeact.errors import InputError
+from codeact.base.errors import InputError
 from codeact.forecast.cost import ModelFacts
-from codeact.model_cost import ModelShape, ParameterCounts
+from codeact.ops.flops import ModelShape, ParameterCounts
 
 
 def model_facts(name: str, assumed: float | None) -> ModelFacts:

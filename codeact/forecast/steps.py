@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from codeact.errors import one_of
+from codeact.base.errors import one_of
+from codeact.base.gpus import GPUS, Gpu, find_gpu
 from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import DataFacts, data_facts
 from codeact.forecast.models import embedder_facts, model_facts
 from codeact.forecast.training import TrainingShape, training_memory, training_shape
-from codeact.gpus import GPUS, Gpu, find_gpu
-from codeact.pack_plans import StrategyStats, strategy_stats
-from codeact.settings import RunSettings
+from codeact.padding.strategies import StrategyStats, strategy_stats
+from codeact.run.settings import RunSettings
 
 GPU_UTILISATION = 0.4
 """Assumed share of a GPU's peak FLOP/s."""
@@ -342,7 +342,7 @@ class Plan:
             return 4.0 if dtype == "float32" else 2.0
         if not self._on_cpu:
             return 2.0
-        from codeact.devices import cpu_has_bf16
+        from codeact.base.devices import cpu_has_bf16
 
         return 2.0 if cpu_has_bf16() else 4.0
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeact.errors import InputError
+from codeact.base.errors import InputError
 from codeact.forecast.cost import Memory, ModelFacts
-from codeact.model_cost import ModelShape, ParameterCounts
-from codeact.settings import RunSettings
+from codeact.ops.flops import ModelShape, ParameterCounts
+from codeact.run.settings import RunSettings
 
 FUSED_LOSS_BYTES = 4 * 4 * 2**25
 """The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
@@ -49,7 +49,7 @@ class TrainingShape:
 
     @property
     def strategy(self) -> str:
-        """The name in ``codeact.pack_plans.STRATEGIES``."""
+        """The name in ``codeact.padding.strategies.STRATEGIES``."""
         return f"dynamic_pack_{self.pack_scope}" if self.pad_mode == "dynamic_pack" else self.pad_mode
 
     def parameters(self, model: ModelFacts) -> ParameterCounts:
@@ -78,7 +78,7 @@ def training_shape(flags: Any, settings: RunSettings) -> TrainingShape:
     """What of training's flags (``check_flags``) decides its cost."""
     autocast = bool(flags.bf16 or flags.fp16)
     weight_bytes = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}.get(flags.dtype)
-    if weight_bytes is None:  # auto, see codeact.training
+    if weight_bytes is None:  # auto, see codeact.training.stage
         weight_bytes = 2.0 if flags.lora and autocast else 4.0
     weight_bytes = {"nf4": 0.55, "int8": 1.05}.get(flags.quantize, weight_bytes)  # with their scales
     states = {"adafactor": 0.5, "sgd": 0.0}.get(flags.optim, 2.5 if "8bit" in str(flags.optim) else 8.0)

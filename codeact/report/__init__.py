@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from codeact.atomic import atomic_path
-from codeact.errors import MissingExtraError
+from codeact.base.errors import MissingExtraError
+from codeact.base.files import atomic_path
 from codeact.report import plots, stage_plots, tables
 from codeact.report.data import Run, read_run
 from codeact.report.plots import Plot

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from codeact.errors import InputError
-from codeact.ledger import Ledger
+from codeact.base.errors import InputError
+from codeact.base.ledger import Ledger
 from codeact.report.rows import Rows, read_rows
 
 
@@ -45,7 +45,7 @@ class RunRecord(_Record):
 
 
 class Strategy(_Record):
-    """One of ``codeact.pack_plans.StrategyStats``, as far as the report shows it."""
+    """One of ``codeact.padding.strategies.StrategyStats``, as far as the report shows it."""
 
     strategy: str
     samples: int
@@ -107,7 +107,7 @@ class Training(_Record):
 
     @property
     def strategy(self) -> str:
-        """The mode of the run, a key of ``codeact.pack_plans.STRATEGIES``."""
+        """The mode of the run, a key of ``codeact.padding.strategies.STRATEGIES``."""
         mode = str(self.settings.get("pad_mode"))
         return f"{mode}_{self.settings.get('pack_scope')}" if mode == "dynamic_pack" else mode
 

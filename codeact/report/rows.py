@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from codeact.errors import InputError
+from codeact.base.errors import InputError
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -232,7 +232,7 @@ def _example(path: Path, number: int, row: int, line: bytes) -> Example:
 def _read_map(path: Path, rows: int) -> Map | None:
     if not path.exists():
         return None
-    from codeact.embedding import read_embeddings
+    from codeact.embedding.vectors import read_embeddings
 
     table = read_embeddings(path)
     if len(table.rows) < 3 or not 0 <= table.rows[-1] < rows:

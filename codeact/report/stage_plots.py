@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.pack_figure import draw_rows, first_batches
-from codeact.pack_plans import STRATEGIES, plan
-from codeact.programs import KINDS
+from codeact.evaluation.judge import KINDS
+from codeact.padding.figure import draw_rows, first_batches
+from codeact.padding.strategies import STRATEGIES, plan
 from codeact.report.data import Evaluations, PackFigures, Training
 from codeact.report.plots import Plot
 from codeact.report.svg import COLOURS, classed, inline_svg, new_figure

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from codeact.errors import MissingExtraError
+from codeact.base.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

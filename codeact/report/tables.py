@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from codeact.ledger import Change, Ledger
-from codeact.pack_plans import STRATEGIES
+from codeact.base.ledger import Change, Ledger
+from codeact.padding.strategies import STRATEGIES
 from codeact.report.data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training
 from codeact.report.rows import Rows
 from codeact.report.text import NONE, count, counted, duration, percent, signed, size, title

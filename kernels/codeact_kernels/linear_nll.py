@@ -333,7 +333,7 @@ def linear_nll(
         float32 (T,), in nats. It carries no gradient.
 
     Raises:
-        ValueError: the dtype or the device is not served. (``codeact.nll.check_operands`` checks everything else.)
+        ValueError: the dtype or the device is not served. (``codeact.ops.nll.check_operands`` checks everything else.)
     """
     if hidden.dtype not in DTYPES:
         raise ValueError(f"codeact_kernels compute {', '.join(map(str, DTYPES))}, not {hidden.dtype}")

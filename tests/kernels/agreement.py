@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from codeact._nll_reference import token_nll_reference
+from codeact.ops.nll_reference import token_nll_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Nll = Callable[..., Tensor]

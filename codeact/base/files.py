@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, also under ``kill -9`` and power loss."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from codeact.base.errors import InputError
+
+TEMPORARY_PREFIX = ".codeact-tmp-"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well, sync it to disk and rename it to ``path``.
+
+    The temporary name holds host, process and target, so that two writers of one file never share it and the last
+    rename wins whole. When the block raises, the temporary file is removed and ``path`` is left as it was.
+
+    Raises:
+        InputError: the folder cannot be written to, or the disk is full; the message names the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(
+        f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --output"
+        ) from None
+    finally:
+        with suppress(OSError):  # the folder itself may be what is wrong
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in ``folder`` of processes of this machine that were killed while they wrote."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}{socket.gethostname()}-*"):
+        process = path.name.removeprefix(f"{TEMPORARY_PREFIX}{socket.gethostname()}-").split("-", 1)[0]
+        if process.isdigit() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; a folder that cannot be opened (some network mounts) has no such call."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

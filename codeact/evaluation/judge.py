@@ -1,0 +1,231 @@
+"""Run programs on the tests of a problem: the reference once, for what is expected; samples for a verdict."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codeact.base.errors import InputError
+from codeact.base.files import atomic_path
+from codeact.evaluation.compare import Judge, is_floats, result_form
+from codeact.evaluation.problems import Problem, ProblemSet
+from codeact.evaluation.sandbox.runner import decode, encode
+from codeact.evaluation.sandbox.sandbox import Sandbox
+
+KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
+"""What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
+
+FORMAT = 1
+"""Of the cached truth and of verdicts: both are made anew where it differs."""
+
+_REFERENCE_SECONDS = 60.0
+_REFERENCE_TOTAL = 600.0
+_REFERENCE_BYTES = 1 << 30
+_SPARE_BYTES = 1 << 20
+_DONE = b'{"done":true}'
+_DIGEST = b'{"value":{"digest":'
+_SIGNALS = {128 + 9: "memory", 128 + 24: "time"}  # SIGKILL: the kernel was out of memory; SIGXCPU: of CPU time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """``base`` and ``plus`` are of ``KINDS``; ``plus`` (base and plus tests together) is None where there are none.
+
+    ``test``: number of the first failed test, base tests first; None if none was run. ``message``: one line about it.
+    """
+
+    base: str
+    plus: str | None
+    test: int | None = None
+    message: str = ""
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it failed by a time-out."""
+        return "time" in (self.base, self.plus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskTests:
+    """The tests of a problem with what is expected of each.
+
+    ``base``: how many are base tests; they are the first. ``inputs``: arguments; ``wires``: the same as they enter the
+    sandbox; ``expected``: the reference's lines of results; ``seconds``: what it took; ``floats``: whether a float is
+    expected, or was in an earlier test of the same kind.
+    """
+
+    problem: Problem
+    base: int
+    inputs: Sequence[Sequence[Any]]
+    wires: Sequence[Any]
+    expected: Sequence[bytes]
+    seconds: Sequence[float]
+    floats: Sequence[bool]
+
+
+class GroundTruth:
+    """What the canonical solutions return. Computed once a data set and kept as JSON, a file a problem."""
+
+    def __init__(self, problems: ProblemSet, sandbox: Sandbox) -> None:
+        cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
+        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{FORMAT}"
+        self._sandbox = sandbox
+
+    def _compute(self, problem: Problem) -> None:
+        header, lines = _reference(problem, self._sandbox)
+        with (
+            atomic_path(self._path(problem)) as temporary,
+            temporary.open("wb") as raw,
+            gzip.GzipFile("", "wb", 1, raw, mtime=0) as file,
+        ):
+            for line in (json.dumps(header).encode(), *lines):
+                file.write(line + b"\n")
+
+    def tests(self, problem: Problem) -> TaskTests:
+        """Return the tests of a problem; the canonical solution is run for them if they are not in the cache.
+
+        Raises:
+            InputError: the canonical solution fails.
+        """
+        try:
+            with gzip.open(self._path(problem)) as file:
+                first, *expected = file.read().splitlines()
+            header = json.loads(first)
+        except (OSError, EOFError, ValueError, zlib.error):
+            self._compute(problem)
+            return self.tests(problem)
+        base = problem.base_input if problem.base_input is not None else [decode(wire) for wire in header["inputs"]]
+        inputs = [*base, *(problem.plus_input or ())]
+        return TaskTests(
+            problem=problem,
+            base=len(base),
+            inputs=inputs,
+            wires=[encode(tuple(arguments)) for arguments in inputs],
+            expected=expected,
+            seconds=header["seconds"],
+            floats=header["floats"],
+        )
+
+    def _path(self, problem: Problem) -> Path:
+        return self._folder / f"{problem.task_id.replace('/', '-')}.json.gz"
+
+
+def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list[bytes]]:
+    """Run the reference on all tests; where the file has only a test program, find out first what that calls it with.
+
+    Returns a header and the lines of results, one a test.
+    """
+    lines: list[bytes] = []
+
+    def keep(line: bytes) -> bool:
+        lines.append(line)
+        return True
+
+    request = {"program": problem.reference, "entry_point": problem.entry_point}
+    header: dict[str, Any] = {}
+    if problem.base_input is None:
+        sandbox.run({**request, "check": problem.test}, _REFERENCE_SECONDS, _REFERENCE_TOTAL, keep, _REFERENCE_BYTES)
+        if lines[-1:] != [_DONE]:
+            raise InputError(f"{problem.task_id}: its test program fails on the canonical solution: {lines[-1:]}")
+        header["inputs"] = inputs = [json.loads(line)["arguments"] for line in lines[:-1]]
+        lines.clear()
+    else:
+        inputs = [encode(arguments) for arguments in problem.base_input]
+    base = len(inputs)
+    inputs = [*inputs, *(encode(arguments) for arguments in problem.plus_input or ())]
+    form = result_form(problem)
+    sandbox.run(
+        {
+            **request,
+            "inputs": inputs,
+            "seconds": [_REFERENCE_SECONDS] * len(inputs),
+            "form": "reference not none" if form == "not none" else form,
+            "timed": True,
+        },
+        _REFERENCE_SECONDS,
+        _REFERENCE_TOTAL,
+        keep,
+        _REFERENCE_BYTES,
+    )
+    if len(lines) != 2 * len(inputs) + 1 or lines[-1] != _DONE:
+        last = lines[-1][:200] if lines else b"nothing"
+        raise InputError(f"{problem.task_id}: the canonical solution fails in the sandbox: {last!r}")
+    expected, seconds = lines[:-1:2], lines[1:-1:2]
+    floats = [not line.startswith(_DIGEST) and is_floats(decode(json.loads(line)["value"])) for line in expected]
+    header["seconds"] = [round(json.loads(line)["seconds"], 6) for line in seconds]
+    header["floats"] = [*itertools.accumulate(floats[:base], max), *itertools.accumulate(floats[base:], max)]
+    return header, expected
+
+
+def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: bool = False) -> Verdict:
+    """Run a program on the tests of its problem; the first failure ends it."""
+    problem, limits = tests.problem, sandbox.limits
+    plus = problem.plus_input is not None and not base_only
+    count = len(tests.inputs) if plus else tests.base
+    allowed = [max(limits.min_seconds, limits.factor * seconds) for seconds in tests.seconds[:count]]
+    passed = 0
+    failure: tuple[str, str] | None = None
+    judge = Judge(problem)
+
+    def consume(line: bytes) -> bool:
+        nonlocal passed, failure
+        if not line.startswith(b'{"value":'):
+            failure = _told_failure(line)
+            return False
+        if not judge.passes(tests.inputs[passed], line, tests.expected[passed], tests.floats[passed]):
+            failure = ("wrong", "")
+            return False
+        passed += 1
+        return passed < count
+
+    ended = sandbox.run(
+        {
+            "program": program,
+            "entry_point": problem.entry_point,
+            "inputs": tests.wires[:count],
+            "seconds": allowed,
+            "form": result_form(problem),
+            "timed": False,
+        },
+        max(allowed, default=limits.min_seconds),
+        min(sum(allowed), max(limits.total_seconds, limits.factor * sum(tests.seconds[:count]))),
+        consume,
+        _SPARE_BYTES + 4 * sum(map(len, tests.expected[:count])),
+    )
+    if failure is None and passed < count:
+        if ended.how == "time":
+            failure = ("time", "no result in time")
+        elif ended.how == "flood":
+            failure = ("crash", "it wrote more results than any right ones need")
+        else:
+            failure = (_SIGNALS.get(ended.status, "crash"), f"its process ended with exit code {ended.status}")
+    return _verdict(passed, failure, tests.base, plus)
+
+
+def _told_failure(line: bytes) -> tuple[str, str]:
+    """What the program's own process says about its failure."""
+    try:
+        row = json.loads(line)
+        kind = row.get("load", row.get("error"))
+        if kind in KINDS[1:]:
+            return kind, str(row.get("message"))[:300]
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    return "crash", "its results cannot be read"
+
+
+def _verdict(passed: int, failure: tuple[str, str] | None, base: int, plus: bool) -> Verdict:
+    kind, message = failure or ("pass", "")
+    return Verdict(
+        base="pass" if passed >= base else kind,
+        plus=kind if plus else None,
+        test=None if failure is None else passed,
+        message=message,
+    )

@@ -1,0 +1,173 @@
+"""The picture of padding: real samples as blocks in the rows of every strategy, drawn with matplotlib.
+
+Every panel holds the same samples on the same axes, so that area is compute: coloured tokens are the same everywhere,
+and what a strategy adds to them is hatched.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.files import atomic_path
+from codeact.packing.packs import pack
+from codeact.padding.strategies import STRATEGIES, Integers, Plan, StrategyStats, plan, strategy_stats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ROWS = 32  # about so many samples can still be told apart
+_INK = "#333333"
+
+
+def require_matplotlib() -> None:
+    """Raise a MissingExtraError if matplotlib is absent; to be asked before a long computation."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "drawing the packs") from None
+
+
+def plot_packs(
+    lengths: Sequence[int] | npt.ArrayLike, capacity: int, path: str | Path, *, batch_size: int = 16, seed: int = 42
+) -> None:
+    """Draw the rows of every strategy for some micro-batches of a data set.
+
+    Drawn are the first micro-batches in the random order of ``seed``, about 32 samples; every strategy is applied to
+    these alone.
+
+    Args:
+        lengths: (samples,) tokens of each sample of the data set, 1 to ``capacity``.
+        capacity: tokens of a row.
+        path: where the picture goes; PNG, or what its suffix says (.svg, .pdf).
+        batch_size: samples of a micro-batch.
+        seed: of the random order.
+
+    Raises:
+        MissingExtraError: matplotlib is absent.
+        InputError: there is no sample, the suffix names no known format, or the file cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    everything = np.asarray(lengths, dtype=np.int64)
+    if not everything.size:
+        raise InputError("there is no sample to draw")
+    pack(everything, capacity)  # for its checks: it names the first bad length
+    drawn = first_batches(everything, batch_size, seed)
+    figure = Figure(figsize=(15, 9.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)  # pyplot would choose a backend, and keep the figure
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    if kind not in canvas.get_supported_filetypes():
+        raise InputError(f"{path} has an unknown suffix; choose .png, .svg or .pdf")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    colours = _colours(drawn)
+    for strategy, axes in zip(STRATEGIES, panels.flat, strict=True):
+        whole = strategy_stats(strategy, everything, everything, capacity, batch_size, None, seed)
+        _draw(axes, plan(strategy, drawn, capacity, batch_size, seed), whole, drawn, capacity, colours)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("rows")
+    for axes in panels[1]:
+        axes.set_xlabel("position in the row (tokens)")
+    panels[0, 0].set_xlim(0, capacity)
+    panels[0, 0].set_ylim(len(drawn), 0)
+    figure.suptitle(
+        f"The same {len(drawn)} samples ({drawn.sum():,} tokens) under every strategy: area is compute",
+        fontsize=15,
+        weight="bold",
+    )
+    figure.supxlabel(_caption(len(drawn), len(everything), batch_size), fontsize=10.5, color=_INK)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=130)
+
+
+def first_batches(lengths: Integers, batch_size: int, seed: int) -> Integers:
+    """Lengths of the first micro-batches in the random order of ``seed``, about 32 samples: (samples,) int64."""
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    return lengths[order[: max(1, _ROWS // batch_size) * batch_size]]
+
+
+def _colours(lengths: Integers) -> list[Any]:
+    """A colour for every sample, by its rank in length: short ones blue, long ones red."""
+    from matplotlib import colormaps
+
+    ranks = np.empty(len(lengths))
+    ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths))
+    # Towards white: a block must not shout down the hatching, nor the full ends of the map look alike.
+    return [
+        tuple(0.8 * c + 0.2 for c in colormaps["turbo"](0.08 + 0.84 * r / max(1, len(lengths) - 1))[:3]) for r in ranks
+    ]
+
+
+def _draw(
+    axes: Axes, made: Plan, whole: StrategyStats, lengths: Integers, capacity: int, colours: Sequence[Any]
+) -> None:
+    hatched = {"color": "white", "edgecolor": "#b8b8b8", "hatch": "////", "linewidth": 0}
+    draw_rows(axes, made, lengths, capacity, colours, padding=hatched, edge={"edgecolor": "white", "linewidth": 0.6})
+    widths, filled = made.row_widths(lengths, capacity), made.row_tokens(lengths)
+    for end in made.forward_offsets[1:]:
+        axes.axhline(float(end), color=_INK, linewidth=0.9, linestyle=(0, (6, 4)))
+    if len(widths) < len(lengths) / 2:
+        axes.text(capacity / 2, (len(widths) + len(lengths)) / 2, "not computed", ha="center", color="#999999")
+    computed = int(widths.sum())
+    axes.set_title(f"{STRATEGIES[whole.strategy]}\n\n", fontsize=12.5, weight="bold", loc="left")
+    here = _counts("here", computed, len(widths), 1 - int(filled.sum()) / computed)
+    there = _counts("whole set", whole.tokens + whole.padding, whole.rows, whole.padding_share)
+    note = axes.text(0, 1.015, f"{here}\n{there}", transform=axes.transAxes, fontsize=10.5, color=_INK)
+    note.set_in_layout(False)  # a long line must not narrow the panels; the title's empty lines keep its place
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelbottom=True, labelleft=True)
+
+
+def draw_rows(
+    axes: Axes,
+    made: Plan,
+    lengths: Integers,
+    capacity: int,
+    colours: Sequence[Any],
+    *,
+    padding: Mapping[str, Any],
+    edge: Mapping[str, Any],
+) -> None:
+    """Draw the rows of a plan from y = 0 on, one high each: samples as blocks, then the padding.
+
+    Args:
+        axes: of matplotlib.
+        made: the plan of ``lengths``.
+        lengths: (samples,) tokens of each.
+        capacity: tokens of a row.
+        colours: (samples,) of the blocks.
+        padding, edge: what the bars of the padding and the edges of the blocks look like, in matplotlib's words.
+    """
+    widths, filled = made.row_widths(lengths, capacity), made.row_tokens(lengths)
+    rows = np.arange(len(widths))
+    padded = np.flatnonzero(widths > filled)  # no bar of no width: a renderer may draw its edge
+    axes.barh(padded, (widths - filled)[padded], left=filled[padded], height=1.0, align="edge", **padding)
+    ends = np.cumsum(lengths[made.samples])
+    row_of = np.repeat(rows, np.diff(made.row_offsets))
+    starts = ends - lengths[made.samples] - np.concatenate([[0], np.cumsum(filled)])[row_of]
+    drawn = [colours[sample] for sample in made.samples]
+    axes.barh(row_of, lengths[made.samples], left=starts, height=1.0, align="edge", color=drawn, **edge)
+
+
+def _counts(where: str, tokens: int, rows: int, padding_share: float) -> str:
+    shown = f"{tokens / 1e6:,.1f} M" if tokens >= 1e7 else f"{tokens:,}"
+    return f"{where}: {shown} tokens in {rows:,} rows, {padding_share:.1%} padding"
+
+
+def _caption(samples: int, everything: int, batch_size: int) -> str:
+    text = (
+        f"A coloured block is one real sample, blue the shortest, red the longest, in the same colour in every panel. "
+        f"Hatched is padding: computed and thrown away. A dashed line ends a forward pass; below the last one nothing "
+        f"is computed. Drawn are the first {samples} samples of a random order in micro-batches of {batch_size}; every "
+        f"strategy sorts or packs these alone, while the second line above a panel is about all {everything:,} "
+        f"samples. In the seed's packs the samples of a row attend to one another; in dynamic_pack none does."
+    )
+    return textwrap.fill(text, 170)

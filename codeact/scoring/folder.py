@@ -1,0 +1,341 @@
+"""The table of IFD scores, and the folder that grows it shard by shard and survives ``kill -9``.
+
+    DIR/manifest.json                   settings, their hash, fingerprints of model and data; totals once merged
+    DIR/shards/00003-of-00012.parquet   rows 3 * shard_size and on; carries the hash of the settings it was made with
+    DIR/scores.parquet                  all shards, in row order
+
+A shard file appears whole or not at all, so what exists is done and a rerun does the rest. Several processes or
+machines may share the folder: each takes every N-th shard, and nobody needs a lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from codeact.base.errors import InputError
+from codeact.base.files import atomic_path, remove_leftovers
+from codeact.data.records import BadRow, Record, RecordSet
+
+if TYPE_CHECKING:
+    from codeact.scoring.ifd import IfdScorer
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("answer_tokens", pa.int32(), nullable=False),
+        pa.field("scored_tokens", pa.int32(), nullable=False),
+        pa.field("uncond_scored_tokens", pa.int32(), nullable=False),
+        pa.field("cond_nll_sum", pa.float64()),
+        pa.field("uncond_nll_sum", pa.float64()),
+        pa.field("ifd", pa.float64()),
+    ]
+)
+"""The score table: one row for each row of the data set, whatever became of it."""
+
+_METADATA_KEY = b"codeact"
+
+
+class ScoreFolder:
+    """One scoring run on disk.
+
+    Args:
+        folder: where it lives.
+        settings: everything that changes a score, JSON values only: data and model with their fingerprints, template,
+            length, dtype, protocol, shard size. Their hash guards the folder.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.settings = settings
+        self.hash = settings_hash(settings)
+        self.rows: int = settings["data"]["rows"]
+        self.shard_size: int = settings["shard_size"]
+        self.shards = -(-self.rows // self.shard_size)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ScoreFolder:
+        """Open the run that a folder holds.
+
+        Raises:
+            InputError: it holds none, or its manifest was damaged.
+        """
+        manifest = _read_manifest(Path(folder))
+        if manifest is None:
+            raise InputError(f"{folder} holds no scores (no manifest.json); make them with: codeact score")
+        return cls(folder, manifest["settings"])
+
+    def claim(self, overwrite: bool = False) -> None:
+        """Make the folder this run's own, or check that it already is.
+
+        Raises:
+            InputError: it holds the scores of other settings (both hashes and what differs are named), or it cannot be
+                written to.
+        """
+        if overwrite:
+            self._discard_others()
+        if _read_manifest(self.folder) is None:
+            self._write_manifest({})
+        # Read what is there now: another process may have claimed the folder in the meantime.
+        manifest = _read_manifest(self.folder)
+        if manifest is None or manifest["hash"] != self.hash:
+            theirs = manifest["settings"] if manifest else {}
+            differences = "; ".join(_differences(_without_places(theirs), _without_places(self.settings)))
+            raise InputError(
+                f"{self.folder} holds scores made with other settings (hash {settings_hash(theirs)}, this run "
+                f"{self.hash}): {differences}; choose another --output, or discard them with --overwrite"
+            )
+
+    def _discard_others(self) -> None:
+        """Remove the scores of other settings; this run's own finished shards stay."""
+        with suppress(InputError):  # a damaged manifest is nobody's
+            manifest = _read_manifest(self.folder)
+            if manifest is None or manifest["hash"] == self.hash:
+                return
+        try:
+            for name in ("manifest.json", "scores.parquet"):
+                (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / "shards").exists():
+                shutil.rmtree(self.folder / "shards")
+        except OSError as error:
+            raise InputError(f"cannot discard the scores in {self.folder}: {error.strerror or error}") from None
+
+    def path(self, shard: int) -> Path:
+        """Return the file of one shard."""
+        return self.folder / "shards" / f"{shard:05d}-of-{self.shards:05d}.parquet"
+
+    def shard_rows(self, shard: int) -> int:
+        """Return how many rows a shard has."""
+        return min(self.shard_size, self.rows - shard * self.shard_size)
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not done. A file made with other settings is an error, not a missing shard."""
+        missing = []
+        for shard in range(self.shards):
+            path = self.path(shard)
+            if path.exists():
+                self._facts(path)
+            else:
+                missing.append(shard)
+        return missing
+
+    def score(
+        self,
+        records: RecordSet,
+        scorer: IfdScorer,
+        shards: list[int],
+        progress: Callable[[float, int], object] | None = None,
+    ) -> None:
+        """Score ``shards`` and write each as soon as it is done.
+
+        Args:
+            records: the data set of the settings.
+            scorer: made with the settings.
+            shards: which to do.
+            progress: called after every forward pass with the rows and the tokens done since the last call.
+        """
+        for shard in shards:
+            first = shard * self.shard_size
+            rows = records.rows(first, first + self.shard_rows(shard))
+            begin = time.perf_counter()
+            step = _rows_done(len(rows), progress)
+            table, cost = scorer.score(rows, step)
+            step(1.0, 0)  # rows that were refused pass through no forward pass
+            facts = {
+                "hash": self.hash,
+                "seconds": time.perf_counter() - begin,
+                "sequences": cost.sequences,
+                "tokens": cost.tokens,
+                "packs": cost.packs,
+                "capacity_tokens": cost.capacity_tokens,
+                "versions": _versions(),
+            }
+            table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
+            with atomic_path(self.path(shard)) as temporary:
+                pq.write_table(table, temporary)
+
+    def merge(self) -> dict[str, Any]:
+        """Write ``scores.parquet`` and the totals in the manifest; returns the totals.
+
+        Raises:
+            InputError: shards are missing (they are named), or do not belong together.
+        """
+        missing = self.missing()
+        if missing:
+            named = ", ".join(map(str, missing[:20])) + (" ..." if len(missing) > 20 else "")
+            raise InputError(
+                f"{self.folder}: {len(missing)} of {self.shards} shards are missing ({named}); run codeact score with "
+                "the same settings again, it does only what is missing"
+            )
+        totals: Counter[str] = Counter()
+        refused: Counter[str] = Counter()
+        statuses: Counter[str] = Counter()
+        with (
+            atomic_path(self.folder / "scores.parquet") as temporary,
+            pq.ParquetWriter(temporary, SCHEMA) as writer,
+        ):
+            for shard in range(self.shards):
+                path = self.path(shard)
+                facts = self._facts(path)
+                table = _read_shard(path)
+                first = shard * self.shard_size
+                expected = range(first, first + self.shard_rows(shard))
+                if table["row"].to_pylist() != list(expected):
+                    raise InputError(f"{path} does not hold rows {first} to {expected[-1]}: delete it and score again")
+                writer.write_table(table)
+                refused += refusals(table)
+                statuses.update(table["status"].to_pylist())
+                totals["rows"] += table.num_rows
+                totals["truncated"] += pc.sum(table["truncated"]).as_py()
+                for name in ("prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens"):
+                    totals[name] += pc.sum(table[name]).as_py()
+                for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
+                    totals[name] += facts[name]
+        summary = {**totals, "status": dict(statuses), "refused": dict(refused)}
+        self._write_manifest({"totals": summary})
+        for folder in (self.folder, self.folder / "shards"):
+            remove_leftovers(folder)
+        return summary
+
+    def read(self) -> pa.Table:
+        """Return the merged table.
+
+        Raises:
+            InputError: it was not merged.
+        """
+        path = self.folder / "scores.parquet"
+        if not path.exists():
+            raise InputError(f"{self.folder} is not merged: run codeact merge {self.folder}")
+        return pq.read_table(path, schema=SCHEMA)
+
+    def totals(self) -> dict[str, Any]:
+        """Return the totals that ``merge`` wrote."""
+        manifest = _read_manifest(self.folder)
+        if manifest is None or "totals" not in manifest:
+            raise InputError(f"{self.folder} is not merged: run codeact merge {self.folder}")
+        totals: dict[str, Any] = manifest["totals"]
+        return totals
+
+    def _facts(self, path: Path) -> dict[str, Any]:
+        """Read a shard's facts and check that it belongs to this run."""
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"{path} is damaged ({error}): delete it and score again") from None
+        facts: dict[str, Any] = json.loads(metadata.get(_METADATA_KEY, b"{}"))
+        if facts.get("hash") != self.hash:
+            raise InputError(
+                f"{path} was made with other settings (hash {facts.get('hash')}, this run {self.hash}): delete it and "
+                "score again"
+            )
+        return facts
+
+    def _write_manifest(self, more: dict[str, Any]) -> None:
+        content = {"hash": self.hash, "settings": self.settings, "shards": self.shards, "versions": _versions(), **more}
+        with atomic_path(self.folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_shard(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=SCHEMA).replace_schema_metadata(None)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and score again") from None
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Return 16 hex digits of the sha256 of the settings: of what data and model hold, not of where they lie."""
+    canonical = json.dumps(_without_places(settings), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    data = {k: v for k, v in settings.get("data", {}).items() if k != "source"}
+    model = {k: v for k, v in settings.get("model", {}).items() if k != "name"}
+    return {**settings, "data": data, "model": model}
+
+
+def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> int:
+    """Write the scored rows as the reference script's JSON, a list of {question, answer, IFD}; return how many."""
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for record, ifd in _scored_records(table, records):
+            entry = {"question": record.question, "answer": record.answer, "IFD": ifd}
+            file.write(("," if count else "") + "\n" + json.dumps(entry, ensure_ascii=False))
+            count += 1
+        file.write("\n]\n")
+    return count
+
+
+def _scored_records(table: pa.Table, records: RecordSet, block: int = 10_000) -> Iterator[tuple[Record, float]]:
+    for first in range(0, len(records), block):
+        scores = table["ifd"].slice(first, block).to_pylist()
+        rows = records.rows(first, min(first + block, len(records)))
+        for row, ifd in zip(rows, scores, strict=True):
+            if ifd is not None and not isinstance(row, BadRow):
+                yield row, ifd
+
+
+def refusals(table: pa.Table) -> Counter[str]:
+    """Count why rows of a score table have no score: the code before the colon of each reason."""
+    return Counter(reason.split(":", 1)[0] for reason in table["reason"].to_pylist() if reason is not None)
+
+
+def _rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:
+    """Turn the share of a shard's tokens that is done into rows done since the last call."""
+    before = 0.0
+
+    def step(share: float, tokens: int) -> None:
+        nonlocal before
+        if progress is not None:
+            progress(rows * (share - before), tokens)
+        before = share
+
+    return step
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest["hash"], manifest["settings"]["data"]["rows"], manifest["settings"]["shard_size"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot use {path}: {type(error).__name__} {error}; repair it, or use --overwrite") from None
+    return manifest
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key} {a!r} there, {b!r} here")
+    return lines
+
+
+def _versions() -> dict[str, str]:
+    names = ("codeact", "torch", "transformers", "datasets", "numpy", "pyarrow")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,251 @@
+"""Instruction-Following Difficulty: how much a question helps a model to predict its answer.
+
+IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quantity to Quality", arXiv 2308.12032. Near
+0 the question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from codeact.base.devices import resolve_device, resolve_dtype, to_device
+from codeact.base.errors import InputError, one_of
+from codeact.data.records import BadRow, Record
+from codeact.models.loading import load_causal_lm, split_head
+from codeact.ops.attention import PackedBatch, isolating_attention
+from codeact.ops.nll import token_nll
+from codeact.packing.packs import pack
+from codeact.scoring.folder import SCHEMA
+from codeact.scoring.tokens import PROTOCOLS, TokenizedRecord, tokenize
+from codeact.text.templates import PromptBuilder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreCost:
+    """What scoring took: sequences and tokens through the model, the packs that held them and their capacity."""
+
+    sequences: int
+    tokens: int
+    packs: int
+    capacity_tokens: int
+
+
+class IfdScorer:
+    """Scores records with one causal model.
+
+    Args:
+        model: a causal transformers model; its attention is switched to one that keeps the samples of a pack apart.
+        tokenizer: its tokenizer.
+        template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
+        max_length: tokens of a sequence at most, BOS included.
+        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. A longer sequence has
+            a pack of its own.
+        protocol: "exact", or "paper" for the numbers of the paper's reference script.
+
+    Raises:
+        InputError: a setting is unknown or does not fit the model, or the model cannot be packed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        template: str = "qa",
+        max_length: int = 2048,
+        tokens_per_pack: int | None = None,
+        protocol: str = "exact",
+    ) -> None:
+        self.protocol = one_of("protocol", protocol, PROTOCOLS)
+        if protocol == "paper" and template != "qa":
+            raise InputError(f"protocol paper scores the template qa only, not {template!r}")
+        self.device = model.get_input_embeddings().weight.device
+        self.tokens_per_pack = tokens_per_pack or (2048 if self.device.type == "cpu" else 8192)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if max_length < 2 or (limit is not None and max_length > limit):
+            raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
+        if self.tokens_per_pack < 1:
+            raise InputError(f"tokens_per_pack is {tokens_per_pack}; it must be at least 1")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.prompts = PromptBuilder(tokenizer, template)
+        model.set_attn_implementation(isolating_attention(self.device))
+        self.trunk, self.head = split_head(model.eval())
+
+    def score(
+        self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
+    ) -> tuple[pa.Table, ScoreCost]:
+        """Score rows; the table has one row for each of them, in order.
+
+        Args:
+            rows: records, and the rows that hold none.
+            progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
+        """
+        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol)
+        scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
+        sequences: list[Sequence[int]] = []
+        starts: list[int] = []
+        for index in scored:
+            item = tokenized[index]
+            sequences += [item.conditional, item.unconditional]
+            starts += [item.conditional_start, item.unconditional_start]
+        sums, cost = self._nll_sums(sequences, starts, progress)
+        counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+        return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
+
+    def _nll_sums(
+        self, sequences: list[Sequence[int]], starts: list[int], progress: Callable[[float, int], object] | None
+    ) -> tuple[np.ndarray, ScoreCost]:
+        """Return the NLL of ``sequence[start:]`` in nats for every sequence, summed in float64."""
+        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+        if not len(lengths):
+            return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
+        packs = self._plan(lengths)
+        total, done = int(lengths.sum()), 0
+        parts = []
+        for indices in packs:
+            members = [int(index) for index in indices]
+            parts.append(self._pack_sums([sequences[i] for i in members], [starts[i] for i in members]))
+            tokens = int(lengths[indices].sum())
+            done += tokens
+            if progress is not None:
+                progress(done / total, tokens)
+        sums = np.empty(len(sequences))
+        # One transfer at the end: a transfer per pack would make a GPU wait for each.
+        sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
+        capacity = sum(max(self.tokens_per_pack, int(lengths[indices].sum())) for indices in packs)
+        return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
+
+    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Return the members of each pack, the largest first: what does not fit in memory fails at once."""
+        longer = np.flatnonzero(lengths > self.tokens_per_pack)
+        rest = np.flatnonzero(lengths <= self.tokens_per_pack)
+        alone = [np.array([index]) for index in longer[np.argsort(-lengths[longer], kind="stable")]]
+        return alone + [rest[indices] for indices in pack(lengths[rest], self.tokens_per_pack)]
+
+    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
+        """Run one pack; float64 (N,) on the model's device."""
+        try:
+            return self._run_pack(samples, starts)
+        except torch.OutOfMemoryError:
+            tokens = sum(map(len, samples))
+            raise InputError(
+                f"a pack of {tokens:,} tokens does not fit on {self.device}: lower --tokens-per-pack (now "
+                f"{self.tokens_per_pack:,}) or --max-length (now {self.max_length:,})"
+            ) from None
+
+    @torch.inference_mode()
+    def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
+        batch = PackedBatch.from_samples(samples)
+        offset = batch.cu_seqlens[:-1].tolist()
+        spans = [np.arange(o + start, o + len(s)) for o, start, s in zip(offset, starts, samples, strict=True)]
+        bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
+        scored = torch.from_numpy(np.concatenate(spans))
+        targets = to_device(batch.input_ids[0, scored], self.device)
+        hidden = self.trunk(**batch.model_inputs(self.device)).last_hidden_state[0]
+        # The hidden state before a token predicts it; only those that predict an answer token go through the head.
+        hidden = hidden[to_device(scored - 1, self.device)]
+        nll = token_nll(hidden, self.head.weight, targets, self.head.bias, self.head.softcap)
+        return _sums(nll, to_device(bounds, self.device))
+
+    def _table(
+        self,
+        rows: Sequence[Record | BadRow],
+        tokenized: list[TokenizedRecord],
+        scored: list[int],
+        counts: np.ndarray,
+        sums: np.ndarray,
+    ) -> pa.Table:
+        statuses = [item.status for item in tokenized]
+        reasons = [item.reason for item in tokenized]
+        nll = np.full((len(rows), 2), np.nan)
+        scored_tokens = np.zeros((len(rows), 2), dtype=np.int32)
+        nll[scored], scored_tokens[scored] = sums, counts
+        means = nll[scored] / counts
+        ifd = np.full(len(rows), np.nan)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # The quotient of the perplexities: the reference script divides the two, exact takes one exponential.
+            if self.protocol == "paper":
+                ifd[scored] = np.exp(means[:, 0]) / np.exp(means[:, 1])
+            else:
+                ifd[scored] = np.exp(means[:, 0] - means[:, 1])
+        for index in scored:
+            if not np.isfinite(ifd[index]):
+                statuses[index] = "nonfinite"
+                reasons[index] = f"nonfinite: row {rows[index].row}: NLL sums {nll[index, 0]} and {nll[index, 1]}"
+                nll[index] = ifd[index] = np.nan
+        columns = [
+            [row.id for row in rows],
+            [row.row for row in rows],
+            statuses,
+            reasons,
+            [item.truncated for item in tokenized],
+            [item.prompt_tokens for item in tokenized],
+            [item.answer_tokens for item in tokenized],
+            scored_tokens[:, 0],
+            scored_tokens[:, 1],
+            # from_pandas: a NaN, which stands for "no number" here, becomes null.
+            pa.array(nll[:, 0], from_pandas=True),
+            pa.array(nll[:, 1], from_pandas=True),
+            pa.array(ifd, from_pandas=True),
+        ]
+        return pa.table(
+            [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+        )
+
+
+def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Float64 sums of ``nll[bounds[i] : bounds[i + 1]]``; a sum does not depend on what else is in the pack."""
+    if nll.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from codeact_kernels.segments import segment_sums
+
+        return segment_sums(nll, bounds)[0]
+    return torch.segment_reduce(nll.double(), "sum", lengths=bounds.diff().long(), unsafe=True)
+
+
+def score_ifd(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: Any = None,
+    records: Iterable[Record | BadRow] = (),
+    template: str = "qa",
+    max_length: int = 2048,
+    tokens_per_pack: int | None = None,
+    protocol: str = "exact",
+    dtype: str = "auto",
+    device: str = "auto",
+) -> pa.Table:
+    """Score records that fit in memory; ``codeact score`` does the same for any number, in shards that survive a kill.
+
+    Args:
+        model: a causal transformers model, or the name or folder of one, loaded as ``dtype`` on ``device``.
+        tokenizer: its tokenizer; may be None when ``model`` is a name.
+        records: what to score; rows that hold no record are kept with their reason.
+        template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
+        max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
+        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU.
+        protocol: "exact", or "paper" for the numbers of the paper's reference script.
+        dtype: of a model given by name: "auto" is bfloat16 where the hardware has it, else float32.
+        device: of a model given by name.
+
+    Returns:
+        A table with the columns of ``codeact.scoring.folder.SCHEMA``, one row a record, in order. NLL sums are in nats.
+
+    Raises:
+        InputError: a setting is unknown, or the model cannot be loaded or packed.
+    """
+    if isinstance(model, str | os.PathLike):
+        place = resolve_device(device)
+        model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
+        tokenizer = tokenizer or loaded
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
+    scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol)
+    return scorer.score(list(records))[0]

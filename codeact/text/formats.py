@@ -1,0 +1,194 @@
+"""The chat formats of the paper's model types, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from codeact.base.errors import InputError
+
+Turn = tuple[str, str]
+"""Role (system, user or assistant) and text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A conversation as text; ``answers`` are the spans ``[start, end)`` that the model writes, each with its end."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """The chat format that a family of models was tuned with.
+
+    Every part is text in which ``{bos}`` and ``{eos}`` stand for the tokenizer's own tokens, and ``{text}`` for that of
+    the turn. A conversation is ``opening``, then each turn; an assistant turn is ``assistant`` (what the prompt ends
+    with), ``lead`` + text + ``end`` (what the model has to write itself) and ``separator``.
+
+    ``default_system`` is written where no turn is of the system. With ``system_in_user`` the system turn is a part of
+    the first user turn, and user and assistant have to alternate. ``strip`` removes white space around every text, as
+    the family's own code does. ``tokens`` must each be one token of the tokenizer.
+    """
+
+    opening: str = ""
+    system: str
+    default_system: str | None = None
+    user: str
+    assistant: str
+    lead: str = ""
+    end: str
+    separator: str = ""
+    system_in_user: bool = False
+    strip: bool = False
+    tokens: tuple[str, ...]
+
+    def write(self, turns: Sequence[Turn]) -> Rendered:
+        """Write a conversation, with a family whose ``{bos}`` and ``{eos}`` are resolved.
+
+        Raises:
+            ValueError: the turns do not alternate where they have to.
+        """
+        if self.system_in_user:
+            _check_alternation(turns)
+        parts = [self.opening]
+        if self.default_system is not None and all(role != "system" for role, _ in turns):
+            parts.append(_fill(self.system, self.default_system))
+        answers = []
+        system = ""
+        for role, raw in turns:
+            text = raw.strip() if self.strip else raw
+            if role == "assistant":
+                parts.append(self.assistant)
+                start = sum(map(len, parts))
+                parts.append(self.lead + text + self.end)
+                answers.append((start, start + len(parts[-1])))
+                parts.append(self.separator)
+            elif role == "user":
+                parts.append(_fill(self.user, system + text))
+                system = ""
+            elif self.system_in_user:
+                system = _fill(self.system, text)
+            else:
+                parts.append(_fill(self.system, text))
+        return Rendered(text="".join(parts), answers=tuple(answers))
+
+    def resolve(self, name: str, tokenizer: Any) -> ChatFormat:
+        """Put in the tokenizer's BOS and EOS.
+
+        Raises:
+            InputError: the tokenizer lacks tokens of the family; ``name`` is for the message.
+        """
+        own = {"{bos}": tokenizer.bos_token, "{eos}": tokenizer.eos_token}
+        missing = [
+            {"{bos}": "a BOS token", "{eos}": "an EOS token"}.get(token, token)
+            for token in self.tokens
+            if not _is_token(tokenizer, own.get(token, token))
+        ]
+        if missing:
+            raise InputError(
+                f"template {name} needs {' and '.join(missing)}, which this tokenizer lacks; "
+                "use a tokenizer of that family, or template chat"
+            )
+
+        def put(text: str) -> str:
+            for place, token in own.items():
+                text = text.replace(place, token or "")
+            return text
+
+        return replace(self, opening=put(self.opening), user=put(self.user), end=put(self.end))
+
+
+# Where each format comes from stands beside its golden text in tests/text/test_templates.py.
+CHAT_FORMATS = {
+    "codellama": ChatFormat(
+        system="<<SYS>>\n{text}\n<</SYS>>\n\n",
+        user="{bos}[INST] {text} [/INST]",
+        assistant="",
+        lead=" ",
+        end=" {eos}",
+        system_in_user=True,
+        strip=True,
+        tokens=("{bos}", "{eos}"),
+    ),
+    "codegemma": ChatFormat(
+        system="{text}\n\n",
+        user="<start_of_turn>user\n{text}<end_of_turn>\n",
+        assistant="<start_of_turn>model\n",
+        end="<end_of_turn>",
+        separator="\n",
+        system_in_user=True,
+        strip=True,
+        tokens=("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "deepseek": ChatFormat(
+        system="{text}\n",
+        default_system=(
+            "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, "
+            "and you only answer questions related to computer science. For politically sensitive questions, security "
+            "and privacy issues, and other non-computer science questions, you will refuse to answer."
+        ),
+        user="### Instruction:\n{text}\n",
+        assistant="### Response:\n",
+        # <|EOT|> is the EOS of the instruct models. Of the base models it is not: there generation stops at EOS only.
+        end="\n{eos}",
+        separator="\n",
+        tokens=("{eos}",),
+    ),
+    "starcoder2": ChatFormat(
+        opening="{bos}",
+        system="{text}\n\n",
+        default_system=(
+            "You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable "
+            "responses to user instructions."
+        ),
+        user="### Instruction\n{text}\n\n",
+        assistant="### Response\n",
+        end="{eos}",
+        separator="\n\n",
+        tokens=("{bos}", "{eos}"),
+    ),
+    "codeqwen": ChatFormat(
+        system="<|im_start|>system\n{text}<|im_end|>\n",
+        default_system="You are a helpful assistant.",
+        user="<|im_start|>user\n{text}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n",
+        end="<|im_end|>",
+        separator="\n",
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama3": ChatFormat(
+        system="<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        strip=True,
+        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+}
+"""Formats by name, those of the paper's ``--model_type``."""
+
+
+def _is_token(tokenizer: Any, token: str | None) -> bool:
+    """Whether the tokenizer reads this text as one token of its own, and not as its pieces or as unknown."""
+    if not token:
+        return False
+    number = tokenizer.convert_tokens_to_ids(token)  # the unknown token's, or None, if there is no such token
+    if number is None or tokenizer.convert_ids_to_tokens(number) != token:
+        return False
+    ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
+    return ids == [number]
+
+
+def _fill(form: str, text: str) -> str:
+    return form.replace("{text}", text, 1)
+
+
+def _check_alternation(turns: Sequence[Turn]) -> None:
+    roles = [role for role, _ in turns]
+    if roles[:1] == ["system"]:
+        del roles[0]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+        raise ValueError("in this template user and assistant have to alternate, after one system turn at most")

@@ -1,0 +1,212 @@
+"""How a conversation is written down as text: for scoring, for training, for generation.
+
+Two kinds of templates. ``TEMPLATES`` and your own text with ``{question}`` put a question before an answer and nothing
+more. ``CHAT_FORMATS`` (the paper's model types) and ``chat`` (the tokenizer's own template) also say where an answer
+ends and with which token, so a model can be trained on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from codeact.base.errors import InputError, one_of
+from codeact.data.records import Record
+from codeact.text.formats import CHAT_FORMATS, Rendered, Turn
+
+TEMPLATES = {
+    "qa": "Question:\n{question}\n\nAnswer:\n",
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{question}\n\n### Response:\n"
+    ),
+}
+"""Prompts without an end of turn, by name."""
+
+
+MODEL_TYPES = ("chat", *CHAT_FORMATS)
+"""What a model can be trained on; ``chat`` is the tokenizer's own template."""
+
+
+class PromptBuilder:
+    """Renders the question of a record the way the model will be asked it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: a name in ``TEMPLATES`` or ``CHAT_FORMATS``, ``chat``, or text of your own with ``{question}``.
+
+    Raises:
+        InputError: the template is unknown, or the tokenizer lacks what it needs.
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._conversations: ConversationTemplate | None = None
+        if template in MODEL_TYPES:
+            self._conversations = ConversationTemplate(tokenizer, template)
+            self.text = self._conversations.text
+        elif "{question}" in template:
+            self.text = template
+        else:
+            one_of("template", template, [*TEMPLATES, *CHAT_FORMATS, "chat"])
+            self.text = TEMPLATES[template]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the template's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def render(self, record: Record) -> str:
+        """Return the text that stands before the answer.
+
+        Raises:
+            ValueError: the template refuses this conversation.
+        """
+        if self._conversations is not None:
+            return self._conversations.prompt((*record.history, ("user", record.question)))
+        # Not str.format: questions and templates may hold braces of their own.
+        parts = []
+        for role, text in record.history:
+            parts.append(self.text.replace("{question}", text) if role == "user" else f"{text}\n\n")
+        return "".join(parts) + self.text.replace("{question}", record.question)
+
+
+class ConversationTemplate:
+    """Writes whole conversations, and says which part of the text the model has to write.
+
+    With a family the spans are known because the text is put together here. The tokenizer's own template is a program:
+    where it marks answers with ``{% generation %}`` its marks are taken. Otherwise the conversation is rendered up to
+    every answer and to its end, and each of these texts must be the beginning of the next; the answer is what lies
+    between the two, up to the last special token in it. In both cases the end of turn belongs to the span.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        model_type: one of ``MODEL_TYPES``.
+
+    Raises:
+        InputError: the type is unknown, or the tokenizer lacks its tokens or has no template.
+    """
+
+    def __init__(self, tokenizer: Any, model_type: str) -> None:
+        self.tokenizer = tokenizer
+        self.model_type = one_of("model type", model_type, MODEL_TYPES)
+        if model_type == "chat":
+            text = tokenizer.chat_template
+            if not isinstance(text, str):
+                others = ", ".join([*TEMPLATES, *CHAT_FORMATS])
+                raise InputError(f"this tokenizer has no chat template; choose one of: {others}")
+            self.text: str = text
+        else:
+            self.family = CHAT_FORMATS[model_type].resolve(model_type, tokenizer)
+            self.text = repr(self.family)
+        # Longest first, so that of two tokens where one begins the other the regular expression takes the right one.
+        added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
+        self._ends = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """Return the text after which the model answers; ``turns`` end with the user's.
+
+        Raises:
+            ValueError: the template refuses this conversation.
+        """
+        if self.model_type == "chat":
+            return self._apply(turns, True)
+        return self.family.write(turns).text + self.family.assistant
+
+    def check_trainable(self) -> None:
+        """Try one question and answer.
+
+        Raises:
+            InputError: the tokenizer's template does not tell where an answer begins, or never ends one.
+        """
+        (result,) = self.render([[("user", "a"), ("assistant", "b")]])
+        if isinstance(result, Rendered) and not result.answers:
+            result = "it marks no answer with {% generation %}"
+        if isinstance(result, str):
+            raise InputError(
+                f"the tokenizer's chat template cannot be trained on: {result}; choose a model type: "
+                f"{', '.join(CHAT_FORMATS)}"
+            )
+
+    def render(self, conversations: Sequence[Sequence[Turn]]) -> list[Rendered | str]:
+        """Write conversations; where the template refuses one, the reason in one line."""
+        marked = self.model_type == "chat" and re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        write = self.family.write if self.model_type != "chat" else self._marked if marked else self._prefixes
+        results: list[Rendered | str] = []
+        for turns in conversations:
+            try:
+                results.append(write(turns))
+            except ValueError as error:
+                results.append(" ".join(str(error).split()))
+        return results
+
+    # ---------------------------------------------------------------------------------------- the tokenizer's template
+
+    def _apply(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+            )
+        except Exception as error:  # a template is a program and may raise anything
+            raise ValueError(f"the chat template refuses it: {error}") from None
+
+    def _prefixes(self, turns: Sequence[Turn]) -> Rendered:
+        whole = self._apply(turns, False)
+        answers = []
+        for index, (role, _) in enumerate(turns):
+            if role != "assistant":
+                continue
+            before = self._apply(turns[:index], True)
+            after = whole if index + 1 == len(turns) else self._apply(turns[: index + 1], False)
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise ValueError(
+                    f"turn {index}: the chat template writes earlier turns in another way once later ones follow "
+                    "(it is not prefix-stable), so the answer cannot be found"
+                )
+            end = self._end_of_turn(after, len(before))
+            answers.append((len(before), end))
+        return Rendered(text=whole, answers=tuple(answers))
+
+    def _marked(self, turns: Sequence[Turn]) -> Rendered:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            (whole,), (marks,) = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise ValueError(f"the chat template refuses it: {error}") from None
+        answers = []
+        terminators = {self.tokenizer.eos_token, *(family.end for family in CHAT_FORMATS.values())}
+        for start, marked_end in marks:
+            end = marked_end
+            # Some templates mark the text of the answer only. A model that never sees the end never stops.
+            following = self._ends.search(whole, end)
+            if (
+                not self._ends.search(whole, start, end)
+                and following
+                and following[0] in terminators
+                and not whole[end : following.start()].strip()
+            ):
+                end = following.end()
+            answers.append((start, self._end_of_turn(whole[:end], start)))
+        return Rendered(text=whole, answers=tuple(answers))
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """Where the last special token of ``text[start:]`` ends, after which nothing but white space may stand."""
+        end = max((match.end() for match in self._ends.finditer(text, start)), default=start)
+        if end == start or text[end:].strip():
+            raise ValueError("the chat template writes no end-of-turn token after an answer, so a model never stops")
+        return end
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts that the tokenizer reads as control tokens wherever they stand, the longest first."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)

@@ -1,0 +1,15 @@
+"""What a tokenizer does by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def leading_bos(tokenizer: Any) -> list[int]:
+    """Return ``[bos]`` if the tokenizer itself puts its BOS before a text, else ``[]``.
+
+    A tokenizer may define a BOS that it never writes (SmolLM2's is ``<|im_start|>``, the opening of a chat turn): the
+    model was not trained to see it before plain text, so it is not added here either.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []

@@ -1,0 +1,134 @@
+"""What a run trains on: conversations as samples, those held out, and what became of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from codeact.base.errors import InputError
+from codeact.data.records import Columns, RecordSet, open_records
+from codeact.text.conversations import (
+    EncodingCounts,
+    Refused,
+    Sample,
+    count_conversations,
+    encode_conversations,
+    open_conversations,
+)
+from codeact.training.dataset import IGNORE
+from codeact.training.flags import DataArguments, TrainSettings
+
+_NAMED_REFUSALS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """The samples of a run, and what became of the rows that they were made of."""
+
+    source: str
+    fingerprints: list[str]
+    samples: list[Sample]
+    held_out: list[Sample]
+    counts: EncodingCounts
+    held_out_counts: EncodingCounts | None
+    refused: list[Refused]
+
+    @classmethod
+    def read(cls, settings: TrainSettings, tokenizer: Any) -> TrainingData:
+        records = _open(settings.data, settings.data.data_path or "")
+        results = _encode(records, settings, tokenizer)
+        samples = [result for result in results if isinstance(result, Sample)]
+        if not samples:
+            first = next((result.message for result in results if isinstance(result, Refused)), "")
+            raise InputError(f"{records.source}: none of {len(records):,} rows can be trained on; the first: {first}")
+        held_out: list[Sample] = []
+        held_out_counts = None
+        fingerprints = [records.fingerprint]
+        refused = [result for result in results if isinstance(result, Refused)]
+        if settings.data.eval_path:
+            others = _open(settings.data, settings.data.eval_path)
+            fingerprints.append(others.fingerprint)
+            of_others = _encode(others, settings, tokenizer)
+            held_out = [result for result in of_others if isinstance(result, Sample)]
+            refused += [result for result in of_others if isinstance(result, Refused)]
+            held_out_counts = count_conversations(of_others)
+            if not held_out:
+                raise InputError(
+                    f"{others.source}: none of its rows can be evaluated on; the first: {refused[-1].message}"
+                )
+        elif settings.data.eval_ratio:
+            size = round(settings.data.eval_ratio * len(samples))
+            if not 0 < size < len(samples):
+                raise InputError(
+                    f"--eval_ratio {settings.data.eval_ratio} of {len(samples)} samples leaves none to evaluate on or "
+                    "none to train on"
+                )
+            out = np.zeros(len(samples), np.bool_)
+            out[np.random.default_rng(settings.trainer.seed).permutation(len(samples))[:size]] = True
+            held_out = [sample for sample, one in zip(samples, out.tolist(), strict=True) if one]
+            samples = [sample for sample, one in zip(samples, out.tolist(), strict=True) if not one]
+        return cls(
+            source=records.source,
+            fingerprints=fingerprints,
+            samples=samples,
+            held_out=held_out,
+            counts=count_conversations(results),
+            held_out_counts=held_out_counts,
+            refused=refused,
+        )
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Lines of the table at the begin."""
+        counts = self.counts
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in sorted(counts.refused.items())) or "none"
+        lines = [
+            ("conversations", f"{counts.rows:,} in {self.source}"),
+            ("  dropped", f"{sum(counts.refused.values()):,} ({dropped})"),
+            ("  cut", f"{counts.truncated:,} to the maximum length, by {counts.cut_tokens:,} tokens"),
+        ]
+        if self.held_out_counts is not None:
+            lost = sum(self.held_out_counts.refused.values())
+            cut = f"{lost:,} dropped and {self.held_out_counts.truncated:,} cut"
+            lines.append(("held out", f"{len(self.held_out):,} other conversations ({cut})"))
+        elif self.held_out:
+            lines.append(("held out", f"{len(self.held_out):,} of them"))
+        tokens = token_count(self.samples)
+        labels = sum(int(np.count_nonzero(sample.labels != IGNORE)) for sample in self.samples)
+        lines.append(("samples", f"{len(self.samples):,} of {tokens:,} tokens, {labels:,} of them to be learnt"))
+        lines += [("dropped", refused.message) for refused in self.refused[:_NAMED_REFUSALS]]
+        return lines
+
+
+def _open(data: DataArguments, path: str) -> RecordSet:
+    names = {
+        "question": data.question_column,
+        "answer": data.answer_column,
+        "input": data.input_column,
+        "conversation": data.conversation_column,
+    }
+    named = {key: name for key, name in names.items() if name is not None}
+    if not named and data.split == "train" and data.config_name is None:
+        return open_conversations(path)
+    return open_records(path, Columns(**named), split=data.split, config_name=data.config_name)
+
+
+def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list[Sample | Refused]:
+    quiet = not settings.trainer.should_log or settings.trainer.disable_tqdm
+    with tqdm(total=len(records), desc=f"tokenizing {records.source}", unit="row", disable=quiet, leave=False) as bar:
+        return encode_conversations(
+            records,
+            tokenizer,
+            settings.data.model_type,
+            settings.packs.max_seq_len,
+            settings.data.on_overflow,
+            progress=bar.update,
+        )
+
+
+def token_count(samples: Sequence[Sample]) -> int:
+    """Tokens of all samples."""
+    return sum(len(sample.input_ids) for sample in samples)

@@ -1,0 +1,142 @@
+"""The output folder of ``codeact train``: whose it is, where a killed run goes on, and what ``training.json`` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from codeact.base.errors import InputError
+from codeact.base.files import atomic_path
+from codeact.data.sources import absolute_name
+from codeact.training.data import TrainingData, token_count
+from codeact.training.flags import TrainSettings
+
+# Of Trainer's arguments those that decide what the weights become; a checkpoint made under others is of another run.
+_DECISIVE = (
+    "seed", "data_seed", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "world_size", "train_sampling_strategy", "dataloader_drop_last", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "bf16", "fp16",
+)  # fmt: skip
+
+_LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate")  # of Trainer's log, what a loss curve needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run came to. Losses are means over tokens, in nats; None where nothing was held out."""
+
+    output: Path
+    steps: int
+    train_loss: float
+    held_out_loss_before: float | None
+    held_out_loss_after: float | None
+
+
+def claim(settings: TrainSettings, data: TrainingData) -> str | None:
+    """Take the output folder for this run; return the checkpoint to go on from.
+
+    Raises:
+        InputError: a run with other settings is there.
+    """
+    arguments = settings.trainer
+    folder = Path(arguments.output_dir)
+    explicit = arguments.resume_from_checkpoint
+    if explicit and str(explicit).lower() not in ("true", "false"):
+        if not (Path(explicit) / "trainer_state.json").is_file():
+            raise InputError(f"--resume_from_checkpoint {explicit} is no checkpoint folder of a Trainer")
+        return str(explicit)
+    with arguments.main_process_first(local=False):
+        if arguments.should_save:
+            _check_claim(folder, _decisive(settings, data), arguments.overwrite_output_dir)
+            write_result(settings, data, None)
+        return None if str(explicit).lower() == "false" else _last_checkpoint(folder)
+
+
+def finished(settings: TrainSettings, data: TrainingData) -> TrainResult | None:
+    """What this very run came to, if its result is there and is not to be made anew."""
+    folder = Path(settings.trainer.output_dir)
+    merged = folder / "merged" if settings.model.merge else folder
+    if settings.trainer.overwrite_output_dir or not (list(folder.glob("*.safetensors")) and merged.is_dir()):
+        return None
+    try:
+        known = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        if known["settings"] != _decisive(settings, data) or known["result"] is None:
+            return None
+        return TrainResult(**{**known["result"], "output": folder})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
+    try:
+        content = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        known = content["settings"]
+        if content["result"] is None and _last_checkpoint(folder) is None:
+            known = wanted  # stopped before it made anything
+    except FileNotFoundError:
+        known = wanted if _last_checkpoint(folder) is None else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    changed = [key for key in wanted if known.get(key) != wanted[key]]
+    if not changed and not overwrite:
+        return
+    if not overwrite:
+        before, now = known.get(changed[0], "unknown"), wanted[changed[0]]
+        raise InputError(
+            f"{folder} holds a run with another {changed[0]} ({before}, now {now}); choose another --output_dir, or "
+            "discard that run with --overwrite_output_dir True"
+        )
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _decisive(settings: TrainSettings, data: TrainingData) -> dict[str, Any]:
+    model = dataclasses.asdict(settings.model)
+    model.pop("merge")
+    model["model_name_or_path"] = absolute_name(model["model_name_or_path"])
+    of_data = {key: getattr(settings.data, key) for key in ("eval_ratio", "model_type", "on_overflow")}
+    trainer = {key: getattr(settings.trainer, key) for key in _DECISIVE}
+    values = {"data": data.fingerprints, **of_data, **model, **dataclasses.asdict(settings.packs), **trainer}
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last one that was written whole: its trainer_state.json comes last."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def write_result(
+    settings: TrainSettings, data: TrainingData, result: TrainResult | None, log: Sequence[dict[str, Any]] = ()
+) -> None:
+    content = {
+        "settings": _decisive(settings, data),
+        "conversations": dataclasses.asdict(data.counts),
+        "held_out": len(data.held_out),
+        "held_out_tokens": token_count(data.held_out),
+        "held_out_of_others": data.held_out_counts is not None,
+        "trained_on": len(data.samples),
+        "trained_on_tokens": token_count(data.samples),
+        "result": result and {**dataclasses.asdict(result), "output": str(result.output)},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "log": [
+            {key: entry[key] for key in _LOGGED if key in entry} for entry in log if {"loss", "eval_loss"} & {*entry}
+        ],
+    }
+    with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,26 @@
+// The kernels of one instruction set: what the file that includes this one calls `Isa`.
+#pragma once
+
+#include "attention/backward_kernel.inc.hpp"
+#include "attention/forward_kernel.inc.hpp"
+#include "nll/linear_nll_kernel.inc.hpp"
+
+namespace codeact {
+namespace {
+
+constexpr Kernels kKernels = {.tile_rows = kRows,
+                              .panel_columns = kColumns,
+                              .value_columns = kValueVectors * kLanes,
+                              .lanes = kLanes,
+                              .pairs = Isa::kPairs,
+                              .gradient_queries = kGradientQueries,
+                              .pack_row = pack_row,
+                              .pack_panel = pack_panel,
+                              .accumulate = accumulate,
+                              .add_lanes = add_lanes,
+                              .store_row = store_elements,
+                              .attend = attend,
+                              .attend_backward = attend_backward};
+
+}  // namespace
+}  // namespace codeact

@@ -1,0 +1,246 @@
+"""Attacks on the sandbox and on the verdict: none may reach the host, none may pass, none may hang the run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from codeact.base.errors import InputError
+from codeact.evaluation.judge import TaskTests, Verdict, judge_program
+from codeact.evaluation.problems import Problem
+from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, next_user
+from tests.evaluation import attacks
+
+LIMITS = Limits(
+    min_seconds=0.5, load_seconds=2.0, total_seconds=3.0, memory_mb=256, disk_mb=16, threads=16, open_files=32
+)
+NAMES = [*attacks.BODIES, *attacks.PROGRAMS]
+
+
+def simple_tests() -> TaskTests:
+    """``f(x)`` is ``x + 1``; one test of every kind of value would only give an attack more to guess."""
+    problem = Problem(
+        task_id="HumanEval/0",
+        dataset="humaneval",
+        prompt="def f(x):\n",
+        entry_point="f",
+        canonical_solution="    return x + 1\n",
+        base_input=((1,), (2,), (1.5,)),
+        plus_input=((40,),),
+        tolerance=0.0,
+    )
+    return TaskTests(
+        problem=problem,
+        base=3,
+        inputs=[(1,), (2,), (1.5,), (40,)],
+        wires=[{"tuple": [1]}, {"tuple": [2]}, {"tuple": [1.5]}, {"tuple": [40]}],
+        expected=[b'{"value":2}', b'{"value":3}', b'{"value":2.5}', b'{"value":41}'],
+        seconds=[0.0] * 4,
+        floats=[False, False, True, False],
+    )
+
+
+class Host:
+    """What the attacks aim at, and what they did to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "target"
+        self.folder.mkdir()
+        self.folder.chmod(0o777)
+        for parent in self.folder.parents:  # the folder's own mode shall be what lets them in
+            if parent.owner() == Path.home().owner() and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                parent.chmod(parent.stat().st_mode | 0o055)
+        self.secret = folder / "secret"
+        self.secret.write_text("the secret")
+        self.secret.chmod(0o644)
+        self.victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.unix = socket.socket(socket.AF_UNIX)
+        self.unix.bind(str(self.folder / "s"))
+        (self.folder / "s").chmod(0o777)
+        self.unix.listen()
+        self.visits = 0
+        for listener in (self.server, self.unix):
+            threading.Thread(target=self._count, args=(listener,), daemon=True).start()
+
+    def _count(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                listener.accept()
+            except OSError:
+                return
+            self.visits += 1
+
+    def close(self) -> None:
+        self.victim.kill()
+        self.victim.wait()
+        self.victim.stdin.close()
+        self.server.close()
+        self.unix.close()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory):
+    place = Host(tmp_path_factory.mktemp("host"))
+    yield place
+    place.close()
+
+
+@pytest.fixture(scope="module", params=["as it comes", "user namespace"])
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    """What this machine gives; and, where that is root's way, also the one of everybody else."""
+    if request.param != "as it comes" and os.geteuid() != 0:
+        pytest.skip("that is the way it comes")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "as it comes":
+            patch.setattr("os.geteuid", lambda: 1000)
+        try:
+            return Sandbox(LIMITS)
+        except InputError as error:
+            pytest.skip(str(error))
+
+
+class Witness:
+    """A sandbox that keeps what the programs said."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+        self.limits = sandbox.limits
+        self.lines: list[bytes] = []
+
+    def run(self, request, silence, total, consume, most_bytes=1 << 20):
+        def keep(line: bytes) -> bool:
+            self.lines.append(line[:300])
+            return consume(line)
+
+        return self._sandbox.run(request, silence, total, keep, most_bytes)
+
+
+@pytest.fixture(scope="module")
+def outcomes(host: Host, sandbox: Sandbox) -> dict[str, tuple[Verdict, list[bytes]]]:
+    """All attacks, two at a time."""
+    places = {
+        "folder": host.folder,
+        "secret": host.secret,
+        "port": host.server.getsockname()[1],
+        "victim": host.victim.pid,
+        "home": Path.home(),
+    }
+    programs = attacks.programs(**places)
+
+    def attack(name: str) -> tuple[Verdict, list[bytes]]:
+        witness = Witness(sandbox)
+        return judge_program(programs[name], simple_tests(), witness), witness.lines  # type: ignore[arg-type]
+
+    os.environ["CODEACT_TEST_SECRET"] = "1"
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(attack, NAMES), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attack_is_held_and_fails(name: str, outcomes) -> None:
+    verdict, lines = outcomes[name]
+    assert verdict.base != "pass"
+    assert verdict.plus != "pass"
+    assert not any(b"escaped" in line for line in lines), lines
+
+
+def test_the_host_is_as_it_was(host: Host, outcomes) -> None:
+    assert [path.name for path in host.folder.iterdir()] == ["s"]
+    assert host.secret.read_text() == "the secret"
+    assert host.victim.poll() is None
+    assert host.visits == 0
+    assert not any(path.name.startswith("codeact-") and path.is_file() for path in Path("/tmp").iterdir())
+
+
+def test_nothing_is_left_running(outcomes) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root's sandboxes have users of their own, by which their processes are found")
+    running = subprocess.run(["ps", "-eo", "uid,args"], capture_output=True, text=True, check=True).stdout
+    first = next_user()
+    left = [line for line in running.splitlines()[1:] if first - 4096 < int(line.split()[0]) <= first]
+    assert not left
+
+
+@pytest.mark.parametrize("name", ["loop", "stop the alarm", "stuck in C", "hang while it is read", "sleep"])
+def test_what_takes_too_long_is_a_time_out(name: str, outcomes) -> None:
+    assert outcomes[name][0].base == "time"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("memory", "memory"),
+        ("no syntax", "syntax"),
+        ("os._exit", "crash"),
+        ("read address 0", "crash"),
+        ("return gigabytes", "memory"),
+        ("recursion", "exception"),
+        ("always equal", "wrong"),
+        ("flood the results", "crash"),
+    ],
+)
+def test_the_kind_of_failure_is_told(name: str, kind: str, sandbox: Sandbox) -> None:
+    patient = copy.copy(sandbox)  # on a busy machine half a second can be too short to fill the memory
+    patient.limits = replace(LIMITS, min_seconds=30.0)
+    program = attacks.programs(folder="", secret="", port=0, victim=0, home="")[name]
+    assert judge_program(program, simple_tests(), patient).base == kind
+
+
+def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> None:
+    """Else they would prove nothing."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    sandbox = Sandbox(LIMITS, unsafe=True)
+    assert not sandbox.isolated
+    places = {
+        "folder": host.folder,
+        "secret": host.secret,
+        "port": host.server.getsockname()[1],
+        "victim": 0,
+        "home": "",
+    }
+    programs = attacks.programs(**places)
+    held = []
+    for name in (
+        "open",
+        "os.open",
+        "pathlib",
+        "ctypes open",
+        "read a file",
+        "loopback",
+        "datagram",
+        "posix_spawn",
+        "fork",
+    ):
+        witness = Witness(sandbox)
+        judge_program(programs[name], simple_tests(), witness)  # type: ignore[arg-type]
+        if not any(b"escaped" in line for line in witness.lines):
+            held.append(name)
+    (host.folder / "a").unlink()
+    host.visits = 0
+    assert not held
+
+
+def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
+    for program in (
+        "def f(x): return x + 1",
+        "import numpy as np\ndef f(x): return np.float64(x) + 1",
+        "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()\ndef f(x): return x + 1",
+        "open('a', 'w').write('1')\ndef f(x): return x + int(open('/tmp/a').read())",
+    ):
+        assert judge_program(program, simple_tests(), sandbox) == Verdict(base="pass", plus="pass"), program
+
+
+def test_without_isolation_nothing_is_run(monkeypatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(InputError, match=r"refusing .* bubblewrap .* --unsafe-no-sandbox"):
+        Sandbox(LIMITS)

@@ -1,0 +1,175 @@
+"""Where problems come from, and that no way of not having them is a hang or a traceback."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from codeact.base.errors import InputError, MissingExtraError
+from codeact.evaluation import problems as eval_data
+from codeact.evaluation.problems import load_problems
+
+ROW = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "canonical_solution": "    return x\n",
+    "base_input": [[1], [[1, 2]]],
+    "plus_input": [[None]],
+    "atol": 0,
+}
+
+
+def write(path: Path, *rows: dict) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("CODEACT_EVAL_DATA", raising=False)
+
+
+@pytest.mark.parametrize("name", ["HumanEvalPlus.jsonl", "HumanEvalPlus.jsonl.gz"])
+def test_a_file_and_a_folder(name: str, tmp_path: Path, monkeypatch) -> None:
+    path = write(tmp_path / name, ROW, {**ROW, "task_id": "HumanEval/1"})
+    given = load_problems("humaneval", path)
+    monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
+    found = load_problems("humaneval")
+    assert given == found
+    assert given.plus
+    assert given.problems[0].base_input == ((1,), ([1, 2],))
+    assert len(load_problems("humaneval", path, 1).problems) == 1
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path: Path) -> None:
+    plain, packed = write(tmp_path / "a.jsonl", ROW), write(tmp_path / "a.jsonl.gz", ROW)
+    other = write(tmp_path / "b.jsonl", {**ROW, "atol": 1})
+    prints = [load_problems("humaneval", path).fingerprint for path in (plain, packed, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no task"),
+        (b"{", "line 1: no task of humaneval"),
+        (b"\xff\xff", "cannot read"),
+        (b"\x1f\x8b\x00", "cannot read"),
+        (json.dumps({**ROW, "task_id": "Mbpp/2"}).encode(), "another data set"),
+        (json.dumps({k: v for k, v in ROW.items() if k != "base_input"}).encode(), "base_input"),
+        (b"[1]", "line 1"),
+    ],
+)
+def test_bad_files_are_one_line_that_says_what_to_do(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_problems("humaneval", tmp_path / "a")
+    assert "CODEACT_EVAL_DATA" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*HumanEvalPlus.jsonl.gz into a folder"):
+        load_problems("humaneval", tmp_path / "none")
+    monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
+    with pytest.raises(InputError, match=r"holds no MbppPlus.jsonl.gz; put it there"):
+        load_problems("mbpp")
+    with pytest.raises(InputError, match="choose one of: humaneval, mbpp"):
+        load_problems("human")
+
+
+def test_without_evalplus_the_extra_is_named(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"--data FILE.* pip install .codeact\[eval\]"):
+        load_problems("humaneval")
+
+
+@pytest.fixture
+def fake_evalplus(tmp_path: Path, monkeypatch):
+    """A package with evalplus' functions, whose body a test chooses."""
+
+    def make(body: str) -> None:
+        package = tmp_path / "site" / "evalplus" / "data"
+        package.mkdir(parents=True)
+        (package.parent / "__init__.py").touch()
+        (package / "__init__.py").touch()
+        for module, function in (("humaneval", "_ready_human_eval_plus_path"), ("mbpp", "_ready_mbpp_plus_path")):
+            (package / f"{module}.py").write_text(f"import sys, time\ndef {function}():\n    {body}\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+    return make
+
+
+def test_the_file_of_evalplus_is_taken(fake_evalplus, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", ROW)
+    fake_evalplus(f"print('Downloading ...'); return {str(path)!r}")
+    assert load_problems("humaneval").source == str(path)
+
+
+def test_a_failed_download_is_one_line(fake_evalplus) -> None:
+    fake_evalplus("raise OSError('no network')")
+    with pytest.raises(
+        InputError, match=r"evalplus cannot download mbpp .*no network.*MbppPlus.jsonl.gz into a folder"
+    ):
+        load_problems("mbpp")
+
+
+def test_a_hanging_download_ends(fake_evalplus, monkeypatch) -> None:
+    fake_evalplus("time.sleep(1000)")
+    monkeypatch.setattr(eval_data, "_DOWNLOAD_SECONDS", 0.5)
+    with pytest.raises(InputError, match="download of humaneval hangs"):
+        load_problems("humaneval")
+
+
+def test_openais_file_has_a_test_program_instead_of_inputs(human_eval_path: Path) -> None:
+    problems = load_problems("humaneval", human_eval_path)
+    assert len(problems.problems) == 164
+    assert not problems.plus
+    assert all(problem.test and problem.base_input is None for problem in problems.problems)
+    assert problems.by_id()["HumanEval/32"].tolerance == 1e-4
+
+
+def test_the_plus_data(shared_data: Path) -> None:
+    human = load_problems("humaneval", shared_data / "HumanEvalPlus.jsonl.gz")
+    mbpp = load_problems("mbpp", shared_data / "MbppPlus.jsonl.gz")
+    assert (len(human.problems), len(mbpp.problems)) == (164, 378)
+    assert human.plus
+    assert mbpp.plus
+    tasks = mbpp.by_id()
+    assert tasks["Mbpp/2"].base_input[0] == ((3, 4, 5, 6), (5, 7, 4, 10))
+    assert tasks["Mbpp/252"].base_input[0] == (1 + 0j,)
+    assert tasks["Mbpp/124"].base_input[0] == (0.0, 1j)
+
+
+def test_arguments_of_mbpp_are_those_of_evalplus(shared_data: Path) -> None:
+    folder = Path(os.environ.get("CODEACT_EVALPLUS") or Path(__file__).parents[2] / "build" / "evalplus")
+    if not (folder / "evalplus").is_dir():
+        pytest.skip("evalplus is not in build/evalplus; python -m benchmarks.evaluation installs it there")
+    import subprocess
+
+    script = (
+        "import json, sys\nfrom evalplus.data.mbpp import mbpp_deserialize_inputs as d\n"
+        "for row in map(json.loads, sys.stdin):\n"
+        " print(json.dumps([row['task_id'], *(repr([tuple(i) for i in d(row['task_id'], row[k])]) for k in "
+        "('base_input', 'plus_input'))]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input=gzip.decompress((shared_data / "MbppPlus.jsonl.gz").read_bytes()).decode(),
+        env={**os.environ, "PYTHONPATH": str(folder), "MBPP_OVERRIDE_PATH": os.devnull},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tasks = load_problems("mbpp", shared_data / "MbppPlus.jsonl.gz").by_id()
+    for task_id, base, plus in map(json.loads, result.stdout.splitlines()):
+        assert repr(list(tasks[task_id].base_input)) == base, task_id
+        assert repr(list(tasks[task_id].plus_input)) == plus, task_id

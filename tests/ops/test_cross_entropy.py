@@ -1,0 +1,219 @@
+"""linear_cross_entropy against autograd through every logit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from codeact.base.errors import InputError
+from codeact.ops import cross_entropy as module
+from codeact.ops.cross_entropy import linear_cross_entropy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Blocks this small only wait for a second thread, and for long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def problem(tokens, width, vocabulary, dtype=torch.float32, bias=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    offset = torch.randn(vocabulary, generator=generator).to(dtype).requires_grad_() if bias else None
+    return hidden, weight, targets, offset
+
+
+def reference(hidden, weight, targets, bias, softcap, reduction):
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+def loss_and_gradients(function, operands, upstream, **more):
+    hidden, weight, targets, bias = operands
+    for operand in (hidden, weight, bias):
+        if operand is not None:
+            operand.grad = None
+    loss = function(hidden, weight, targets, bias, **more)
+    (loss * upstream).sum().backward()
+    return [loss.detach(), *(None if t is None else t.grad for t in (hidden, weight, bias))]
+
+
+def assert_near(ours, theirs, tolerance):
+    """Within ``tolerance`` of the largest value: single gradients cancel to nothing."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            scale = float(other.abs().max()) if other.numel() else 0.0
+            torch.testing.assert_close(one.double(), other.double(), atol=tolerance * scale + 1e-30, rtol=0)
+
+
+# Sizes: one of each; primes that no block divides; one row a block; one block for all; more rows than words.
+@pytest.mark.parametrize("size", [(1, 1, 2), (37, 40, 101), (5, 8, 3000), (20, 16, 32), (301, 8, 13)])
+# bfloat16 has 8 bits: the logits, their slopes and the gradients are rounded to it.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-12)]
+)
+@pytest.mark.parametrize("extra", ["plain", "bias", "softcap", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_autograd_through_all_logits(monkeypatch, size, dtype, tolerance, extra, reduction):
+    monkeypatch.setattr(module, "_BLOCK_LOGITS", 2000)
+    operands = problem(*size, dtype=dtype, bias=extra in ("bias", "both"))
+    operands[2][1::4] = -100
+    upstream = torch.linspace(0.5, 2.0, size[0]) if reduction == "none" else torch.tensor(0.7)
+    more = {"softcap": 3.0 if extra in ("softcap", "both") else None, "reduction": reduction}
+    ours = loss_and_gradients(linear_cross_entropy, operands, upstream, **more)
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in operands[:2]]
+    bias = None if operands[3] is None else operands[3].detach().double().requires_grad_()
+    theirs = loss_and_gradients(reference, (*exact, operands[2], bias), upstream, **more)
+    assert_near(ours, theirs, tolerance)
+    assert (ours[1][1::4] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(monkeypatch, reduction, softcap):
+    monkeypatch.setattr(module, "_BLOCK_LOGITS", 21)  # three rows a block
+    hidden, weight, targets, bias = problem(5, 3, 7, dtype=torch.float64, bias=True)
+    targets[2] = -100
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, b, softcap, reduction=reduction), (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 3])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_frozen_operand_gets_no_gradient(frozen, reduction):
+    operands = problem(9, 4, 11, bias=True)
+    expected = loss_and_gradients(linear_cross_entropy, operands, torch.tensor(1.0), reduction=reduction)
+    operands[frozen].requires_grad_(False)
+    ours = loss_and_gradients(linear_cross_entropy, operands, torch.tensor(1.0), reduction=reduction)
+    expected[min(frozen, 2) + 1] = None
+    assert_near(ours, expected, 1e-6)
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
+    operands = problem(9, 4, 11)
+    monkeypatch.setattr(module._Gradients, "add", None)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*operands[:3])
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference(*operands, None, "mean"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_autocast_is_that_of_a_linear_layer(reduction):
+    operands = problem(50, 32, 97, bias=True)
+    more = {"softcap": None, "reduction": reduction}
+    exact = loss_and_gradients(reference, operands, torch.tensor(1.0), **more)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = loss_and_gradients(reference, operands, torch.tensor(1.0), **more)
+        ours = loss_and_gradients(linear_cross_entropy, operands, torch.tensor(1.0), **more)
+    assert [t.dtype for t in ours] == [torch.float32] * 4
+    assert_near(ours, exact, 2e-2)
+    # About as far from the truth as autocast itself, and not nearer: it did run in bfloat16.
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        assert 0 < (one - truth).norm() <= 2 * (other.float() - truth).norm() + 1e-3 * truth.norm()
+
+
+def test_autocast_takes_two_dtypes_and_plain_mode_does_not():
+    hidden, weight, targets, _ = problem(6, 4, 7)
+    half = hidden.detach().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(
+            linear_cross_entropy(half, weight, targets), linear_cross_entropy(hidden, weight, targets)
+        )
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        linear_cross_entropy(half, weight, targets)
+
+
+@pytest.mark.parametrize("ignored", ["no rows", "every row"])
+def test_nothing_to_predict(ignored):
+    hidden, weight, targets, bias = problem(0 if ignored == "no rows" else 3, 4, 7, bias=True)
+    targets[:] = -100
+    total = linear_cross_entropy(hidden, weight, targets, bias, reduction="sum")
+    assert total == 0
+    total.backward()  # a rank whose pack is a dummy still takes part in the gradients' exchange
+    assert [float(t.grad.abs().sum()) for t in (hidden, weight, bias)] == [0, 0, 0]
+    assert linear_cross_entropy(hidden, weight, targets, reduction="none").tolist() == [0] * len(targets)
+    assert linear_cross_entropy(hidden, weight, targets).isnan() == F.cross_entropy(hidden[:, :4], targets).isnan()
+
+
+def test_an_ignored_row_costs_nothing_whatever_it_holds():
+    hidden, weight, targets, _ = problem(3, 4, 7)
+    with torch.no_grad():
+        hidden[1] = torch.inf
+    targets[1] = -100
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_extreme_logits_stay_finite():
+    hidden = torch.tensor([[1e4, 0.0], [0.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2]), reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([2e4, 1.0986123]))
+    loss.sum().backward()
+    torch.testing.assert_close(hidden.grad[0], torch.tensor([2.0, 0.0]))
+
+
+class _LargestResult(TorchDispatchMode):
+    """The most elements of any tensor that an operation returned, gradients of operands aside."""
+
+    def __init__(self, but):
+        super().__init__()
+        self.but, self.largest = but, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) not in self.but:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_holds_no_more_than_a_block_of_logits(monkeypatch, reduction):
+    monkeypatch.setattr(module, "_BLOCK_LOGITS", 4096)
+    hidden, weight, targets, _ = problem(600, 2, 1000)
+    watch = _LargestResult(but={(1000, 2), (2, 1000)})
+    with watch:
+        linear_cross_entropy(hidden, weight, targets, softcap=9.0, reduction=reduction).sum().backward()
+    assert 0 < watch.largest <= 4096
+    with watch:
+        reference(hidden, weight, targets, None, 9.0, reduction)
+    assert watch.largest == 600_000  # the watch sees what it should
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 5)}, "do not fit"),
+        ({"hidden": torch.zeros(4)}, "do not fit"),
+        ({"targets": torch.zeros(3)}, "targets must be"),
+        ({"targets": torch.tensor([0, 7, 1])}, r"targets\[1\] is 7, outside \[0, 7\)"),
+        ({"bias": torch.zeros(6)}, "bias must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"weight": torch.empty(7, 4, device="meta")}, "one device"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = dict(zip(("hidden", "weight", "targets"), problem(3, 4, 7), strict=False))
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**arguments, **change})
+
+
+def test_unknown_reduction():
+    with pytest.raises(InputError, match="reduction 'means' is unknown; choose one of: mean"):
+        linear_cross_entropy(*problem(3, 4, 7)[:3], reduction="means")

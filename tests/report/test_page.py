@@ -1,0 +1,333 @@
+"""The report of a run: what it says, that rows stay text, that it is the same every time, and what it refuses."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from codeact.base.errors import InputError, MissingExtraError
+from codeact.report import write_report
+from codeact.report.rows import read_rows, sample
+from codeact.report.text import duration, percent, short, size, visible
+from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, the texts of code blocks, and all text; checks that tags are closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.code: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self._open == []
+        self.words = " ".join(self.text.split())  # also without no-break spaces
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "code":
+            self.code.append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "code" in self._open:
+            self.code[-1] += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page(write_report(folder))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "run"))
+
+
+def test_every_section_is_filled_from_the_run(page: Page) -> None:
+    assert "Not run" not in page.text
+    names = [attributes["id"] for attributes in page.named("figure")]
+    assert names == [
+        f"figure-{name}" for name in ("ifd", "clusters", "losses", "map", "lengths", "packs", "loss", "pass-humaneval")
+    ]
+    assert len(page.named("figcaption")) == len(names) == len(page.named("svg"))
+    for expected in (
+        "24 of 60 rows kept (40.0 %)",
+        "pass@1 on 8 tasks of HumanEval+ rose from 37.5 % to 62.5 %",
+        "It balances",
+        "1 h 2 min",  # of a stage
+        "16.00 GiB",  # of the machine
+        "(measured)",
+        "(estimated)",
+        "The loss of the 6 held-out rows fell from 1.900 to 1.500 nats per token (\N{MINUS SIGN}21.1 %)",
+        "2 tasks are solved only after training, 0 only before",
+        "p = 0.50",
+    ):
+        assert expected in page.words, expected
+
+
+def test_the_captions_are_computed(folder: Path, page: Page) -> None:
+    rows = read_rows(folder)
+    assert rows is not None
+    assert rows.chosen is not None
+    scored = np.isfinite(rows.ifd)
+    gain = (rows.uncond - rows.cond)[scored]
+    for expected in (
+        f"{percent((rows.ifd[scored] >= 1).mean())} of the {scored.sum()} scored rows have an IFD of 1 or more",
+        f"The median row has {np.median(rows.tokens[rows.tokens > 0]):,.0f} tokens",
+        f"{np.median(gain):.2f} nats per token off",
+        f"{percent((gain > 0).mean())} of the rows lie below",
+    ):
+        assert expected.replace("\xa0", " ") in page.words, expected
+
+
+def test_hostile_rows_stay_text(page: Page) -> None:
+    """Every text is there to the letter, and no element or attribute is on the page that the template has not."""
+    assert not {"script", "iframe", "img", "b", "i", "object", "embed", "form", "base"} & {n for n, _ in page.elements}
+    for name, attributes in page.elements:
+        assert not [key for key in attributes if key.startswith("on")], name
+        for key in ("href", "src", "xlink:href"):
+            value = attributes.get(key)
+            assert value is None or value.startswith("#") or (name == "link" and value == "data:,")
+    assert "(empty)" in page.text
+    for text in filter(None, HOSTILE):
+        assert visible(text)[:4000] in page.code, text[:40]
+    assert "<img src=x>" in page.text  # a setting
+    assert "<i>b" in page.text  # a line of a stage
+    assert re.search(r"<b>\d+</b>", page.text)  # an id
+
+
+def test_the_page_loads_nothing_and_may_not(page: Page, folder: Path) -> None:
+    policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+    source = (folder / "report.html").read_text()
+    assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z]", re.sub(r"&lt;.*", "", source))
+    assert "@import" not in source
+
+
+def test_structure_for_screen_readers(page: Page) -> None:
+    assert page.named("html") == [{"lang": "en"}]
+    assert len(page.named("h1")) == 1
+    for svg in page.named("svg"):
+        assert svg["role"] == "img"
+        assert svg["aria-label"]
+    assert all(attributes.get("scope") in ("col", "row") for attributes in page.named("th"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {a["href"] for name, a in page.elements if (a.get("href") or "").startswith("#")}
+    targets |= {f"#{x}" for _, a in page.elements for v in a.values() for x in re.findall(r"url\(#(.+?)\)", v or "")}
+    assert targets <= {f"#{name}" for name in ids}
+
+
+def test_colours_follow_the_page(page: Page, folder: Path) -> None:
+    css = Path(__file__).parents[2] / "codeact" / "report" / "page.css"
+    defined = set(re.findall(r"(--[\w-]+):", css.read_text()))
+    used = set(re.findall(r"var\((--[\w-]+)\)", (folder / "report.html").read_text()))
+    assert {"--chosen", "--other", "--c0", "--s0", "--waste"} <= used <= {*defined, "--share"}
+    styles = " ".join(a.get("style") or "" for _, a in page.elements)
+    assert not re.search(r"#[0-9a-f]{6}", styles)
+    assert "font-family" not in styles
+
+
+def test_the_same_folder_gives_the_same_bytes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_report(copy).read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        assert write_report(copy).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("gone", "missing"),
+    [
+        (["ledger.json"], 0),
+        (["evaluation"], 1),
+        (["evaluation", "model"], 2),
+        (["evaluation", "model", "pack_stats.json", "pack_lengths.npy"], 3),
+        (["evaluation", "model", "pack_stats.json", "selected.jsonl", "selected.rows.parquet"], 4),
+        (["evaluation", "model", "pack_stats.json", "selected.jsonl", "selected.rows.parquet", "embeddings.npy"], 5),
+        (["evaluation", "model", "pack_stats.json", "scores", "selected.jsonl", "ledger.json"], 8),
+        (["evaluation/before", "model/cost.json", "pack_lengths.npy"], 0),
+        (["evaluation/after", "model/training.json"], 0),
+    ],
+)
+def test_a_partial_run_says_what_was_not_run(copy: Path, gone: list[str], missing: int) -> None:
+    for name in gone:
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = Page(write_report(copy))
+    assert page.text.count("Not run") == missing
+
+
+def test_a_run_that_has_only_begun(copy: Path) -> None:
+    for path in copy.iterdir():
+        if path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(copy / "run.json", {"format": 1, "codeact": "0.1.0"})
+    assert "No stage has run yet." in Page(write_report(copy)).text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("run.json", b"{", "run.json is damaged"),
+        ("run.json", b"[1]", "run.json is damaged"),
+        ("ledger.json", b'{"stages": [{"stage": "score"}]}', "ledger.json: "),
+        ("model/cost.json", b"\xff\xfe", "cost.json is damaged"),
+        ("model/training.json", b"[" * 100_000, "training.json is damaged"),
+        ("pack_stats.json", b"{}", "pack_stats.json is damaged: capacity"),
+        ("pack_lengths.npy", b"\x80\x04cos\nsystem\n", "pack_lengths.npy is damaged"),
+        ("evaluation/after/humaneval-sanitized_eval.json", b"null", "humaneval-sanitized_eval.json is damaged"),
+        ("scores/scores.parquet", b"PAR1", "scores.parquet is damaged"),
+        ("selected.rows.parquet", b"", "selected.rows.parquet is damaged"),
+        ("embeddings.rows.parquet", b"", "embeddings.rows.parquet cannot be read"),
+        ("selected.jsonl", b"{}\n", "selected.jsonl has fewer lines"),
+        ("selected.jsonl", b"[]\n" * 100, "selected.jsonl, line 1 is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(copy: Path, name: str, content: bytes, complaint: str) -> None:
+    (copy / name).write_bytes(content)
+    if name == "selected.jsonl" and content.startswith(b"[]"):
+        complaint = "is damaged"
+    with pytest.raises(InputError, match=re.escape(complaint)) as raised:
+        write_report(copy)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_of_different_runs_are_refused(copy: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", rows=40)
+    shutil.copy(other / "selected.rows.parquet", copy)
+    with pytest.raises(InputError, match="not of the same rows"):
+        write_report(copy)
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no run folder \(it has no run\.json\)"):
+        write_report(tmp_path)
+    with pytest.raises(InputError, match="is no run folder"):
+        write_report(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_a_missing_extra_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: object, **more: object):
+        if name.partition(".")[0] == library:
+            raise ImportError(name)
+        return real(name, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingExtraError, match=rf'{library}: pip install "codeact\[report\]"'):
+        write_report(copy)
+
+
+def test_a_ledger_that_does_not_balance_is_said(copy: Path) -> None:
+    ledger = json.loads((copy / "ledger.json").read_text())
+    ledger["stages"][1]["rows_out"] -= 1
+    write_json(copy / "ledger.json", ledger)
+    assert "IT DOES NOT BALANCE: select: " in Page(write_report(copy)).text
+
+
+def test_a_large_table_gives_a_small_page(copy: Path) -> None:
+    """Half a million rows: histograms are of all, scatter plots of a sample that the caption tells of."""
+    rows, rng = 500_000, np.random.default_rng(1)
+    uncond = rng.gamma(9, 0.25, rows)
+    ifd = np.exp(rng.normal(-0.4, 0.4, rows))
+    ifd[7] = 1e300  # one absurd row must not squeeze the others into one bin
+    refused, tokens = np.zeros(rows, np.bool_), rng.lognormal(5, 1.2, rows).astype(np.int32) + 1
+    write_scores(copy / "scores" / "scores.parquet", refused, ifd, uncond + np.log(ifd), uncond, tokens // 3, tokens)
+    chosen = np.zeros(rows, np.bool_)
+    chosen[:24] = True  # as many as there are conversations
+    write_selected(copy, chosen, rng.integers(0, 40, rows).astype(np.int32), np.full(rows, "below_budget"))
+    path = write_report(copy)
+    assert path.stat().st_size < 1_500_000
+    text = Page(path).words
+    assert f"{100 * (ifd >= 1).mean():.1f} % of the 500,000 scored rows" in text
+    assert "a random sample of 2,500" in text
+    assert "Shown are the 12 largest of 40 clusters" in text
+    assert "beyond the axis, the largest at 1e+300" in text
+    assert "(logarithmic)" in text
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_very_few_rows(copy: Path, rows: int) -> None:
+    for name in ("embeddings.npy", "model", "evaluation", "pack_stats.json"):
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    ones, refused = np.ones(rows), np.zeros(rows, np.bool_)
+    write_scores(copy / "scores" / "scores.parquet", refused, ones, ones, ones, np.int32(ones), np.int32(ones))
+    write_selected(copy, ~refused, np.zeros(rows, np.int32), np.full(rows, "x"))
+    Page(write_report(copy))
+
+
+def test_all_the_same_embedding_has_no_map(copy: Path) -> None:
+    from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
+
+    metadata = EmbeddingMetadata(model="m", data_fingerprint="f", rows=60, skipped=0, truncated=0, tokens=0)
+    vectors = np.tile(np.eye(4, dtype=np.float32)[0], (60, 1))
+    write_embeddings(copy / "embeddings.npy", vectors, list(map(str, range(60))), np.arange(60), metadata)
+    assert Page(write_report(copy)).text.count("Not run: stage embed") == 1
+
+
+def test_a_sample_is_the_same_every_time_and_sorted() -> None:
+    positions = np.arange(0, 3_000_000, 3)
+    drawn = sample(positions, 1000)
+    assert (drawn == sample(positions, 1000)).all()
+    assert len(np.unique(drawn)) == 1000
+    assert (np.diff(drawn) > 0).all()
+    assert abs(drawn.mean() / positions.mean() - 1) < 0.05
+    assert sample(positions[:5], 1000) is not None
+
+
+def test_columns_of_another_type_are_refused(copy: Path) -> None:
+    path = copy / "selected.rows.parquet"
+    table = pq.read_table(path)
+    texts = pa.array(["x"] * table.num_rows)
+    pq.write_table(table.set_column(table.column_names.index("row"), "row", texts), path)
+    with pytest.raises(InputError, match="are damaged: Failed to parse string"):
+        write_report(copy)
+    pq.write_table(table.drop_columns("chosen"), path)
+    with pytest.raises(InputError, match=r"are damaged: .*chosen"):
+        write_report(copy)
+
+
+def test_numbers_and_texts() -> None:
+    assert [duration(s) for s in (0.04, 99.9, 100, 3599.6, 3723)] == [
+        "0.0\xa0s", "99.9\xa0s", "1\xa0min 40\xa0s", "1\xa0h 0\xa0min", "1\xa0h 2\xa0min",
+    ]  # fmt: skip
+    assert [size(b) for b in (2**20, 2**30)] == ["1\xa0MiB", "1.00\xa0GiB"]
+    assert [short(v) for v in (0, 0.5, 950, 2000, 12_000, 1_500_000, 2e9)] == "0 0.5 950 2,000 12k 1.5M 2G".split()
+    assert visible("a\tb\n\x00\x1b[0m\x7f\u202e\ud800") == "a\tb\n⟨U+0000⟩⟨U+001B⟩[0m⟨U+007F⟩⟨U+202E⟩⟨U+D800⟩"

@@ -1,0 +1,378 @@
+"""`codeact run`: what is done again and what is kept, what a kill leaves, and that no row goes missing in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from codeact.base.errors import InputError
+from codeact.base.ledger import Change, Entry, Ledger
+from codeact.data.records import write_jsonl
+from codeact.run import flow as pipeline
+from codeact.run import steps as run_steps
+from codeact.run.count import ledger_of
+from codeact.run.folder import RunFolder, Step
+from codeact.run.settings import read_settings
+from codeact.selection import audit as selection_audit
+from tests.conftest import make_records
+
+ROWS = 40
+TASKS = ("HumanEval/0", "HumanEval/2")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_path, embedder_path, monkeypatch) -> Path:
+    """A run's file: 40 rows, one of them without an answer, one unreadable."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": record.question, "a": record.answer} for record in make_records(ROWS)]
+    rows[3]["a"] = ""
+    rows[5] = {"q": "only a question"}
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    content = {
+        "output": "run",
+        "data": {"source": "rows.jsonl", "question": "q", "answer": "a"},
+        "score": {"model": str(tiny_model_path), "max_length": 256, "shard_size": 16},
+        "embed": {"model": str(embedder_path)},
+        "select": {"clusters": 3, "ratio": 0.25},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def training(config, isolated, tmp_path) -> Path:
+    """The same with training and programs for two of three tasks."""
+    task = {"base_input": [[1]], "plus_input": [[2]], "atol": 0}
+    rows = [
+        {
+            "task_id": f"HumanEval/{n}",
+            "prompt": f"def f{n}(x):\n",
+            "entry_point": f"f{n}",
+            "canonical_solution": f"    return x + {n}\n",
+            **task,
+        }
+        for n in range(3)
+    ]
+    write_jsonl(tmp_path / "HumanEvalPlus.jsonl", rows)
+    flags = {"max_seq_len": 256, "max_steps": 2, "bf16": False, "eval_ratio": 0.2, "save_strategy": "no"}
+    change(config, train={**flags, "lora": True, "disable_tqdm": True})
+    change(config, generate={"data": "HumanEvalPlus.jsonl", "tasks": list(TASKS), "max_new_tokens": 4}, evaluate={})
+    return config
+
+
+def change(config: Path, **sections) -> None:
+    content = yaml.safe_load(config.read_text())
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
+    config.write_text(yaml.safe_dump(content))
+
+
+def did(err: str) -> list[str]:
+    """The steps that were done, not those that were kept."""
+    return [line.removesuffix(" ...") for line in err.splitlines() if line.endswith(" ...") and " " not in line[:-4]]
+
+
+def test_the_whole_flow_and_again(codeact, training):
+    code, out, err = codeact("run", training)
+    assert code == 0, err
+    parts = [f"{stage}.{part}" for stage in ("generate", "evaluate") for part in ("before", "after")]
+    assert did(err) == ["score", "embed", "select", "train", *parts, "report"]
+    folder = Path("run")
+    for name in ("ledger.json", "report.html", "selected.rows.parquet", "pack_stats.json", "pack_lengths.npy"):
+        assert (folder / name).is_file()
+    ledger = Ledger.read(folder / "ledger.json")
+    assert ledger.complaints() == []
+    assert ledger == ledger_of(folder)
+    assert ledger.table() in out
+    by_stage = {entry.stage: entry for entry in ledger.entries}
+    assert [change.reason for change in by_stage["read"].lost] == ["empty_answer", "missing_column"]
+    assert by_stage["select"].rows_out == 10
+    assert by_stage["train"].rows_out == 8
+    assert by_stage["generate.after"].rows_out == len(TASKS)
+    assert by_stage["evaluate.after"].after == "generate.after"
+    known = json.loads((folder / "run.json").read_text())
+    assert known["settings"]["select"]["ratio"] == 0.25
+    assert known["versions"]["torch"]
+    assert all(record["seconds"] >= 0 for record in known["stages"].values())
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    code, out, err = codeact("run", training)
+    assert code == 0, err
+    assert did(err) == []
+    assert ledger.table() in out
+    changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed <= {"run.json", "ledger.json", ".lock"}
+
+
+def test_only_what_changed_is_done_again_and_comes_back(codeact, config):
+    assert codeact("run", config)[0] == 0
+    first = Path("run/selected.jsonl").read_bytes()
+    change(config, select={"ratio": 0.5})
+    code, _, err = codeact("run", config)
+    assert code == 0, err
+    assert did(err) == ["select", "report"]
+    assert Path("run/selected.jsonl").read_bytes() != first
+    change(config, select={"ratio": 0.25})
+    code, _, err = codeact("run", config)
+    assert code == 0, err
+    assert did(err) == []
+    assert Path("run/selected.jsonl").read_bytes() == first
+    change(config, score={"max_length": 200})
+    code, _, err = codeact("run", config)
+    assert code == 0, err
+    assert "embed: done already" in err
+    assert did(err)[0] == "score"
+    change(config, score={"max_length": 256, "shard_size": 7}, embed={"batch_size": 3})  # where and how fast, not what
+    code, _, err = codeact("run", config)
+    assert code == 0, err
+    assert did(err) == []
+
+
+def test_changed_data_is_scored_again(codeact, config):
+    assert codeact("run", config, "--until", "score")[0] == 0
+    with Path("rows.jsonl").open("a") as file:
+        file.write('{"q": "one more", "a": "return value for key in list"}\n')
+    code, out, err = codeact("run", config, "--until", "score")
+    assert (code, did(err)) == (0, ["score"])
+    assert "rows in       41" in out
+
+
+def test_from_and_until(codeact, config):
+    code, _, err = codeact("run", config, "--from", "select")
+    assert (code, "step score is not done" in err) == (2, True)
+    code, _, err = codeact("run", config, "--until", "embed")
+    assert (code, did(err)) == (0, ["score", "embed"])
+    assert not Path("run/selected.jsonl").exists()
+    change(config, score={"max_length": 99})  # does not matter: from select on, scores are taken as they are
+    code, _, err = codeact("run", config, "--from", "select")
+    assert (code, did(err)) == (0, ["select", "report"])
+    for flags, message in (
+        (
+            ("--from", "train"),
+            "the settings have no section train; there are score, embed, select, report",
+        ),
+        (("--until", "selct"), "--until 'selct' is unknown; choose one of: select"),
+        (("--from", "select", "--until", "embed"), "--from select comes after --until embed"),
+    ):
+        code, _, err = codeact("run", config, *flags)
+        assert code == 2
+        assert message in err
+
+
+def test_a_result_that_somebody_changed_is_not_overwritten(codeact, config):
+    assert codeact("run", config)[0] == 0
+    selected = Path("run/selected.jsonl")
+    mine = selected.read_bytes().replace(b"def", b"fed")
+    selected.write_bytes(mine)
+    code, _, err = codeact("run", config)
+    assert code == 2
+    assert "selected.jsonl was changed after step select made it" in err
+    assert selected.read_bytes() == mine
+    selected.unlink()
+    code, _, err = codeact("run", config)
+    assert (code, did(err)) == (0, ["select"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"learning_rat": 1}}, "train: unknown flag --learning_rat; did you mean --learning_rate?"),
+        ({"train": {"learning_rate": "high"}}, "invalid float value: 'high'"),
+        ({"train": {"output_dir": "x"}}, "train: output_dir follows from the other settings"),
+        ({"train": {}, "generate": {"data": "nowhere.jsonl"}}, "cannot read nowhere.jsonl"),
+    ],
+)
+def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config, sections, message):
+    change(config, **sections)
+    code, _, err = codeact("run", config)
+    assert code == 2
+    assert message in err
+    assert did(err) == []
+
+
+def test_a_stage_that_loses_a_row_in_silence_is_found_out(codeact, config, monkeypatch):
+    from codeact.selection import choose as selection
+
+    def lossy(path, rows):
+        return write_jsonl(path, list(rows)[:-1])
+
+    monkeypatch.setattr(selection, "write_jsonl", lossy)
+    code, _, err = codeact("run", config)
+    assert code == 1
+    assert "does not balance: select: 38 rows in + 0 added is not 9 out + 28 lost" in err
+
+
+def entry(stage, before, rows_in, rows_out, **more):
+    return Entry(stage=stage, what="rows", after=before, rows_in=rows_in, rows_out=rows_out, **more)
+
+
+def test_a_ledger_balances_or_says_where_not():
+    lost = (Change(reason="empty", rows=2, tokens=5), Change(reason="cut", rows=0, tokens=3))
+    first = entry("a", None, 10, 8, tokens_in=100, tokens_out=92, lost=lost)
+    assert Ledger(entries=(first, entry("b", "a", 8, 8, tokens_in=92, tokens_out=92))).complaints() == []
+    assert Ledger(entries=(first, entry("b", "a", 7, 7))).complaints() == ["b takes in 7 rows, a gave out 8"]
+    added = (Change(reason="format", rows=0, tokens=4),)
+    assert Ledger(entries=(entry("a", None, 1, 1, tokens_in=1, tokens_out=5, added=added),)).complaints() == []
+    (text,) = Ledger(entries=(entry("a", None, 1, 1, tokens_in=1, tokens_out=4, added=added),)).complaints()
+    assert text == "a: 1 tokens in + 4 added is not 4 out + 0 lost"
+
+
+def test_the_audit_names_a_reason_for_every_row(codeact, config):
+    assert codeact("run", config, "--until", "select")[0] == 0
+    table = pq.read_table("run/selected.rows.parquet")
+    assert table.schema.equals(selection_audit.SCHEMA)
+    assert Ledger.read(Path("run/ledger.json")) == ledger_of(Path("run"))
+    assert table["row"].to_pylist() == list(range(ROWS))
+    chosen = [json.loads(line)["id"] for line in Path("run/selected.jsonl").read_text().splitlines()]
+    rows = table.to_pylist()
+    assert [row["id"] for row in rows if row["chosen"]] == chosen
+    assert rows[3]["reason"] == "empty_answer"
+    assert rows[5]["reason"] == "unreadable"
+    assert rows[5]["cluster"] is None
+    scores = pq.read_table("run/scores/scores.parquet").to_pylist()
+    for row, score in zip(rows, scores, strict=True):
+        assert (row["reason"] is None) == row["chosen"]
+        if score["status"] == "ok" and not row["chosen"]:
+            assert row["reason"] == ("ifd_at_least_1" if score["ifd"] >= 1 else "below_budget")
+
+
+class InterruptionError(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_kill_between_any_two_moves_mixes_nothing(tmp_path, monkeypatch, at):
+    """Results of two settings are swapped to and fro; whatever was cut off, each comes back whole."""
+    folder = tmp_path / "run"
+    made = []
+
+    def step(text: str) -> Step:
+        def work():
+            made.append(text)
+            for name in ("a", "b"):
+                (folder / name).write_text(text)
+            return [("made", text)]
+
+        return Step(name="s", stage="s", inputs=dict, outputs=("a", "b"), products=("a", "b"), work=work)
+
+    for text in ("one", "two"):
+        RunFolder(folder).do(step(text), text)
+    real, calls = os.replace, 0
+
+    def cut(source, target):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise InterruptionError
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+    with suppress(InterruptionError):
+        RunFolder(folder).reusable(step("one"), "one")
+    monkeypatch.setattr(os, "replace", real)
+    for text in ("two", "one", "two"):
+        state = RunFolder(folder)
+        assert state.reusable(step(text), text)
+        assert [(folder / name).read_text() for name in ("a", "b")] == [text, text]
+        assert state.lines("s") == [("made", text)]
+    assert made == ["one", "two"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    other = RunFolder(tmp_path).locked()
+    with RunFolder(tmp_path).locked(), pytest.raises(InputError, match="another codeact run is at work"):
+        other.__enter__()
+
+
+def test_kill_9_and_the_same_command_again(codeact, config):
+    """Killed while it scores, with a shard done; the rerun gives what an uninterrupted run gives."""
+    command = [sys.executable, "-m", "codeact", "run", str(config), "--until", "select"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    first = Path("run/scores/shards/00000-of-00003.parquet")
+    while not first.exists() and process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert first.exists()
+    kept = first.stat().st_mtime_ns
+    code, _, err = codeact("run", config, "--until", "select")
+    assert code == 0, err
+    assert first.stat().st_mtime_ns == kept
+    interrupted = Path("run/selected.jsonl").read_bytes()
+    change(config, output="other")
+    assert codeact("run", config, "--until", "select")[0] == 0
+    assert Path("other/selected.jsonl").read_bytes() == interrupted
+
+
+def test_several_processes_give_the_same_scores(codeact, config):
+    assert codeact("run", config, "--until", "score")[0] == 0
+    change(config, output="two", processes=2)
+    code, _, err = codeact("run", config, "--until", "score")
+    assert code == 0, err
+    tables = [pq.read_table(f"{name}/scores/scores.parquet") for name in ("run", "two")]
+    assert tables[0].equals(tables[1])
+
+
+def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
+    change(config, train={"max_seq_len": 256, "max_steps": 1, "lora": True}, processes=8)
+    settings = read_settings(config)
+    commands = []
+
+    def launched(command, check):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    Path("run").mkdir()
+    monkeypatch.setattr(run_steps.subprocess, "run", launched)
+    monkeypatch.setattr(run_steps, "_pack_stats", lambda *_: None)
+    with pytest.raises(InputError, match="training in 8 processes ended with exit code 3"):
+        run_steps._train(settings)
+    assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
+    from codeact.training.flags import parse
+
+    parsed = parse([commands[0][-1]])
+    assert parsed.data.data_path == "run/selected.jsonl"
+    assert parsed.trainer.output_dir == "run/model"
+
+
+@pytest.fixture
+def demo(codeact, model_path, embedder_path, human_eval_path, tmp_path, monkeypatch):
+    """The settings that the demo runs with, and what it prints; the work itself is what `make demo` does."""
+    from codeact.run import demo
+
+    def run():
+        seen = []
+        monkeypatch.setattr(pipeline, "run", seen.append)
+        monkeypatch.setattr(demo, "write_harvest", lambda *_, limit: f"harvested {limit}")
+        code, out, err = codeact("demo", "--rows", 12, "--output", tmp_path / "d")
+        assert code == 0, err
+        assert "harvested 12" in err
+        return seen[0], out, err
+
+    return run
+
+
+def test_the_demo(demo, model_path, tmp_path):
+    settings, out, _ = demo()
+    assert settings == read_settings(tmp_path / "d" / "run.yaml")
+    assert settings.score.model == str(model_path)
+    assert len(settings.generate.tasks if settings.generate else ()) in (0, 8)
+    assert "report.html" in out
+
+
+def test_the_demo_goes_on_without_a_sandbox(demo, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    settings, _, err = demo()
+    assert "HumanEval is left out: refusing to run generated programs" in err
+    assert settings.generate is None

@@ -1,0 +1,77 @@
+"""The YAML file of a run: what it may hold, and what is said about a mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from codeact.base.errors import InputError
+from codeact.run.settings import read_settings, shipped_configs
+
+GOOD = """\
+output: o
+data: {source: s}
+score:
+  model: m
+"""
+
+
+@pytest.fixture
+def complaint(tmp_path):
+    """What is said about a file with this content."""
+
+    def about(content: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(content)
+        with pytest.raises(InputError) as caught:
+            read_settings(path)
+        text = str(caught.value)
+        assert text.startswith(str(path)) or text.startswith(f"cannot read {path}")
+        assert "\n" not in text
+        return text.replace(str(path), "FILE")
+
+    return about
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("sorce: {}\n", "FILE, line 5: sorce: unknown key; did you mean score?"),
+        ("  max_lenght: 5\n", "FILE, line 5: score.max_lenght: unknown key; did you mean max_length?"),
+        ("  max_length: long\n", "FILE, line 5: score.max_length: input should be a valid integer"),
+        (
+            "select:\n  clusters: 10\n  ratio: 2\n",
+            "FILE, line 7: select.ratio: input should be less than or equal to 1",
+        ),
+        ("train: {}\ngenerate:\n  datset: mbpp\n", "FILE, line 7: generate.datset: unknown key; did you mean dataset?"),
+        ("train: {}\ngenerate: {dataset: apps}\n", "FILE, line 6: generate.dataset: input should be 'humaneval' or"),
+        ("generate: {}\n", "FILE: generate needs a section train"),
+        ("evaluate: {}\n", "FILE: evaluate needs a section generate"),
+        ("score: {model: other}\n", "FILE, line 5: the key score is there twice"),
+        ("  model: other\n", "FILE, line 5: the key model is there twice"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(complaint, more, message):
+    assert message in complaint(GOOD + more)
+
+
+def test_a_missing_key_is_named_with_the_line_of_its_section(complaint):
+    assert complaint("output: o\ndata: {source: s}\nscore: {}\n") == "FILE, line 3: score.model: field required"
+
+
+def test_every_mistake_is_named(complaint):
+    text = complaint(GOOD + "  max_length: 1\n  dtyp: auto\n")
+    assert "line 5: score.max_length" in text
+    assert "line 6: score.dtyp" in text
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00", "? [a]\n: 1\n"])
+def test_a_file_that_holds_no_settings(complaint, content):
+    complaint(content)
+
+
+def test_what_codeact_brings_is_found_by_name():
+    assert "demo" in shipped_configs()
+    for name in shipped_configs():
+        assert read_settings(name).score.model
+    with pytest.raises(InputError, match="no such file: dmo; codeact brings demo"):
+        read_settings("dmo")

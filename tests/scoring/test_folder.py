@@ -1,0 +1,290 @@
+"""The folder of scores: shards, resume after kill -9, sharing, merging and refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from codeact.base.errors import InputError
+from codeact.base.files import TEMPORARY_PREFIX
+from codeact.data.records import write_jsonl
+from codeact.run import stages as data_stages
+from codeact.run.settings import DataSettings, ScoreSettings
+from codeact.scoring.folder import ScoreFolder, settings_hash
+from tests.conftest import make_records
+
+ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": r.question, "output": r.answer, "tag": r.row} for r in make_records(ROWS)]
+    rows[7]["output"] = "  "
+    rows[50]["instruction"] = None
+    write_jsonl(path, rows)
+    return path
+
+
+def settings(tiny_model_path, **more) -> ScoreSettings:
+    return ScoreSettings(**{"model": str(tiny_model_path), "max_length": 256, "shard_size": 5, **more})
+
+
+def score(data_path, tiny_model_path, output, shard=(0, 1), overwrite=False, strict=False, **more):
+    data = DataSettings(source=str(data_path))
+    chosen = settings(tiny_model_path, **more)
+    return data_stages.score(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data_path, tiny_model_path) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "scores"
+    score(data_path, tiny_model_path, folder)
+    return folder
+
+
+def assert_same_table(folder: Path, expected: Path, rtol: float = 1e-6) -> None:
+    ours, theirs = ScoreFolder.open(folder).read(), ScoreFolder.open(expected).read()
+    for name in ours.column_names:
+        if name in ("cond_nll_sum", "uncond_nll_sum", "ifd"):
+            np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=rtol)
+        else:
+            assert ours[name].equals(theirs[name]), name
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in (folder / "shards").glob("[0-9]*.parquet")}
+
+
+def test_every_row_is_in_the_table_once(uninterrupted):
+    table = ScoreFolder.open(uninterrupted).read()
+    assert table["row"].to_pylist() == list(range(ROWS))
+    assert table["status"].to_pylist()[7] == "empty_answer"
+    assert table["status"].to_pylist()[50] == "unreadable"
+    assert "row 50" in table["reason"].to_pylist()[50]
+    assert table["status"].to_pylist().count("ok") == ROWS - 2
+
+
+def test_totals_balance(uninterrupted):
+    table = ScoreFolder.open(uninterrupted).read()
+    totals = ScoreFolder.open(uninterrupted).totals()
+    assert totals["rows"] == sum(totals["status"].values()) == ROWS
+    assert sum(totals["refused"].values()) == ROWS - totals["status"]["ok"] == 2
+    assert totals["sequences"] == 2 * totals["status"]["ok"]
+    assert totals["scored_tokens"] == sum(table["scored_tokens"].to_pylist())
+    # every token of both passes: the prompt once, the answer twice; no BOS, nothing truncated here
+    assert totals["tokens"] == totals["prompt_tokens"] + 2 * totals["answer_tokens"]
+
+
+def test_shard_size_and_pack_size_do_not_change_scores(data_path, tiny_model_path, tmp_path, uninterrupted):
+    score(data_path, tiny_model_path, tmp_path / "s", shard_size=1000, tokens_per_pack=300)
+    # other packs are other matrix shapes, which round their float32 sums in another order
+    assert_same_table(tmp_path / "s", uninterrupted, rtol=1e-4)
+
+
+def command(data_path, tiny_model_path, folder, *more: str) -> list[str]:
+    options = ["--model", str(tiny_model_path), "--max-length", "256", "--shard-size", "5", "--output", str(folder)]
+    return [sys.executable, "-m", "codeact", "score", str(data_path), *options, *more]
+
+
+def test_kill_9_at_random_moments(data_path, tiny_model_path, tmp_path, uninterrupted):
+    """A real process, killed again and again; what was done stays as it was, and the end is the same table."""
+    print("seed", os.getpid())
+    rng = random.Random(os.getpid())
+    folder = tmp_path / "scores"
+    done: dict[str, tuple[int, int]] = {}
+    kills_midway = 0
+    for attempt in range(12):
+        process = subprocess.Popen(command(data_path, tiny_model_path, folder), stderr=subprocess.PIPE)
+        wanted = len(done) + rng.randint(3, 9)
+        if attempt and rng.random() < 0.25:  # any moment: before the first shard, or between two
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=rng.uniform(0.1, 12))
+            wanted = 0
+        while process.poll() is None and len(stamps(folder)) < wanted:
+            try:
+                process.wait(timeout=rng.uniform(0.001, 0.01))
+            except subprocess.TimeoutExpired:
+                continue
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        _, stderr = process.communicate()
+        now = stamps(folder)
+        assert {name: now[name] for name in done} == done, "a finished shard was done again"
+        done = now
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, stderr.decode()
+        kills_midway += 0 < len(done) < ROWS // 5
+    else:
+        subprocess.run(command(data_path, tiny_model_path, folder), check=True, capture_output=True)
+        assert {name: stamps(folder)[name] for name in done} == done
+    assert kills_midway >= 1
+    assert_same_table(folder, uninterrupted)
+    assert not list(folder.rglob(f"{TEMPORARY_PREFIX}*")), "merge leaves no temporary files of killed processes"
+
+
+def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tmp_path, uninterrupted):
+    folder = tmp_path / "scores"
+    assert score(data_path, tiny_model_path, folder, shard=(1, 3)) is None
+    with pytest.raises(InputError, match=r"16 of 24 shards are missing \(0, 2, 3, 5, .*run codeact score"):
+        ScoreFolder.open(folder).merge()
+    with pytest.raises(InputError, match="is not merged: run codeact merge"):
+        ScoreFolder.open(folder).read()
+    both = [
+        subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", f"{i}/3"), stderr=subprocess.PIPE)
+        for i in (0, 2)
+    ]
+    assert [(p.communicate()[1], p.returncode)[1] for p in both] == [0, 0]
+    ScoreFolder.open(folder).merge()
+    assert_same_table(folder, uninterrupted)
+
+
+def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
+    folder = tmp_path / "scores"
+    both = [subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1")) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert_same_table(folder, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory: pytest.TempPathFactory, data_path, tiny_model_path) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "scores"
+    score(data_path, tiny_model_path, folder, shard_size=60)
+    return folder
+
+
+class TestRefusals:
+    @pytest.fixture
+    def folder(self, two_shards, tmp_path):
+        return shutil.copytree(two_shards, tmp_path / "s")
+
+    def test_other_settings(self, folder, data_path, tiny_model_path):
+        ours = ScoreFolder.open(folder).hash
+        with pytest.raises(
+            InputError, match=rf"hash {ours}, this run [0-9a-f]{{16}}\): max_length 256 there, 128 here"
+        ):
+            score(data_path, tiny_model_path, folder, shard_size=60, max_length=128)
+
+    def test_other_data(self, folder, data_path, tiny_model_path, tmp_path):
+        other = tmp_path / "other.jsonl"
+        other.write_bytes(data_path.read_bytes().replace(b"def", b"DEF", 1))
+        with pytest.raises(InputError, match=r"data\.fingerprint"):
+            score(other, tiny_model_path, folder, shard_size=60)
+
+    def test_other_model(self, folder, data_path, tiny_model, tokenizer, tmp_path):
+        tiny_model.lm_head.weight.data[0, 0] += 1
+        tiny_model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        with pytest.raises(InputError, match=r"model\.fingerprint"):
+            score(data_path, tmp_path / "model", folder, shard_size=60)
+
+    def test_moved_data_and_model_are_the_same_run(self, folder, data_path, tiny_model_path, tmp_path):
+        before = stamps(folder)
+        moved = tmp_path / "moved.jsonl"
+        moved.write_bytes(data_path.read_bytes())
+        score(moved, tiny_model_path, folder, shard_size=60)
+        assert stamps(folder) == before
+
+    def test_overwrite_starts_anew(self, folder, data_path, tiny_model_path):
+        (folder / "notes.txt").write_text("mine")
+        score(data_path, tiny_model_path, folder, shard_size=60, max_length=128, overwrite=True)
+        assert ScoreFolder.open(folder).settings["max_length"] == 128
+        assert (folder / "notes.txt").read_text() == "mine"
+
+    def test_overwrite_keeps_what_was_made_with_the_same_settings(self, folder, data_path, tiny_model_path):
+        before = stamps(folder)
+        score(data_path, tiny_model_path, folder, shard_size=60, overwrite=True)
+        assert stamps(folder) == before
+
+    def test_a_shard_of_another_run(self, folder, data_path, tiny_model_path, tmp_path):
+        score(data_path, tiny_model_path, tmp_path / "t", shard_size=60, max_length=128)
+        path = ScoreFolder.open(folder).path(1)
+        path.write_bytes((tmp_path / "t" / "shards" / path.name).read_bytes())
+        with pytest.raises(InputError, match=r"00001-of-00002.parquet was made with other settings"):
+            ScoreFolder.open(folder).merge()
+
+    def test_a_damaged_shard(self, folder):
+        path = ScoreFolder.open(folder).path(0)
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(InputError, match=r"is damaged .* delete it and score again"):
+            ScoreFolder.open(folder).merge()
+
+    def test_a_shard_damaged_in_the_middle(self, folder):
+        path = ScoreFolder.open(folder).path(0)
+        content = bytearray(path.read_bytes())
+        content[4:600] = bytes(596)
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"00000-of-00002.parquet is damaged"):
+            ScoreFolder.open(folder).merge()
+
+    def test_a_shard_with_other_rows(self, folder):
+        path = ScoreFolder.open(folder).path(0)
+        table = pq.read_table(path)
+        pq.write_table(table.slice(1), path)
+        with pytest.raises(InputError, match="does not hold rows 0 to 59"):
+            ScoreFolder.open(folder).merge()
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"hash": 1, "settings": {}}'])
+    def test_a_damaged_manifest(self, folder, content):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(InputError, match=r"cannot use .*manifest.json"):
+            ScoreFolder.open(folder)
+
+    def test_no_scores(self, tmp_path):
+        with pytest.raises(InputError, match=r"holds no scores \(no manifest.json\)"):
+            ScoreFolder.open(tmp_path)
+
+    def test_strict_stops_at_the_first_bad_row(self, data_path, tiny_model_path, tmp_path):
+        with pytest.raises(InputError, match=r"row 7 .*\(empty_answer\).*--strict"):
+            score(data_path, tiny_model_path, tmp_path / "s", strict=True)
+        assert not (tmp_path / "s").exists()
+
+    def test_a_place_that_cannot_be_written(self, data_path, tiny_model_path, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match=r"cannot write .*choose another --output"):
+            score(data_path, tiny_model_path, tmp_path / "file" / "scores")
+
+    def test_a_full_disk(self, data_path, tiny_model_path, tmp_path):
+        """A limit on the size of files stands in for the full disk: the same call fails with an OSError."""
+        limited = ["bash", "-c", 'ulimit -f 2; trap "" XFSZ; exec "$@"', "bash"]
+        call = [*limited, *command(data_path, tiny_model_path, tmp_path / "s")]
+        result = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith("codeact: error: cannot write ")
+        assert "Traceback" not in result.stderr
+        assert not list((tmp_path / "s").rglob("[0-9]*.parquet"))
+
+
+def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
+    assert manifest["hash"] == settings_hash(manifest["settings"])
+    assert manifest["settings"]["data"]["source"] == str(data_path)
+    assert manifest["settings"]["model"]["name"] == str(tiny_model_path)
+    assert manifest["settings"]["model"]["fingerprint"].startswith("sha256:")
+    assert manifest["versions"]["torch"]
+    assert manifest["totals"]["rows"] == ROWS
+
+
+def test_paper_json(data_path, tiny_model_path, tmp_path):
+    from codeact.scoring.folder import write_paper_json
+
+    score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
+    folder = ScoreFolder.open(tmp_path / "s")
+    count = write_paper_json(tmp_path / "paper.json", folder.read(), data_stages.open_scored_data(folder))
+    entries = json.loads((tmp_path / "paper.json").read_text())
+    assert len(entries) == count == ROWS - 2
+    assert set(entries[0]) == {"question", "answer", "IFD"}
+    assert entries[0]["IFD"] == folder.read()["ifd"][0].as_py()

@@ -1,0 +1,247 @@
+"""Every chat format against text that was written down by hand from its source."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from codeact.base.errors import InputError
+from codeact.data.records import Record
+from codeact.scoring.tokens import tokenize
+from codeact.text.formats import CHAT_FORMATS
+from codeact.text.templates import MODEL_TYPES, ConversationTemplate, PromptBuilder
+from tests.helpers.chat_tokenizers import family_tokenizer
+
+TURNS = [
+    ("system", "Be brief."),
+    ("user", " Hi {text} {eos}"),
+    ("assistant", "Hello\n"),
+    ("user", "Bye"),
+    ("assistant", "Ciao"),
+]
+
+# Of TURNS, then of [user "Q", assistant "A"].
+GOLDEN = {
+    # chat_completion in meta-llama/codellama, llama/generation.py: a pair is "[INST] {} [/INST] {} " between BOS and
+    # EOS, texts are stripped, the system text goes into the first user turn between <<SYS>> marks.
+    "codellama": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi {text} {eos} [/INST] Hello </s><s>[INST] Bye [/INST] Ciao </s>",
+        "<s>[INST] Q [/INST] A </s>",
+    ),
+    # ai.google.dev/gemma/docs/formatting: turns, "\n" after <end_of_turn>, role "model"; no system turn, its text opens
+    # the first user turn. The published template strips texts.
+    "codegemma": (
+        "<start_of_turn>user\nBe brief.\n\nHi {text} {eos}<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\nCiao<end_of_turn>\n",
+        "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n",
+    ),
+    # deepseek-ai/DeepSeek-Coder, finetune/finetune_deepseekcoder.py: the prompt, and "{output}\n<|EOT|>"; several turns
+    # as in the instruct models' own template, "\n" after <|EOT|>. (That template forgets the line break after a system
+    # turn of yours.)
+    "deepseek": (
+        "Be brief.\n### Instruction:\n Hi {text} {eos}\n### Response:\nHello\n\n<|EOT|>\n"
+        "### Instruction:\nBye\n### Response:\nCiao\n<|EOT|>\n",
+        "You are an AI programming assistant, utilizing the DeepSeek Coder model, developed by DeepSeek Company, and "
+        "you only answer questions related to computer science. For politically sensitive questions, security and "
+        "privacy issues, and other non-computer science questions, you will refuse to answer.\n"
+        "### Instruction:\nQ\n### Response:\nA\n<|EOT|>\n",
+    ),
+    # bigcode-project/starcoder2-self-align, src/star_align/prompt_template.py. It refuses system turns; here one takes
+    # the place of the first sentence.
+    "starcoder2": (
+        "<|endoftext|>Be brief.\n\n### Instruction\n Hi {text} {eos}\n\n### Response\nHello\n<|endoftext|>\n\n"
+        "### Instruction\nBye\n\n### Response\nCiao<|endoftext|>\n\n",
+        "<|endoftext|>You are an exceptionally intelligent coding assistant that consistently delivers accurate and "
+        "reliable responses to user instructions.\n\n### Instruction\nQ\n\n### Response\nA<|endoftext|>\n\n",
+    ),
+    # ChatML; the system text is that of the Qwen1.5 documentation (qwen.readthedocs.io, v1.5, inference/chat).
+    "codeqwen": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi {text} {eos}<|im_end|>\n"
+        "<|im_start|>assistant\nHello\n<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+        "<|im_start|>assistant\nCiao<|im_end|>\n",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n",
+    ),
+    # ChatFormat in meta-llama/llama3, llama/tokenizer.py: header, "\n\n", the stripped text, <|eot_id|>. Its BOS is
+    # written by the tokenizer.
+    "llama3": (
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi {text} {eos}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nCiao<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>",
+    ),
+}
+
+ANSWERS = {
+    "codellama": [" Hello </s>", " Ciao </s>"],
+    "codegemma": ["Hello<end_of_turn>", "Ciao<end_of_turn>"],
+    "deepseek": ["Hello\n\n<|EOT|>", "Ciao\n<|EOT|>"],
+    "starcoder2": ["Hello\n<|endoftext|>", "Ciao<|endoftext|>"],
+    "codeqwen": ["Hello\n<|im_end|>", "Ciao<|im_end|>"],
+    "llama3": ["Hello<|eot_id|>", "Ciao<|eot_id|>"],
+}
+
+
+def test_every_family_has_its_golden_text():
+    assert set(GOLDEN) == set(ANSWERS) == set(CHAT_FORMATS) == set(MODEL_TYPES) - {"chat"}
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+class TestFamilies:
+    def test_text(self, tokenizer, name):
+        template = ConversationTemplate(family_tokenizer(tokenizer, name), name)
+        long, short = template.render([TURNS, [("user", "Q"), ("assistant", "A")]])
+        assert (long.text, short.text) == GOLDEN[name]
+
+    def test_answers_hold_the_end_of_turn(self, tokenizer, name):
+        (result,) = ConversationTemplate(family_tokenizer(tokenizer, name), name).render([TURNS])
+        assert [result.text[start:end] for start, end in result.answers] == ANSWERS[name]
+
+    def test_prompt_is_what_stands_before_the_answer(self, tokenizer, name):
+        template = ConversationTemplate(family_tokenizer(tokenizer, name), name)
+        (result,) = template.render([TURNS])
+        assert template.prompt(TURNS[:-1]) == result.text[: result.answers[-1][0]]
+
+    def test_prompts_for_scoring(self, tokenizer, name):
+        made = family_tokenizer(tokenizer, name)
+        prompts = PromptBuilder(made, name)
+        record = Record(id="0", row=0, question="Q", answer="A and B", history=tuple(TURNS[:3]))
+        text = prompts.render(record)
+        assert text.endswith(ConversationTemplate(made, name).prompt([("user", "Q")])[-12:])
+        (item,) = tokenize([record], made, prompts, 400)
+        assert item.status == "ok"
+        # one BOS, wherever it comes from, and one more before each further pair of CodeLlama's
+        bos = 0 if name in ("codeqwen", "starcoder2") else 2 if name == "codellama" else 1
+        if name != "starcoder2":  # its BOS is its EOS
+            assert list(item.conditional).count(made.bos_token_id) == bos
+        assert list(item.conditional)[:2].count(made.bos_token_id) == (name != "codeqwen")
+
+    def test_fingerprints_differ(self, tokenizer, name):
+        made = PromptBuilder(family_tokenizer(tokenizer, name), name)
+        assert made.fingerprint != PromptBuilder(tokenizer, "chat").fingerprint
+        assert made.fingerprint == PromptBuilder(family_tokenizer(tokenizer, name), name).fingerprint
+
+
+class TestMissingTokens:
+    @pytest.mark.parametrize(
+        ("name", "missing"),
+        [("codegemma", "<start_of_turn> and <end_of_turn>"), ("llama3", "<|start_header_id|> and <|end_header_id|>")],
+    )
+    def test_it_says_which(self, tokenizer, name, missing):
+        for build in (ConversationTemplate, PromptBuilder):
+            with pytest.raises(InputError) as error:
+                build(tokenizer, name)
+            assert f"template {name} needs {missing}" in str(error.value)
+
+    def test_no_bos_or_eos(self, tokenizer):
+        made = copy.deepcopy(family_tokenizer(tokenizer, "codellama"))
+        made.bos_token = made.eos_token = None
+        with pytest.raises(InputError, match="codellama needs a BOS token and an EOS token"):
+            ConversationTemplate(made, "codellama")
+        with pytest.raises(InputError, match="deepseek needs an EOS token"):
+            ConversationTemplate(made, "deepseek")
+
+    def test_a_token_that_is_read_in_pieces(self, tokenizer):
+        """A tokenizer may name a token as its EOS that it does not read as one."""
+        made = copy.deepcopy(family_tokenizer(tokenizer, "deepseek"))
+        made.backend_tokenizer.encode_special_tokens = True
+        made.split_special_tokens = True
+        with pytest.raises(InputError, match="needs an EOS token"):
+            ConversationTemplate(made, "deepseek")
+
+
+class TestAlternation:
+    @pytest.mark.parametrize("name", ["codellama", "codegemma"])
+    @pytest.mark.parametrize(
+        "roles", [["user", "user", "assistant"], ["assistant", "user", "assistant"], ["user", "system", "assistant"]]
+    )
+    def test_roles_that_the_format_cannot_write(self, tokenizer, name, roles):
+        template = ConversationTemplate(family_tokenizer(tokenizer, name), name)
+        (reason,) = template.render([[(role, "x") for role in roles]])
+        assert "have to alternate" in reason
+        with pytest.raises(ValueError, match="alternate"):
+            template.prompt([("user", "a"), ("user", "b")])
+
+
+MASKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + END }}{% endgeneration %}{{ REST }}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class TestChat:
+    def answers(self, tokenizer, text, turns=None):
+        changed = tokenizer
+        changed.chat_template = text
+        template = ConversationTemplate(changed, "chat")
+        template.check_trainable()
+        (result,) = template.render([turns or TURNS])
+        return result if isinstance(result, str) else [result.text[a:b] for a, b in result.answers]
+
+    @pytest.fixture
+    def own(self, tokenizer):
+        return copy.deepcopy(tokenizer)
+
+    def test_its_own_template(self, own):
+        assert self.answers(own, own.chat_template) == ["Hello\n<|im_end|>", "Ciao<|im_end|>"]
+
+    def test_the_text_is_what_the_tokenizer_writes(self, own):
+        messages = [{"role": role, "content": text} for role, text in TURNS]
+        (result,) = ConversationTemplate(own, "chat").render([TURNS])
+        assert result.text == own.apply_chat_template(messages, tokenize=False)
+
+    @pytest.mark.parametrize(
+        ("end", "rest"), [("'<|im_end|>'", "''"), ("''", "'<|im_end|>'"), ("'<|im_end|>\\n'", "''")]
+    )
+    def test_generation_marks(self, own, end, rest):
+        """Whether the template marks the end of turn or not, it is labelled, and nothing after it."""
+        text = MASKED.replace("END", end).replace("REST", rest)
+        assert self.answers(own, text) == ["Hello\n<|im_end|>", "Ciao<|im_end|>"]
+
+    def test_marks_without_an_end_of_turn_are_refused(self, own):
+        with pytest.raises(InputError, match="no end-of-turn token"):
+            self.answers(own, MASKED.replace("END", "''").replace("REST", "''"))
+
+    def test_a_template_that_marks_nothing(self, own):
+        with pytest.raises(InputError, match="marks no answer"):
+            self.answers(own, "{% if false %}{% generation %}x{% endgeneration %}{% endif %}a<|im_end|>")
+
+    def test_a_template_that_never_ends_an_answer(self, own):
+        with pytest.raises(InputError, match=r"cannot be trained on: .* no end-of-turn token .* codellama, codegemma"):
+            self.answers(own, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+
+    def test_a_template_whose_prompt_does_not_begin_the_whole(self, own):
+        with pytest.raises(InputError, match="not prefix-stable"):
+            self.answers(own, "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+
+    def test_a_template_that_rewrites_earlier_answers(self, own):
+        """As templates of reasoning models do: a single answer is fine, of several the earlier ones are not."""
+        text = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}"
+            "{{ m['content'][1:] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        assert self.answers(own, text, TURNS[3:]) == ["Ciao<|im_end|>"]
+        assert "turn 2: the chat template writes earlier turns in another way" in self.answers(own, text)
+
+    def test_a_template_that_refuses(self, own):
+        text = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + str(
+            own.chat_template
+        )
+        assert "no system role" in self.answers(own, text)
+        assert self.answers(own, text, TURNS[1:3]) == ["Hello\n<|im_end|>"]
+
+    def test_none(self, own):
+        own.chat_template = None
+        with pytest.raises(InputError, match="no chat template; choose one of: qa, alpaca, codellama"):
+            ConversationTemplate(own, "chat")
+
+    def test_unknown_type(self, own):
+        with pytest.raises(InputError, match="model type 'llama-3' is unknown; choose one of: llama3, "):
+            ConversationTemplate(own, "llama-3")
