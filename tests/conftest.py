@@ -93,6 +93,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """The folder of inputs that once failed, each with what is right; not part of the project."""
+    folder = os.environ.get("CODEACT_SHARED")
+    if not folder or not (Path(folder) / "cases").is_dir():
+        pytest.skip("CODEACT_SHARED names no folder with cases")
+    return Path(folder) / "cases"
+
+
+@pytest.fixture(scope="session")
 def code_alpaca(shared_data: Path) -> RecordSet:
     return open_records(shared_data / "code_alpaca_2k.json", Columns(input="input"))
 
