@@ -121,9 +121,9 @@ def resident_memory() -> int:
     return _status("VmRSS")
 
 
-def reset_peaks(device: torch.device) -> str:
+def reset_peaks(device: torch.device | None = None) -> str:
     """Forget peaks of memory from before; returns since when the resident set's peak counts."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,31 +20,11 @@ from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
 from codeact.evaluation.programs import SampleLog
 from codeact.evaluation.prompts import Prompt, PromptWriter
+from codeact.evaluation.settings import GenerationSettings
 
 BACKENDS = ("hf", "vllm")
 _MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSettings:
-    """How programs are generated. ``template``: None for a base model."""
-
-    template: str | None = None
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise an InputError for what makes no sense."""
-        if self.max_new_tokens < 1 or self.samples < 1:
-            raise InputError("--max-new-tokens and --n must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
-        if self.temperature == 0 and self.samples > 1:
-            raise InputError(f"--n {self.samples} greedy samples would all be the same; say --temperature as well")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,12 +204,11 @@ def generate(
         How many samples were made; 0 if all were there.
 
     Raises:
-        InputError: the file holds samples of other settings, or a setting makes no sense.
+        InputError: the file holds samples of other settings.
     """
-    settings.check()
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; it must be at least 1")
-    writer = PromptWriter(generator.tokenizer, settings.template)
+    writer = PromptWriter(generator.tokenizer, settings.chat)
     requests = requests_for(problems, writer, settings.samples)
     longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
     prompts = hashlib.sha256(json.dumps([(r.task_id, r.prompt.ids, r.prompt.stops) for r in requests]).encode())
@@ -237,7 +216,8 @@ def generate(
         **generator.identity,
         "prompts": prompts.hexdigest(),
         "dataset": problems.dataset,
-        **asdict(settings),
+        "template": settings.chat,
+        **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "samples", "seed"}),
     }
     size = _claim(Path(output), identity, batch_size, lambda: generator.batch_size(longest), overwrite)
     ends, made = writer.end_ids(), 0

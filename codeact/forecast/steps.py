@@ -11,6 +11,7 @@ from typing import Any
 from codeact.base.devices import GPUS, Gpu, default_tokens_per_pack, find_gpu, resolve_device
 from codeact.base.errors import one_of
 from codeact.base.machine import total_memory
+from codeact.base.stage import Stage
 from codeact.evaluation.generate import largest_batch
 from codeact.evaluation.results import default_parallel
 from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
@@ -139,14 +140,25 @@ class Plan:
             *self.machine.lines,
         ]
 
-    def steps(self, planned: list[tuple[str, str, str]]) -> list[StepForecast]:
-        """Costs of ``(stage, step, state)``, in order."""
+    def steps(self, planned: list[tuple[Stage, str]]) -> list[StepForecast]:
+        """Costs of these stages in their states, in order; of a stage that is not known here, none."""
+        costs = {
+            "score": self.score,
+            "embed": self.embed,
+            "select": self.select,
+            "train": self.train,
+            "generate.before": self.generate,
+            "generate.after": self.generate,
+            "evaluate.before": self.evaluate,
+            "evaluate.after": self.evaluate,
+            "report": self.report,
+        }
         found = []
         kept = 0.0
-        for stage, name, state in planned:
-            step = StepForecast(name=name, state=state)
-            if state in TO_DO:
-                step = getattr(self, stage)(name, state)
+        for stage, state in planned:
+            step = StepForecast(name=stage.name, state=state)
+            if state in TO_DO and stage.name in costs:
+                step = costs[stage.name](stage.name, state)
             if self._on_cpu and self.settings.processes == 1 and step.memory is not None:
                 # What a process took of the machine's memory it seldom gives back.
                 missing = max(0.0, kept - step.memory.total)

@@ -17,13 +17,13 @@ import yaml
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Change, Entry, Ledger
+from codeact.base.stage import Stage
 from codeact.data.records import write_jsonl
-from codeact.run import flow as pipeline
-from codeact.run import steps as run_steps
-from codeact.run.count import ledger_of
-from codeact.run.folder import RunFolder, Step
-from codeact.run.settings import read_settings
+from codeact.run import flow as run_flow
+from codeact.run.flow import ledger_of, open_flow
+from codeact.run.folder import RunFolder
 from codeact.selection import audit as selection_audit
+from codeact.training import stage as training_stage
 from tests.conftest import make_records
 
 ROWS = 40
@@ -87,7 +87,7 @@ def test_the_whole_flow_and_again(codeact, training):
     code, out, err = codeact("run", training)
     assert code == 0, err
     parts = [f"{stage}.{part}" for stage in ("generate", "evaluate") for part in ("before", "after")]
-    assert did(err) == ["score", "embed", "select", "train", *parts, "report"]
+    assert did(err) == ["score", "embed", "select", "padding", "train", *parts, "report"]
     folder = Path("run")
     for name in ("ledger.json", "report.html", "selected.rows.parquet", "pack_stats.json", "pack_lengths.npy"):
         assert (folder / name).is_file()
@@ -256,17 +256,24 @@ def test_a_kill_between_any_two_moves_mixes_nothing(tmp_path, monkeypatch, at):
     folder = tmp_path / "run"
     made = []
 
-    def step(text: str) -> Step:
-        def work():
-            made.append(text)
-            for name in ("a", "b"):
-                (folder / name).write_text(text)
-            return [("made", text)]
+    class Step(Stage):
+        name = section = "s"
+        outputs = products = ("a", "b")
 
-        return Step(name="s", stage="s", inputs=dict, outputs=("a", "b"), products=("a", "b"), work=work)
+        def __init__(self, text):
+            self.text = text
+
+        def inputs(self, run):
+            return {}
+
+        def work(self, run):
+            made.append(self.text)
+            for name in ("a", "b"):
+                (folder / name).write_text(self.text)
+            return [("made", self.text)]
 
     for text in ("one", "two"):
-        RunFolder(folder).do(step(text), text)
+        RunFolder(folder).do(Step(text), text, None)
     real, calls = os.replace, 0
 
     def cut(source, target):
@@ -278,11 +285,11 @@ def test_a_kill_between_any_two_moves_mixes_nothing(tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(os, "replace", cut)
     with suppress(InterruptionError):
-        RunFolder(folder).reusable(step("one"), "one")
+        RunFolder(folder).reusable(Step("one"), "one")
     monkeypatch.setattr(os, "replace", real)
     for text in ("two", "one", "two"):
         state = RunFolder(folder)
-        assert state.reusable(step(text), text)
+        assert state.reusable(Step(text), text)
         assert [(folder / name).read_text() for name in ("a", "b")] == [text, text]
         assert state.lines("s") == [("made", text)]
     assert made == ["one", "two"]
@@ -326,18 +333,17 @@ def test_several_processes_give_the_same_scores(codeact, config):
 
 def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
     change(config, train={"max_seq_len": 256, "max_steps": 1, "lora": True}, processes=8)
-    settings = read_settings(config)
-    commands = []
+    flow, commands = open_flow(config), []
+    (train,) = (stage for stage in flow.stages if stage.name == "train")
 
     def launched(command, check):
         commands.append(command)
         return subprocess.CompletedProcess(command, 3)
 
     Path("run").mkdir()
-    monkeypatch.setattr(run_steps.subprocess, "run", launched)
-    monkeypatch.setattr(run_steps, "_pack_stats", lambda *_: None)
+    monkeypatch.setattr(training_stage.subprocess, "run", launched)
     with pytest.raises(InputError, match="training in 8 processes ended with exit code 3"):
-        run_steps._train(settings)
+        train.work(flow)
     assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
     from codeact.training.flags import parse
 
@@ -353,7 +359,7 @@ def demo(codeact, model_path, embedder_path, human_eval_path, tmp_path, monkeypa
 
     def run():
         seen = []
-        monkeypatch.setattr(pipeline, "run", seen.append)
+        monkeypatch.setattr(run_flow.Flow, "run", lambda self: seen.append(self.settings))
         monkeypatch.setattr(demo, "write_harvest", lambda *_, limit: f"harvested {limit}")
         code, out, err = codeact("demo", "--rows", 12, "--output", tmp_path / "d")
         assert code == 0, err
@@ -365,7 +371,7 @@ def demo(codeact, model_path, embedder_path, human_eval_path, tmp_path, monkeypa
 
 def test_the_demo(demo, model_path, tmp_path):
     settings, out, _ = demo()
-    assert settings == read_settings(tmp_path / "d" / "run.yaml")
+    assert settings.model_dump() == open_flow(tmp_path / "d" / "run.yaml").settings.model_dump()
     assert settings.score.model == str(model_path)
     assert len(settings.generate.tasks if settings.generate else ()) in (0, 8)
     assert "report.html" in out

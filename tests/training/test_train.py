@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from codeact.base.errors import InputError
 from codeact.data.records import write_jsonl
-from codeact.training import stage as training
+from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
 from tests.conftest import make_records
 
