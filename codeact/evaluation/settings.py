@@ -21,7 +21,7 @@ class GenerationSettings(Settings):
     template: str = setting("chat", "Of the chat: chat, or the chat format of the training.")
     temperature: float = setting(0.0, "0: greedy.", ge=0)
     top_p: float = setting(1.0, "Draw from so much of the probability.", gt=0, le=1)
-    samples: int = setting(1, "Samples of a task.", "--samples", "--n", ge=1)
+    samples: int = setting(1, "Samples of a task.", "--n", "--samples", ge=1)
     seed: int = setting(0, "Of what is drawn.", ge=0)
     max_new_tokens: int = setting(1024, "Tokens of an answer.", ge=1)
     batch_size: int | None = setting(None, "Answers at a time; default: what memory allows.", place=True, ge=1)

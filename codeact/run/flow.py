@@ -195,7 +195,9 @@ def ledger_of(output: Path, stages: Sequence[Stage] = STAGES) -> Ledger:
             else:
                 yield from stage.account(output)
 
-    return Ledger(entries=tuple(entries()), stale=tuple(stage.name for stage in stages if stage.name in stale))
+    return Ledger(
+        entries=tuple(entries()), stale=tuple(stage.name for stage in stages if stage.name in stale & folder.started())
+    )
 
 
 def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES) -> Flow:

@@ -271,7 +271,7 @@ def cli_options(name: str) -> dict[str, Any]:
         return own_train_options()
     found: dict[str, Any] = {}
     for option in cli_command(name).params:
-        if option.param_type_name == "option" and option.name != "help":
+        if option.param_type_name == "option" and option.name != "help" and not option.hidden:
             found[option.opts[0]] = "required" if option.required else option.default
     return found
 
@@ -286,7 +286,7 @@ def test_every_option_is_told_with_its_default(command):
     real = cli_options(command)
     assert set(told) == set(real), f"{name_of(page)} differs from codeact {command} --help"
     for flag, default in real.items():
-        wanted = {"required": "required", "False": "off"}.get(str(default), f"`{default}`")
+        wanted = {"required": "required", "False": "off", "True": "on"}.get(str(default), f"`{default}`")
         if command == "train" and isinstance(default, bool):
             wanted = f"`{default}`"
         assert default is None or told[flag] == wanted, f"{flag}: the page says {told[flag]}, the command {default}"
@@ -308,7 +308,7 @@ def test_flags_and_commands_in_the_text_exist(page):
 
 
 def _opts(name: str) -> list[str]:
-    return [opt for option in cli_command(name).params for opt in option.opts]
+    return [opt for option in cli_command(name).params for opt in (*option.opts, *option.secondary_opts)]
 
 
 @by_name

@@ -17,10 +17,11 @@ import yaml
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Change, Entry, Ledger
+from codeact.base.settings import Settings, setting
 from codeact.base.stage import Stage
 from codeact.data.records import write_jsonl
 from codeact.run import flow as run_flow
-from codeact.run.flow import ledger_of, open_flow
+from codeact.run.flow import STAGES, ledger_of, open_flow
 from codeact.run.folder import RunFolder
 from codeact.selection import audit as selection_audit
 from codeact.training import stage as training_stage
@@ -382,3 +383,97 @@ def test_the_demo_goes_on_without_a_sandbox(demo, monkeypatch):
     settings, _, err = demo()
     assert "HumanEval is left out: refusing to run generated programs" in err
     assert settings.generate is None
+
+
+class ToySettings(Settings):
+    """How often a row is counted."""
+
+    times: int = setting(1, "Every row so many times.", ge=1)
+
+
+class Toy(Stage):
+    """A stage in one file: all that a run has to know of it."""
+
+    name = section = "toy"
+    settings, default = ToySettings, None
+    needs = ("select",)
+    outputs = products = ("toy.txt",)
+
+    def inputs(self, run):
+        return {**run.digest("select"), "times": run.of(ToySettings).times}
+
+    def work(self, run):
+        rows = len((run.output / "selected.jsonl").read_text().splitlines())
+        (run.output / "toy.txt").write_text(f"{rows} {run.of(ToySettings).times * rows}")
+        return [("counted", f"{rows} rows for the toy")]
+
+    def account(self, output):
+        if (output / "toy.txt").exists():
+            rows, kept = map(int, (output / "toy.txt").read_text().split())
+            yield Entry(stage="toy", what="rows", after="select", rows_in=rows, rows_out=kept)
+
+
+def test_a_stage_of_ones_own_is_run_kept_forecast_counted_and_reported(codeact, config, monkeypatch, capsys):
+    from codeact.forecast import forecast
+
+    stages = (*STAGES[:-1], Toy(), STAGES[-1])
+    change(config, toy={})
+    with pytest.raises(InputError, match="toy: unknown key"):
+        open_flow(config)
+    monkeypatch.setattr(run_flow, "STAGES", stages)
+    plan = {step.name: step.state for step in forecast(open_flow(config, stages)).steps}
+    assert (plan["toy"], [*plan][-2:]) == ("to do", ["toy", "report"])
+    ledger = open_flow(config, stages).run()
+    assert [entry.rows_out for entry in ledger.entries if entry.stage == "toy"] == [10]
+    out, err = capsys.readouterr()
+    assert did(err) == ["score", "embed", "select", "toy", "report"]
+    assert "10 rows for the toy" in out
+    assert "10 rows for the toy" in Path("run/report.html").read_text()
+    assert forecast(open_flow(config, stages)).steps[-2].state == "done already"
+    open_flow(config, stages).run()
+    assert did(capsys.readouterr().err) == []
+    change(config, toy={"times": 0})
+    with pytest.raises(InputError, match=r"toy\.times: input should be greater than or equal to 1"):
+        open_flow(config, stages)
+    change(config, toy={"times": 2})
+    with pytest.raises(run_flow.LedgerError, match="toy: 10 rows in"):
+        open_flow(config, stages).run(first="toy", last="toy")
+    change(config, select={"ratio": 0.5})
+    ledger = open_flow(config, stages).run(last="select")
+    assert ledger.stale == ("toy",)
+
+
+def test_stale_stages_are_named_and_not_counted(codeact, config):
+    """A changed ratio and --until select: what was trained before says nothing about the rows that are chosen now."""
+    assert codeact("run", config)[0] == 0
+    Path("run/model").mkdir()
+    Path("run/model/training.json").write_text("{}")  # of the old choice; its counts cannot balance
+    content = json.loads(Path("run/run.json").read_text())
+    took = {"select": {"selected.jsonl": "another"}}
+    content["stages"]["train"] = {"stage": "train", "key": "k", "seconds": 1, "products": {}, "lines": [], "took": took}
+    Path("run/run.json").write_text(json.dumps(content))
+    change(config, select={"ratio": 0.5})
+    code, out, err = codeact("run", config, "--until", "select")
+    assert code == 0, err
+    assert "stale, made from other results, and not counted: train\n" in out
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {}, "generate": {"samples": 3}}, "line 21: generate: 3 greedy samples would all be the same"),
+        ({"train": {}, "generate": {"max_new_tokens": 0}}, "generate.max_new_tokens: input should be greater than"),
+        ({"score": {"protocol": "ours"}}, "score.protocol: input should be 'exact' or 'paper'"),
+    ],
+)
+def test_what_a_command_refuses_the_file_refuses_too(codeact, config, sections, message):
+    change(config, **sections)
+    code, _, err = codeact("run", config)
+    assert (code, did(err)) == (2, [])
+    assert message.partition(": ")[2] in err
+
+
+def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(config, caplog):
+    change(config, score={"protocol": "seed"})
+    assert open_flow(config).settings.score.protocol == "paper"
+    assert "protocol seed is now called paper" in caplog.text
