@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, Never, get_args, get_origin, get_type_hints
 
-import click
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -34,7 +33,6 @@ app = typer.Typer(
         "Fine-tune a code model on the part of the data that teaches most. The flow: "
         "score (and merge) -> embed -> select -> train, then generate -> sanitize -> evaluate. Each command has --help."
     ),
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -348,12 +346,16 @@ def _print_lines(lines: Lines) -> None:
     print(aligned(lines))
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what ^C does, and another exit code."""
+_UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers bring themselves
+
+
+_stopped_by = signal.SIGINT
 
 
 def _terminate(number: int, frame: FrameType | None) -> Never:
-    raise _Terminated
+    global _stopped_by  # noqa: PLW0603 - typer hands on that it was interrupted, not by what
+    _stopped_by = signal.SIGTERM
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -363,23 +365,21 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # newer typers' word for it
+            raise KeyboardInterrupt
     except (InputError, MissingExtraError) as error:
         _stop(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        raise SystemExit(2) from None
-    except click.ClickException as error:
+    except _UsageError as error:
         _stop(error.format_message())
     except OSError as error:
         _stop(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except LedgerError as error:
         print(f"codeact: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except (KeyboardInterrupt, click.Abort) as error:
+    except (KeyboardInterrupt, typer.Abort):
         print("\ncodeact: stopped; the same command goes on where it was", file=sys.stderr)
-        terminated = isinstance(error, _Terminated) or isinstance(error.__cause__ or error.__context__, _Terminated)
-        raise SystemExit(143 if terminated else 130) from None
+        raise SystemExit(128 + _stopped_by) from None
     raise SystemExit(code or 0)
 
 

@@ -188,10 +188,7 @@ def _score_in_processes(
     rows = len(data.open())
     shards = -(-rows // settings.shard_size)
     context = get_context("spawn")
-    counter = context.Value("i", 0)
-    with ProcessPoolExecutor(
-        processes, context, _start_worker, (data, settings, str(output), processes, counter)
-    ) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (data, settings, str(output), processes)) as pool:
         try:
             with Progress(rows, "rows", f"scoring in {processes} processes") as step:
                 for task in as_completed([pool.submit(_score_shard, number) for number in range(shards)]):
@@ -213,11 +210,14 @@ _job: ScoreJob
 """Of a worker process."""
 
 
-def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, processes: int, counter: Any) -> None:
+def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, processes: int) -> None:
     import multiprocessing
     import signal
     import threading
 
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is terminated leaks it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for all of its processes: the parent acts on it
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -227,11 +227,9 @@ def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, proc
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    number = int(multiprocessing.current_process().name.rpartition("-")[2])  # SpawnProcess-1, -2 ...
     global _job  # noqa: PLW0603 - how a pool's initializer hands on what its tasks share
-    with counter.get_lock():  # one after the other: the first claims the folder
-        index = counter.value
-        counter.value += 1
-        _job = prepare(data, _on_own_gpu(settings, index, processes), output)
+    _job = prepare(data, _on_own_gpu(settings, number - 1, processes), output)
 
 
 def _score_shard(number: int) -> tuple[float, int]:
