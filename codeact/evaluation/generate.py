@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
 from codeact.evaluation.programs import SampleLog
 from codeact.evaluation.prompts import Prompt, PromptWriter
@@ -90,6 +91,17 @@ class Generator(Protocol):
         """Yield a completion of every request, in any order."""
 
 
+def largest_batch(row_bytes: float, free: float, device: str) -> int:
+    """How many answers to decode together.
+
+    Args:
+        row_bytes: of a row's keys and values when the answer has its full length.
+        free: bytes that the device has left.
+        device: its kind, "cpu" or "cuda".
+    """
+    return max(1, min(int(_MEMORY_SHARE * free / row_bytes), _LARGEST_BATCH.get(device, 64)))
+
+
 class HuggingFaceGenerator:
     """Decodes with transformers, by our own loop: the generation settings that a model brings do not count."""
 
@@ -100,16 +112,12 @@ class HuggingFaceGenerator:
 
     def batch_size(self, longest: int) -> int:
         """By the memory that is free now."""
-        import torch
-
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * dim * self._model.dtype.itemsize
         device = self._model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        fits = int(_MEMORY_SHARE * free / (a_token * longest))
-        return max(1, min(fits, _LARGEST_BATCH.get(device.type, 64)))
+        return largest_batch(a_token * longest, free_memory(device), device.type)
 
     def complete(
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings
@@ -285,12 +293,3 @@ def _claim(
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size
-
-
-def free_memory() -> int:
-    """Bytes that this machine has to give; a guess where it does not say."""
-    try:
-        lines: Iterable[str] = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30

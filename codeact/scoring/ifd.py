@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from codeact.base.devices import resolve_device, resolve_dtype, to_device
+from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
 from codeact.base.errors import InputError, one_of
 from codeact.data.records import BadRow, Record
 from codeact.models.loading import load_causal_lm, split_head
@@ -47,8 +47,8 @@ class IfdScorer:
         tokenizer: its tokenizer.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
-        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. A longer sequence has
-            a pack of its own.
+        tokens_per_pack: tokens of one forward pass; None: ``default_tokens_per_pack``. A longer sequence has a pack of
+            its own.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
 
     Raises:
@@ -68,7 +68,7 @@ class IfdScorer:
         if protocol == "paper" and template != "qa":
             raise InputError(f"protocol paper scores the template qa only, not {template!r}")
         self.device = model.get_input_embeddings().weight.device
-        self.tokens_per_pack = tokens_per_pack or (2048 if self.device.type == "cpu" else 8192)
+        self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length < 2 or (limit is not None and max_length > limit):
             raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
@@ -230,7 +230,7 @@ def score_ifd(
         records: what to score; rows that hold no record are kept with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
-        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU.
+        tokens_per_pack: tokens of one forward pass; None: as many as keep the device busy.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
         dtype: of a model given by name: "auto" is bfloat16 where the hardware has it, else float32.
         device: of a model given by name.

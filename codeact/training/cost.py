@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from codeact.base.devices import resolve_peak
 from codeact.base.files import atomic_path
-from codeact.base.machine import peak_memory, reset_peaks, resolve_peak
+from codeact.base.machine import peak_memory, reset_peaks
 from codeact.ops.flops import ModelShape, ParameterCounts
 from codeact.training.cost_records import COUNTS, BatchCost, CostReport, StepCosts, aligned, batch_cost
 

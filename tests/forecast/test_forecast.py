@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from codeact import cli
+from codeact.base.devices import GPUS, find_gpu
 from codeact.base.errors import InputError
-from codeact.base.gpus import GPUS, find_gpu
 from codeact.forecast import forecast
 from codeact.forecast.cost import ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import Sampled, data_facts
