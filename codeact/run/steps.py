@@ -195,10 +195,10 @@ def _train(settings: RunSettings) -> Lines:
     }
     _pack_stats(settings, selected)
     if settings.processes == 1:
-        from codeact.training import stage as training
         from codeact.training.flags import parse_mapping
+        from codeact.training.train import train
 
-        training.run(parse_mapping(flags, "train"))
+        train(parse_mapping(flags, "train"))
     else:
         path = at / "train.yaml"
         with atomic_path(path) as temporary:
@@ -219,8 +219,7 @@ def _train(settings: RunSettings) -> Lines:
 def _pack_stats(settings: RunSettings, selected: Path) -> None:
     """What every way of batching the chosen rows would cost, for the report."""
     from codeact.padding.stats import stats_for_data
-    from codeact.training.flags import DataArguments
-    from codeact.training.trainer import PackOptions
+    from codeact.training.options import DataArguments, PackOptions
 
     flags = settings.train or {}
     stats = stats_for_data(
