@@ -107,8 +107,8 @@ def run_arm(arm: Arm) -> dict[str, Any]:
     from codeact.models.adapters import add_lora
     from codeact.models.loading import load_causal_lm
     from codeact.training.cost import CostMonitor
-    from codeact.training.flags import LORA_TARGETS
-    from codeact.training.trainer import PackOptions, PackTrainer
+    from codeact.training.options import LORA_TARGETS, PackOptions
+    from codeact.training.trainer import PackTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -219,7 +219,8 @@ def _training(
     """Forward, backward and optimizer step of one batch, as the Trainer would do them."""
     from codeact.models.adapters import add_lora
     from codeact.models.fused_loss import fuse_loss
-    from codeact.training.trainer import PackOptions, collator
+    from codeact.training.options import PackOptions
+    from codeact.training.trainer import collator
 
     if flags.quantize != "none":
         raise InputError("quantised weights are not calibrated")

@@ -101,6 +101,11 @@ def isolating_attention(device: torch.device | str) -> str:
     )
 
 
+def computes_16_bits_only(attention: str, device: torch.device) -> bool:
+    """Whether an attention on ``device`` is a kernel of flash-attention, which has no float32."""
+    return device.type == "cuda" and attention in (ATTENTION, "flash_attention_2", "flash_attention_3")
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -143,11 +148,12 @@ def varlen_attention(
         raise ValueError(f"{ATTENTION} is causal; {type(module).__name__} wants bidirectional attention")
 
     bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
-    if query.device.type == "cuda":
-        return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
-    if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
-        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    if computes_16_bits_only(ATTENTION, query.device):
+        return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
     batch, heads, tokens, _ = query.shape
     plain = batch == 1 and not dropout and softcap is None and (sliding_window is None or sliding_window >= tokens)
     if plain and _native_runs(query, key, value):

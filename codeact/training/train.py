@@ -9,6 +9,8 @@ output_dir/     the model (or its adapters) and the tokenizer, as `from_pretrain
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,18 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
+from codeact.base.machine import free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
 from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
+from codeact.ops.flops import ModelShape
 from codeact.text.conversations import Sample
-from codeact.training.cost import CostMonitor
-from codeact.training.cost_records import aligned
+from codeact.training.arguments import TrainerArguments
+from codeact.training.cost import CostMonitor, aligned
 from codeact.training.data import TrainingData
-from codeact.training.flags import TrainerArguments, TrainSettings
+from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.trainer import PackTrainer
+from codeact.training.room import GIB, check_memory, check_room, pass_memory, state_memory
+from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 
 def train(settings: TrainSettings) -> TrainResult:
@@ -62,10 +67,12 @@ def train(settings: TrainSettings) -> TrainResult:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Progress())
-    _say(arguments, aligned([*data.lines(), *_plan_lines(trainer)]))
+    needs, tokens = _step_memory(trainer)
+    _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
+    _check_fits(trainer, needs, tokens)
     if resume:
         _say(arguments, f"going on from {resume}")
-    outcome = trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     losses = _held_out_losses(trainer) if data.held_out else (None, None)
     if monitor.report is not None:
         _say(arguments, aligned(monitor.report.lines()))
@@ -83,7 +90,7 @@ def train(settings: TrainSettings) -> TrainResult:
     result = TrainResult(
         output=output,
         steps=trainer.state.global_step,
-        train_loss=outcome.training_loss,
+        train_loss=trainer.mean_loss(),
         held_out_loss_before=losses[0],
         held_out_loss_after=losses[1],
     )
@@ -130,6 +137,43 @@ def _weight_dtype(settings: TrainSettings) -> torch.dtype:
     return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
 
 
+def _step_memory(trainer: PackTrainer) -> tuple[dict[str, float], int]:
+    """Bytes that a step takes beside the model, by what holds them (none where the widths are not known); its tokens.
+
+    Sharded models are not estimated: what a rank holds is the business of DeepSpeed and FSDP.
+    """
+    arguments, model = trainer.args, trainer.model
+    tokens = trainer.largest_pass()
+    shape = ModelShape.from_config(model.config)
+    if shape is None or sharding_asked_for(arguments):
+        return {}, tokens
+    adapted = (module for module in model.modules() if hasattr(module, "lora_A"))
+    wide = _autocast_dtype(arguments) == torch.float32 and model.dtype == torch.float32
+    needs = pass_memory(
+        shape,
+        tokens,
+        element_bytes=4 if wide else 2,
+        checkpointing=bool(arguments.activation_checkpointing or arguments.gradient_checkpointing),
+        fused_loss=trainer.fused,
+        adapted_inputs=sum(module.in_features for module in adapted),
+    )
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    return {**needs, "gradients and optimizer": state_memory(model, optimizer)}, tokens
+
+
+def _check_fits(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> None:
+    arguments = trainer.args
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
+    place = "this machine" if arguments.device.type == "cpu" else str(arguments.device)
+    check_memory(needs, free_memory(arguments.device) / sharing, tokens, place)
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    steps = arguments.max_steps
+    if steps <= 0:
+        packs = len(trainer.train_dataset) / (trainer.train_dataset.items_per_batch * arguments.world_size)
+        steps = math.ceil(math.ceil(packs / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+    check_room(arguments, trained, steps)
+
+
 def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
     """Make generation stop at the token that the model has learnt to end an answer with."""
     last = next((int(sample.labels[-1]) for sample in samples if not sample.truncated), None)
@@ -143,7 +187,7 @@ def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _plan_lines(trainer: PackTrainer) -> list[tuple[str, str]]:
+def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> list[tuple[str, str]]:
     arguments, dataset, options = trainer.args, trainer.train_dataset, trainer.options
     items, count = len(dataset), len(dataset.samples)
     attention = trainer.model.config._attn_implementation
@@ -159,6 +203,7 @@ def _plan_lines(trainer: PackTrainer) -> list[tuple[str, str]]:
     return [
         ("rows", rows),
         ("a step", f"{in_step:,} {unit} on {arguments.world_size} x {arguments.device.type}, {dtype}, {attention}"),
+        ("a pass", f"up to {tokens:,} tokens" + (f", about {sum(needs.values()) / GIB:.2f} GiB" if needs else "")),
         ("trained", f"{trained:,} of {trainer.model.num_parameters():,} parameters"),
     ]
 

@@ -18,7 +18,7 @@ from codeact.base.errors import InputError
 from codeact.data.records import write_jsonl
 from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
-from codeact.training.sharding import check_sharded
+from codeact.training.trainer import check_sharded
 from tests.conftest import make_records
 
 ROOT = Path(__file__).parents[2]
