@@ -67,7 +67,8 @@ def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> F
 
     quiet_transformers()
     settings = flow.settings
-    flags = None if settings.train is None else check_flags(settings.train, "train", taken=TAKEN_FLAGS)
+    here = settings.forecast.device is None
+    flags = None if settings.train is None else check_flags(settings.train, "train", TAKEN_FLAGS, here=here)
     planned = flow.between(first, last)
     with hub_if_reached():
         states, warnings = _states(flow, planned)

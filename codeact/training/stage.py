@@ -55,7 +55,7 @@ class Train(Stage):
         """Flags, their types, and what they ask for."""
         from codeact.training.flags import check_flags
 
-        check_flags(run.section("train"), "train", taken=TAKEN_FLAGS)
+        check_flags(run.section("train"), "train", taken=self._taken(run))
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Chosen rows, model, flags."""
@@ -63,12 +63,7 @@ class Train(Stage):
 
     def work(self, run: Run) -> Lines:
         """Train; in several processes under torchrun."""
-        flags = {
-            **run.section("train"),
-            "model_name_or_path": run.model,
-            "data_path": str(run.output / SELECTED),
-            "output_dir": str(run.output / FOLDER),
-        }
+        flags = {**run.section("train"), **self._taken(run)}
         if run.processes == 1:
             from codeact.training.flags import parse_mapping
             from codeact.training.train import train
@@ -89,6 +84,11 @@ class Train(Stage):
         if after is not None:
             lines.append(("held-out loss", ("" if before is None else f"{before:.4f} before, ") + f"{after:.4f} after"))
         return lines
+
+    def _taken(self, run: Run) -> dict[str, str]:
+        """Flags that follow from the rest of the run's settings."""
+        values = (run.model, str(run.output / SELECTED), str(run.output / FOLDER))
+        return dict(zip(TAKEN_FLAGS, values, strict=True))
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""
