@@ -142,7 +142,7 @@ def varlen_attention(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{ATTENTION} is causal; {type(module).__name__} wants bidirectional attention")
 
-    bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
+    bounds = _chunked(_sample_bounds(query, cu_seq_lens_q, position_ids), module)
     if query.device.type == "cuda":
         return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
     if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
@@ -174,6 +174,17 @@ def _sample_bounds(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tenso
     starts = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
     starts[:, 1:] = (position_ids[:, 1:] - position_ids[:, :-1] != 1).expand(batch, -1)
     return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * tokens).to(torch.int32)
+
+
+def _chunked(bounds: Tensor, module: torch.nn.Module) -> Tensor:
+    """Cut samples into the chunks beyond which a layer of Llama 4 does not look; they are counted from its start."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[getattr(module, "layer_idx", 0)] != "chunked_attention":
+        return bounds
+    chunk = cast(Any, config).attention_chunk_size
+    pieces = [torch.arange(start, end, chunk) for start, end in itertools.pairwise(bounds.tolist())]
+    return torch.cat([*pieces, torch.tensor([int(bounds[-1])])]).to(bounds)
 
 
 def _native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
