@@ -42,8 +42,10 @@ def load_causal_lm(
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
     name = _existing(name)
-    with _refused(f"cannot load model {name!r}", "give a folder with config.json and *.safetensors, or a hub name that "
-                  "this machine can reach"):
+    with _refused(
+        f"cannot load model {name!r}",
+        "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         _check_layers(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -178,7 +180,9 @@ def folder_fingerprint(folder: Path) -> str:
     """Return the sha256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
     for path in sorted(
-        p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"} and p.is_file()
+        p
+        for p in folder.rglob("*")
+        if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"} and p.is_file()
     ):
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from codeact.base.devices import resolve_device, resolve_dtype, to_device
 from codeact.base.errors import InputError, one_of
 from codeact.data.records import BadRow, Record
-from codeact.models.isolation import PassRule, attending, packing_attention, plain_attention, prove_isolation, split_head
+from codeact.models.isolation import (
+    PassRule,
+    attending,
+    packing_attention,
+    plain_attention,
+    prove_isolation,
+    split_head,
+)
 from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import token_nll
