@@ -125,7 +125,7 @@ def _saves(flags: Any, steps: int | None) -> int:
     if steps is None:
         steps = flags.max_steps if flags.max_steps > 0 else 1
     every = float(flags.save_steps if flags.save_steps >= 1 else max(1.0, flags.save_steps * steps))
-    return 1 + int((steps - 1) // every)  # the last step is saved as well
+    return 1 + math.floor((steps - 1) / every)  # the last step is saved as well
 
 
 def _parameters_in(folder: Path) -> int | None:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from codeact.base.errors import InputError, one_of
 from codeact.models.fused_loss import fuse_loss
-from codeact.models.loading import split_head
+from codeact.models.isolation import split_head
 from codeact.ops.attention import ATTENTION, computes_16_bits_only, isolating_attention
 from codeact.training.cost import CostMonitor
 from codeact.training.dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
