@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from codeact.base.devices import to_device
 from codeact.base.errors import InputError
 from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
 
@@ -196,7 +197,7 @@ def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
     head = read_head(model)
     trunk = trunk_of(model)
     assert trunk is not None
-    ids = _sample(model, 9)[None].to(head.weight.device)
+    ids = to_device(_sample(model, 9)[None], head.weight.device)
     with torch.inference_mode(), _refusals_of(model):
         own = head.logits(trunk(input_ids=ids, use_cache=False).last_hidden_state)
         logits = model(input_ids=ids, use_cache=False).logits
@@ -328,13 +329,13 @@ def _logits(model: Any, samples: list[Tensor], packed: bool = False) -> Tensor:
     """Logits (T, V) of the first and last tokens of every sample of one pass."""
     batch = PackedBatch.from_samples([sample.numpy() for sample in samples])
     device = model.get_input_embeddings().weight.device
-    inputs = batch.model_inputs(device) if packed else {"input_ids": batch.input_ids.to(device), "use_cache": False}
+    inputs = batch.model_inputs(device) if packed else {"input_ids": to_device(batch.input_ids, device), "use_cache": False}
     position, last = batch.position_ids[0], torch.tensor([len(sample) - 1 for sample in samples])
     last = last.repeat_interleave(torch.tensor([len(sample) for sample in samples]))
     kept = ((position < _EDGE) | (last - position < _EDGE)).nonzero().flatten()
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, logits_to_keep=kept.to(device)).logits[0]  # type: ignore[no-any-return]
-    return model(**inputs).logits[0, kept.to(device)]  # type: ignore[no-any-return]
+        return model(**inputs, logits_to_keep=to_device(kept, device)).logits[0]  # type: ignore[no-any-return]
+    return model(**inputs).logits[0, to_device(kept, device)]  # type: ignore[no-any-return]
 
 
 def _few_layers(model: Any) -> int:
