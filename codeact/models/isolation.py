@@ -1,5 +1,4 @@
-"""What a causal model must be for packing: which samples may share a forward pass, a head that we compute ourselves, and
-the proof, by running it, that no sample sees another.
+"""What packing asks of a causal model: which samples may share a pass, its LM head, and a proof that none sees another.
 
 Shapes: T tokens of a pass, D hidden size, V vocabulary.
 """
@@ -27,7 +26,7 @@ _EDGE = 8  # of a longer sample, so many tokens at either end are compared
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
-# --------------------------------------------------------------------------------- which samples may share a forward pass
+# ------------------------------------------------------------------------------- which samples may share a forward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,11 +123,11 @@ def round_row_by_row(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         state = getattr(module, "state", None)
-        if hasattr(state, "threshold"):
+        if state is not None and hasattr(state, "threshold"):
             state.threshold = 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------- the head
+# ------------------------------------------------------------------------------------------------------------- the head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +207,7 @@ def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
     return trunk, head
 
 
-# --------------------------------------------------------------------------------------------------------------- the proof
+# ------------------------------------------------------------------------------------------------------------ the proof
 
 
 @contextmanager
@@ -242,7 +241,7 @@ def set_attention(model: Any, attention: str) -> None:
 
 
 def plain_attention(model: Any) -> str:
-    """Return PyTorch's attention if the model takes it, else its own by definition: what a single sample is true under."""
+    """Return PyTorch's attention if the model takes it, else eager: what one sample by itself is right under."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
@@ -306,7 +305,8 @@ def _leak(model: PreTrainedModel, attention: str, longest: int, rule: PassRule) 
         except InputError as error:
             return str(error)
         if (difference := _difference(packed, alone)) is not None:
-            return f"the samples of a pack of {'/'.join(map(str, lengths))} tokens get other logits than alone ({difference})"
+            sizes = "/".join(map(str, lengths))
+            return f"in a pack, samples of {sizes} tokens get other logits than alone ({difference})"
     return None
 
 

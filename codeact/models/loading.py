@@ -71,7 +71,7 @@ def _check_layers(name: str, config: Any) -> None:
     depth = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(depth, int) or not 1 <= depth <= _LARGEST_DEPTH:
         raise InputError(
-            f"model {name!r}: num_hidden_layers in its config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend the file"
+            f"model {name!r}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it"
         )
 
 
@@ -92,15 +92,15 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     lacking = sorted(map(str, {*report.get("missing_keys", ()), *map(_first, report.get("mismatched_keys", ()))}))
     if lacking:
         raise InputError(
-            f"{what} lacks {len(lacking)} weights of a {kind}, such as {lacking[0]}: the file is not complete, or is of "
-            "another model"
+            f"{what} lacks {len(lacking)} weights of a {kind}, such as {lacking[0]}: the file is not complete, or is "
+            "of another model"
         )
     # A table of angles that older versions saved, and that follows from the configuration.
     unknown = sorted(key for key in report.get("unexpected_keys", ()) if not key.endswith((".inv_freq", ".attn.bias")))
     if unknown:
         raise InputError(
-            f"{what} holds {len(unknown)} weights that a {kind} has no place for, such as {unknown[0]}: it is of another "
-            "model, or its configuration says something else than its weights"
+            f"{what} holds {len(unknown)} weights that a {kind} has no place for, such as {unknown[0]}: it is of "
+            "another model, or its configuration says something else than its weights"
         )
     named = [
         (name, tensor)
@@ -112,8 +112,8 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     bad = [name for (name, _), good in zip(named, finite, strict=True) if not good] if finite else []
     if bad:
         raise InputError(
-            f"{what} holds NaN or infinity in {len(bad)} of {len(named)} weights, such as {bad[0]}: it was damaged, or its "
-            "training diverged"
+            f"{what} holds NaN or infinity in {len(bad)} of {len(named)} weights, such as {bad[0]}: it was damaged, or "
+            "its training diverged"
         )
 
 

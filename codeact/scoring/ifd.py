@@ -51,7 +51,7 @@ class IfdScorer:
     """Scores records with one causal model.
 
     Args:
-        model: a causal transformers model; while it scores, its attention is one that keeps the samples of a pack apart.
+        model: a causal transformers model; while it scores, it has an attention that keeps the samples of a pack apart.
         tokenizer: its tokenizer.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
@@ -257,8 +257,8 @@ def score_ifd(
         records: what to score; rows that hold no record are kept with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
-        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. With 1 every sequence has a
-            pass of its own, and any causal model can be scored.
+        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. With 1 every sequence
+            has a pass of its own, and any causal model can be scored.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
         dtype: of a model given by name: "auto" is bfloat16 where the hardware has it, else float32.
         device: of a model given by name.

@@ -6,11 +6,11 @@ Shapes: B rows, T tokens of a row, K positions with a target, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -18,8 +18,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from codeact.base.errors import InputError, one_of
 from codeact.models.fused_loss import fuse_loss
-from codeact.models.loading import split_head
-from codeact.ops.attention import ATTENTION, isolating_attention
+from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
+from codeact.ops.attention import ATTENTION
 from codeact.training.cost import CostMonitor
 from codeact.training.dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
 from codeact.training.sharding import check_sharded
@@ -132,20 +132,22 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         _refuse_inexact(arguments, options)
         causal_lm = _causal_lm(model)
         if options.packs:
-            attention = options.attention if options.attention != "auto" else isolating_attention(arguments.device)
-            _attend(causal_lm, _stand_in(attention, arguments.device, next(causal_lm.parameters())))
-            refusal = _why_not_packed(causal_lm)
-            _attend(causal_lm, attention)
-            if refusal:
-                others = ", ".join(sorted({"auto", "sdpa", "eager", ATTENTION} - {attention}))
-                raise InputError(
-                    f"pad_mode dynamic_pack is refused: {refusal}; choose another attention ({others}) or dynamic_pad"
-                )
+            attention = options.attention
+            if attention == "auto":
+                attention = packing_attention(causal_lm, arguments.device)
+            stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
+            _prove(
+                causal_lm,
+                lambda: prove_isolation(
+                    causal_lm, stand_in, options.max_seq_len, otherwise="say --pad_mode dynamic_pad"
+                ),
+            )
+            set_attention(causal_lm, attention)
         elif options.attention != "auto":
-            _attend(causal_lm, options.attention)
-        fuse = options.fused_loss and not arguments.use_liger_kernel
-        # The same proof shows that hidden states and head are all that the logits are made of.
-        self._fused = fuse and (options.packs or not _why_not_packed(causal_lm)) and fuse_loss(causal_lm)
+            set_attention(causal_lm, options.attention)
+        self._fused = options.fused_loss and not arguments.use_liger_kernel and _has_plain_head(causal_lm)
+        self._fused = self._fused and fuse_loss(causal_lm)
+        rule = PassRule.of(causal_lm)
         # Trainer would otherwise look for columns to remove in items that have none.
         arguments = copy.copy(arguments)
         arguments.remove_unused_columns = False
@@ -153,8 +155,10 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=_dataset(samples, arguments, options, width),
-            eval_dataset=None if eval_samples is None else _dataset(eval_samples, arguments, options, width, True),
+            train_dataset=_dataset(samples, arguments, options, width, rule),
+            eval_dataset=None
+            if eval_samples is None
+            else _dataset(eval_samples, arguments, options, width, rule, True),
             data_collator=collator(options),
             **trainer_arguments,
         )
@@ -240,6 +244,7 @@ def _dataset(
     arguments: TrainingArguments,
     options: PackOptions,
     width: int,
+    rule: PassRule,
     evaluation: bool = False,
 ) -> PackDataset:
     batch = arguments.per_device_eval_batch_size if evaluation else arguments.per_device_train_batch_size
@@ -250,9 +255,19 @@ def _dataset(
             window = _LENGTH_GROUP
         elif options.packs and arguments.world_size > 1:
             window = _RANK_GROUP
+    lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
+    apart = rule.keys(lengths) if rule.divides(lengths) else None
+    if apart is not None and batch > 1:
+        raise InputError(
+            f"samples of up to {lengths.max()} tokens and short ones cannot share a batch: this model computes a whole "
+            f"pass in another way above {rule.shared or rule.switches[0]} tokens. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1 (gradient_accumulation_steps makes up for it), or lower max_seq_len"
+        )
     return PackDataset(
         samples,
         options.max_seq_len,
+        apart=apart,
+        shared=rule.shared,
         scope=scope,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         world_size=arguments.world_size,
@@ -291,14 +306,6 @@ def _causal_lm(model: Any) -> Any:
     return inner
 
 
-def _attend(model: Any, attention: str) -> None:
-    try:
-        model.set_attn_implementation(attention)
-    except (ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"attention {attention!r} does not work with {type(model).__name__}: {reason}") from None
-
-
 def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
     """Name the attention under which to prove a model: its own, or SDPA for a CUDA kernel that cannot run on it yet.
 
@@ -310,36 +317,25 @@ def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
     return "sdpa" if kernel and not runs else attention
 
 
-def _why_not_packed(model: Any) -> str | None:
-    """Run two samples packed and alone; say why they differ, whatever the reason, or None: they do not."""
-    # With DeepSpeed ZeRO-3, and on most ranks of FSDP, the weights are not here yet: there is nothing to run.
+def _prove(model: Any, proof: Callable[[], object]) -> None:
+    """Run a proof over a model as it computes outside of training; where there are no weights yet, do nothing.
+
+    With DeepSpeed ZeRO-3, and on most ranks of FSDP, they come later.
+    """
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return None
+        return
     was_training = model.training
     model.eval()
     try:
-        with _row_by_row(model):
-            split_head(model)
-    except (InputError, ValueError) as error:
-        return " ".join(str(error).split())
+        proof()
     finally:
         model.train(was_training)
-    return None
 
 
-@contextmanager
-def _row_by_row(model: Any) -> Iterator[None]:
-    """Let LLM.int8() round every token by itself.
-
-    Otherwise which columns it leaves in 16 bits follows from all tokens of a batch, packed or padded: a sample's logits
-    then differ by that rounding, which says nothing about whether attention keeps samples apart.
-    """
-    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
-    thresholds = [state.threshold for state in states]
+def _has_plain_head(model: Any) -> bool:
+    """Whether hidden states and head are all that the logits are made of."""
     try:
-        for state in states:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        _prove(model, lambda: split_head(model))
+    except InputError:
+        return False
+    return True
