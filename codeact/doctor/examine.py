@@ -87,7 +87,7 @@ _LIBRARIES = {
         _Library(name="bitsandbytes", probe="bitsandbytes", purpose="QLoRA (--quantize)", command=_extra("train")),
         _Library(name="deepspeed", probe="deepspeed", purpose="train --deepspeed", command=_extra("deepspeed")),
         _Library(name="vllm", probe="vllm", purpose="generate --backend vllm", command=_extra("vllm"), gpu=True),
-        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("eval")),
+        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("evalplus")),
         _Library(name="matplotlib", probe="matplotlib", purpose="pictures", command=_extra("report")),
         _Library(name="gguf", probe="gguf", purpose="demo", command=_extra("demo")),
     )
@@ -203,7 +203,7 @@ def _python() -> Finding:
 def _problems() -> Finding:
     from codeact.evaluation.problems import DATASETS, find_in_folder
 
-    purpose, command = "generate, evaluate", f"{_extra('eval')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
+    purpose, command = "generate, evaluate", f"{_extra('evalplus')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
     folder = os.environ.get("CODEACT_EVAL_DATA")
     if folder:
         found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 
 from codeact.ops.cross_entropy import linear_cross_entropy
 from codeact.text.conversations import IGNORE
@@ -49,7 +48,8 @@ def fuse_loss(model: Any) -> bool:
         targets, count = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
         rows = inputs.pop("logits_to_keep", 0)
         inputs.pop("labels", None)
-        hidden = slice_logits_to_keep(trunk(*arguments, **inputs).last_hidden_state, rows)
+        hidden = trunk(*arguments, **inputs).last_hidden_state  # (B, T, D)
+        hidden = hidden[:, slice(-rows, None) if isinstance(rows, int) else rows]  # the last ones, or a mask (T,)
         return CausalLMOutputWithPast(loss=head(hidden.flatten(0, -2), targets.flatten()) / count)
 
     # An attribute of this one model, as accelerate itself wraps `forward` for autocast.

@@ -19,11 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.13.0"  # the release that CI has
-PYTHONS = ("3.11", "3.14")
-# The file of constraints -> where its wheels must run; vLLM wants glibc 2.31.
+# The file of constraints -> the Pythons and platforms that it is for: what vLLM wants has wheels for no others.
+PYTHONS = {"constraints.txt": ("3.11", "3.14"), "constraints-vllm.txt": ("3.11", "3.12")}
 PLATFORMS = {
     "constraints.txt": ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"),
-    "constraints-vllm.txt": ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31", "aarch64-apple-darwin"),
+    "constraints-vllm.txt": ("x86_64-manylinux_2_31",),
 }
 # What the index has no wheel of: pure Python all, built in a second.
 SOURCES = {"deepspeed", "fire", "hjson", "stop-sequencer", "tempdir", "wget"}
@@ -84,17 +84,17 @@ def cases() -> tuple[list[Case], list[Case]]:
     together, alone = [], []
     homes = read_extras()
     for name, extras in homes.items():
-        together += [Case(name, tuple(extras), p, platform) for p in PYTHONS for platform in PLATFORMS[name]]
+        together += [Case(name, tuple(extras), p, platform) for p in PYTHONS[name] for platform in PLATFORMS[name]]
         own = [extra for extra in extras if name == "constraints.txt" or extra not in homes["constraints.txt"]]
         sets = [tuple(sorted({extra, "train", "eval"})) for extra in own]
-        alone += [Case(name, each, p, PLATFORMS[name][0], offline=True) for each in sets for p in PYTHONS]
+        alone += [Case(name, each, p, PLATFORMS[name][0], offline=True) for each in sets for p in PYTHONS[name]]
     return together, alone
 
 
 def write(upgrade: bool) -> None:
     """Resolve for all platforms and Pythons at once; a pin stays as it is where it can."""
     for name, extras in read_extras().items():
-        arguments = ["--universal", "--python-version", PYTHONS[0], "--no-annotate"]
+        arguments = ["--universal", "--python-version", "3.11", "--no-annotate"]
         arguments += ["--custom-compile-command", "make constraints", "-c", "-", "-o", name]
         arguments += [f"--extra={extra}" for extra in extras] + (["--upgrade"] if upgrade else [])
         result = compile_pins(arguments, given=TORCH if name == "constraints.txt" else "")
