@@ -5,6 +5,7 @@ Loads nothing heavy, and tqdm only for a bar on a terminal.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -125,6 +126,11 @@ class Progress:
 def counted(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: 1 row, 2 rows."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of 0.25 as 25.0 %; a dash where there is none."""
+    return f"{100 * share:.{digits}f} %" if share is not None and math.isfinite(share) else "\N{EN DASH}"
 
 
 def size(number: float) -> str:
