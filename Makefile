@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix check constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test check wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
@@ -75,11 +75,3 @@ format: $(BIN)/codeact
 
 clean:
 	rm -rf $(VENV) build dist demo-run *.egg-info codeact/*.so
-
-# One resolution for every platform and Python; pins stay as they are where they can, `UPGRADE=--upgrade` takes the
-# newest. torch is the release that CI has. vLLM pins what the others have newer: a file of its own, without gpu and bench.
-RESOLVE = $(UV) --no-config pip compile -q --universal --python-version 3.11 --no-annotate $(UPGRADE) \
-  --custom-compile-command "make constraints" pyproject.toml --extra demo --extra deepspeed --extra sandbox
-constraints: $(BIN)/codeact
-	echo "torch==2.13.0" | $(RESOLVE) --extra dev --extra gpu --extra bench --extra evalplus -c - -o constraints.txt
-	$(RESOLVE) --extra vllm -o constraints-vllm.txt

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codeact import __version__
-from codeact.base import machine
 
 SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
 _OLDEST_PYTHON = (3, 11)
@@ -250,11 +249,36 @@ def _sandbox() -> Finding:
 
 
 def _memory() -> Finding:
-    details = [f"{machine.free_memory() / 2**30:.1f} of {machine.total_memory() / 2**30:.1f} GiB free"]
-    if (limit := machine.memory_limit()) is not None:
+    details = []
+    with suppress(OSError, ValueError, IndexError):
+        words = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
+        total, free = (int(words[name]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+        details.append(f"{free:.1f} of {total:.1f} GiB free")
+    if (limit := memory_limit()) is not None:
         details.append(f"a control group limits it to {limit / 2**30:.1f} GiB")
-    details.append(f"{machine.usable_cpus()} of {os.cpu_count()} cores may be used")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    details.append(f"{cores} of {os.cpu_count()} cores may be used")
     return Finding(name="memory", state="yes", purpose="and cores", detail="; ".join(details))
+
+
+def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The bytes that the control groups of this process allow; None where they allow all."""
+    limits = []
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = mounted / "memory" if controllers else mounted
+            file = "memory.limit_in_bytes" if controllers else "memory.max"
+            folder = root / group.lstrip("/")
+            for place in (folder, *folder.parents):
+                if place == mounted.parent:
+                    break
+                with suppress(OSError, ValueError):
+                    limits.append(int((place / file).read_text()))
+    most = min(limits, default=1 << 60)
+    return most if most < 1 << 50 else None  # version 1 writes "no limit" as a huge number
 
 
 def _disk() -> Finding:

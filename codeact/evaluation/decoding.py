@@ -54,9 +54,9 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no 
             buffer[..., :begin, :] = old
         return buffer
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         length = self.get_seq_length()
-        self._key_buffer, self._value_buffer = self._key_buffer[beam_idx], self._value_buffer[beam_idx]
+        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
         self.keys, self.values = self._key_buffer[..., :length, :], self._value_buffer[..., :length, :]
 
 
@@ -126,7 +126,7 @@ def decode(
         ids = chosen[:, None].to(device)
         if len(open_rows) <= _KEEP * len(rows):
             kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
-            cache.reorder_cache(kept)
+            cache.batch_select_indices(kept)
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
             rows = [rows[index] for index in kept.tolist()]
 

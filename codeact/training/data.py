@@ -20,8 +20,7 @@ from codeact.text.conversations import (
     open_conversations,
 )
 from codeact.training.dataset import IGNORE
-from codeact.training.flags import TrainSettings
-from codeact.training.options import DataArguments
+from codeact.training.flags import DataArguments, TrainSettings
 
 _NAMED_REFUSALS = 5
 

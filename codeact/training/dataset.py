@@ -124,15 +124,6 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         members = plan.indices[plan.offsets[number] : plan.offsets[number + 1]]
         return [self.samples[i] for i in members.tolist()] or [self._dummy()]
 
-    def largest_pass(self) -> int:
-        """Tokens of the batch that would hold the longest items of epoch 0; of scope "sample" padded to the longest."""
-        if self.scope == "sample":
-            return int(self.items_per_batch * self.lengths.max())
-        plan = self._plan(0)
-        ends = np.concatenate([[0], np.cumsum(self.lengths[plan.indices])])
-        tokens = np.sort(np.diff(ends[plan.offsets]))
-        return int(tokens[-self.items_per_batch :].sum())
-
     def _dummy(self) -> TokenizedSample:
         token = np.asarray(self.samples[0].input_ids[:1], dtype=np.int32)
         return _Dummy(input_ids=token, labels=np.full(1, IGNORE, dtype=np.int32))

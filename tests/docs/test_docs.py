@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import re
 import tomllib
@@ -242,9 +243,9 @@ def cli_command(name: str) -> Any:
 
 
 def train_parser() -> Any:
-    from codeact.training.flags import flag_parser
+    from codeact.training.flags import _OWN, TrainerArguments, _Parser
 
-    return flag_parser()
+    return _Parser((*_OWN, TrainerArguments))
 
 
 @functools.cache
@@ -254,9 +255,14 @@ def train_flags() -> set[str]:
 
 def own_train_options() -> dict[str, Any]:
     """Flags of our own with their defaults."""
-    from codeact.training.flags import OWN
+    from codeact.training.flags import _OWN, TrainerArguments
 
-    return {f"--{field.name}": field.default for part in OWN for field in dataclasses.fields(part)}
+    options = {f"--{field.name}": field.default for part in _OWN for field in dataclasses.fields(part)}
+    changed = set(inspect.get_annotations(TrainerArguments))
+    for field in dataclasses.fields(TrainerArguments):
+        if field.name in changed:
+            options[f"--{field.name}"] = field.default
+    return options
 
 
 def cli_options(name: str) -> dict[str, Any]:
@@ -265,7 +271,7 @@ def cli_options(name: str) -> dict[str, Any]:
         return own_train_options()
     found: dict[str, Any] = {}
     for option in cli_command(name).params:
-        if option.param_type_name == "option" and option.name != "help" and not option.hidden:
+        if option.param_type_name == "option" and option.name != "help":
             found[option.opts[0]] = "required" if option.required else option.default
     return found
 
@@ -280,7 +286,7 @@ def test_every_option_is_told_with_its_default(command):
     real = cli_options(command)
     assert set(told) == set(real), f"{name_of(page)} differs from codeact {command} --help"
     for flag, default in real.items():
-        wanted = {"required": "required", "False": "off", "True": "on"}.get(str(default), f"`{default}`")
+        wanted = {"required": "required", "False": "off"}.get(str(default), f"`{default}`")
         if command == "train" and isinstance(default, bool):
             wanted = f"`{default}`"
         assert default is None or told[flag] == wanted, f"{flag}: the page says {told[flag]}, the command {default}"
@@ -302,7 +308,7 @@ def test_flags_and_commands_in_the_text_exist(page):
 
 
 def _opts(name: str) -> list[str]:
-    return [opt for option in cli_command(name).params for opt in (*option.opts, *option.secondary_opts)]
+    return [opt for option in cli_command(name).params for opt in option.opts]
 
 
 @by_name

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from codeact.base.errors import InputError
-from codeact.run.flow import open_flow
-from codeact.run.settings import shipped_configs
+from codeact.run.settings import read_settings, shipped_configs
 
 GOOD = """\
 output: o
@@ -24,7 +23,7 @@ def complaint(tmp_path):
         path = tmp_path / "run.yaml"
         path.write_text(content)
         with pytest.raises(InputError) as caught:
-            open_flow(path)
+            read_settings(path)
         text = str(caught.value)
         assert text.startswith(str(path)) or text.startswith(f"cannot read {path}")
         assert "\n" not in text
@@ -73,6 +72,6 @@ def test_a_file_that_holds_no_settings(complaint, content):
 def test_what_codeact_brings_is_found_by_name():
     assert "demo" in shipped_configs()
     for name in shipped_configs():
-        assert open_flow(name).model
+        assert read_settings(name).score.model
     with pytest.raises(InputError, match="no such file: dmo; codeact brings demo"):
-        open_flow("dmo")
+        read_settings("dmo")
