@@ -120,7 +120,8 @@ class Evaluations:
 
     def pass_at(self, kind: str, k: str) -> tuple[float | None, float | None]:
         """Before and after, such as of kind "base" and k "pass@1"."""
-        before, after = (side and side.pass_at.get(kind, {}).get(k) for side in (self.before, self.after))
+        sides = (self.before, self.after)
+        before, after = (None if side is None else side.pass_at.get(kind, {}).get(k) for side in sides)
         return before, after
 
 

@@ -27,6 +27,7 @@ _SEEN = 0.995  # share of the values that an axis must show
 _POINTS = 400  # of a line: more are averaged
 _SHADES = 6  # colours ``s0`` to ``s5``
 _DASHED = (0, (4, 3))
+_STEPS = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]  # of ticks that are whole numbers
 _OUTCOMES = {
     "pass": "chosen", "wrong": "c1", "exception": "c4", "syntax": "c5", "time": "c7", "memory": "c8", "crash": "other",
 }  # fmt: skip
@@ -287,7 +288,7 @@ def training_loss(training: Training) -> Plot | None:
     axes.legend(bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1.6)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.margins(x=0.03, y=0.12)
-    axes.locator_params(axis="x", nbins=7, integer=True)
+    axes.locator_params(axis="x", nbins=7, integer=True, steps=_STEPS)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     caption = _loss_caption(trained, held_out, len(line), training.held_out)
     return _plot(figure, "loss", "Training and held-out loss by step", caption)
@@ -427,7 +428,7 @@ def _histogram(axes: Axes, values: Floats, chosen: NDArray[np.bool_] | None, edg
         axes.stairs(taken, edges, fill=True, color=COLOURS["chosen"], label="chosen")
         _legend(axes, 2)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, max(1, everything.max()) * 1.06))
-    axes.locator_params(axis="y", nbins=5, integer=True)
+    axes.locator_params(axis="y", nbins=5, integer=True, steps=_STEPS)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 

@@ -47,9 +47,11 @@ def page_style() -> Iterator[None]:
         rc("axes", labelsize=9.5, labelcolor=ink, edgecolor=rule, facecolor="none")
         rc("axes", titlesize=9.5, titleweight="bold", titlelocation="left", titlecolor=ink)
         rc("axes.spines", top=False, right=False)
-        rc(("xtick", "ytick"), labelsize=9, color=rule, labelcolor=muted)
+        rc("xtick", labelsize=9, color=rule, labelcolor=muted)
+        rc("ytick", labelsize=9, color=rule, labelcolor=muted)
         rc("legend", fontsize=9.5, frameon=False, loc="lower left", borderpad=0.2)
-        rc(("figure", "savefig"), facecolor="none")
+        rc("figure", facecolor="none")
+        rc("savefig", facecolor="none")
         rc("svg", fonttype="none", hashsalt="codeact")
         yield
 
@@ -111,10 +113,13 @@ def _attributes(element: ElementTree.Element, name: str, used: set[str]) -> Iter
         elif key == "style":
             yield key, _style(text)
         elif key in ("d", "x", "y", "width", "height", "transform", "points"):
-            text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
-            yield key, " ".join(text.split())
+            yield key, " ".join(re.sub(r"-?\d+\.\d+", _rounded, text).split())
         elif key != "id":
             yield key, text
+
+
+def _rounded(match: re.Match[str]) -> str:
+    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _style(text: str) -> str:
