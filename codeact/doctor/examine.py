@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -163,18 +162,21 @@ def _run_process(names: list[str], seconds: float) -> tuple[list[dict[str, str]]
         )
     except OSError as error:
         return [], f"cannot start Python: {error}"
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    began = time.monotonic()
-    out, err = process.communicate()
-    timer.cancel()
+    late = False
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        late = True
+        process.kill()
+        out, err = process.communicate()
     lines = []
     for line in out.splitlines():
         with suppress(ValueError):
             lines.append(json.loads(line))
-    if process.returncode < 0:
-        late = time.monotonic() - began >= seconds
-        how = f"no answer in {seconds:.0f} s; try again" if late else f"crashed with signal {-process.returncode}"
+    if late:
+        how = f"no answer in {seconds:.0f} s; try again"
+    elif process.returncode < 0:
+        how = f"crashed with signal {-process.returncode}"
     else:
         how = (err.strip().splitlines() or [f"ended Python with exit code {process.returncode}"])[-1][:200]
     return lines, how

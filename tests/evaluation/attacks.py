@@ -53,7 +53,7 @@ SECRETS = {
     "return 'escaped' if libc.getenv(b'CODEACT_TEST_SECRET') else 'held'",
     "environment of a parent": "import os; return f'escaped {{open(\"/proc/%d/environ\" % os.getppid()).read()}}'",
     "command lines": "import os; return f'escaped {{os.listdir(\"/proc\")}}'",
-    "open descriptors": "import os\nfor n in range(3, 64):\n try:\n  os.lseek(n, 0, 0); t = os.read(n, 100)\n"
+    "open descriptors": "import os\nfor n in range(3, 1024):\n try:\n  os.lseek(n, 0, 0); t = os.read(n, 100)\n"
     "  if t: return f'escaped {{t}}'\n except OSError: pass\nreturn 'held'",
     "kernel keys": _RAW + "return 'escaped' if libc.syscall(250, 0, -4, 1) > 0 else 'held'",
     "memory of a parent": _RAW + "return 'escaped' if libc.ptrace(16, os.getppid(), 0, 0) == 0 else 'held'",
@@ -109,9 +109,9 @@ RESOURCES = {
     "print gigabytes": "while True: print('x' * (1 << 20))",
     "write gigabytes of errors": "import sys\nwhile True: sys.stderr.write('x' * (1 << 20))",
     "return gigabytes": "return 'x' * (1 << 28)",
-    "flood the results": "import os\nwhile True:\n for n in range(3, 20):\n  try: os.write(n, b'x' * 4096)\n"
+    "flood the results": "import os\nwhile True:\n for n in range(3, 1024):\n  try: os.write(n, b'x' * 4096)\n"
     "  except OSError: pass",
-    "flood of lines": "import os\nwhile True:\n for n in range(3, 20):\n  try: os.write(n, b'\\n' * 4096)\n"
+    "flood of lines": "import os\nwhile True:\n for n in range(3, 1024):\n  try: os.write(n, b'\\n' * 4096)\n"
     "  except OSError: pass",
 }
 TIME = {
@@ -126,7 +126,7 @@ TIME = {
     "regular expression": "import re; return re.match('(a*)*b', 'a' * 60)",
     "stop itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
     "endless thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\ntime.sleep(99)",
-    "drip": "import os, time\nwhile True:\n time.sleep(0.2)\n for n in range(3, 9):\n  try: os.write(n, b' ')\n"
+    "drip": "import os, time\nwhile True:\n time.sleep(0.2)\n for n in range(3, 1024):\n  try: os.write(n, b' ')\n"
     "  except OSError: pass",
 }
 _FORGE = """
