@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measure import Line, Report, Timing, added_memory, digits, main, mebibytes, table
 from codeact import token_nll
 from codeact.base.devices import cpu_has_bf16
+from codeact.base.protocols import PROTOCOLS
 from codeact.data.harvest import write_harvest
 from codeact.data.records import Columns, Record, open_records
 from codeact.models.loading import load_causal_lm
@@ -40,7 +41,7 @@ from codeact.run import demo_models as embedded
 from codeact.scoring import ifd
 from codeact.scoring.ifd import IfdScorer
 from codeact.scoring.reference import paper_ifd
-from codeact.scoring.tokens import PROTOCOLS, tokenize
+from codeact.scoring.tokens import tokenize
 from codeact.text.templates import PromptBuilder
 
 CHUNKS = 4

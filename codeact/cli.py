@@ -147,11 +147,15 @@ def merge(
     paper_json: Annotated[
         Path | None, typer.Option(help="Also write the paper's JSON: a list of {question, answer, IFD}.")
     ] = None,
+    seed_json: Annotated[Path | None, typer.Option(help="The old name of --paper-json.", hidden=True)] = None,
     data: Annotated[str | None, typer.Option(help="Where the data lies now, for --paper-json.")] = None,
 ) -> None:
     """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
     from codeact.scoring.folder import ScoreFolder, write_paper_json
 
+    if seed_json is not None:
+        logging.getLogger("codeact").warning("--seed-json is now --paper-json; the next release forgets the old flag")
+        paper_json = seed_json
     scores = ScoreFolder.open(folder)
     _print_scores(folder, scores.merge())
     if paper_json is not None:

@@ -54,6 +54,8 @@ def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path)
         assert line["cluster"] in (0, 1, 2)
     code, out, err = codeact("merge", tmp_path / "scores", "--paper-json", tmp_path / "paper.json")
     assert code == 0, err
+    assert codeact("merge", tmp_path / "scores", "--seed-json", tmp_path / "old.json")[0] == 0  # its old name
+    assert (tmp_path / "old.json").read_bytes() == (tmp_path / "paper.json").read_bytes()
     assert "39 rows in" in out
 
 

@@ -7,13 +7,21 @@ import difflib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from codeact.base.errors import InputError
+from codeact.base.protocols import resolve_protocol
 from codeact.data.records import Columns, RecordSet, open_records
+
+
+def _todays_protocol(name: object) -> object:
+    return resolve_protocol(name) if name == "seed" else name
+
+
+Protocol = Annotated[Literal["exact", "paper"], BeforeValidator(_todays_protocol)]
 
 
 class Settings(BaseModel):
@@ -54,7 +62,7 @@ class ScoreSettings(Settings):
     device: str = "auto"
     tokens_per_pack: int | None = Field(default=None, ge=1)
     shard_size: int = Field(default=10_000, ge=1)
-    protocol: Literal["exact", "paper"] = "exact"
+    protocol: Protocol = "exact"
 
 
 class EmbedSettings(Settings):
@@ -72,7 +80,7 @@ class SelectSettings(Settings):
     ratio: float = Field(default=0.4, gt=0, le=1)
     clusters: int = Field(default=10, ge=1)
     strategy: Literal["cdas", "top_ifd", "random"] = "cdas"
-    protocol: Literal["exact", "paper"] = "exact"
+    protocol: Protocol = "exact"
     seed: int = Field(default=42, ge=0)
     backend: Literal["auto", "sklearn", "cuml"] = "auto"
 

@@ -18,14 +18,15 @@ import torch
 from transformers import PreTrainedModel
 
 from codeact.base.devices import resolve_device, resolve_dtype, to_device
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError
+from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
 from codeact.models.loading import load_causal_lm, split_head
 from codeact.ops.attention import PackedBatch, isolating_attention
 from codeact.ops.nll import token_nll
 from codeact.packing.packs import pack
 from codeact.scoring.folder import SCHEMA
-from codeact.scoring.tokens import PROTOCOLS, TokenizedRecord, tokenize
+from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
 
 
@@ -64,8 +65,8 @@ class IfdScorer:
         tokens_per_pack: int | None = None,
         protocol: str = "exact",
     ) -> None:
-        self.protocol = one_of("protocol", protocol, PROTOCOLS)
-        if protocol == "paper" and template != "qa":
+        self.protocol = resolve_protocol(protocol)
+        if self.protocol == "paper" and template != "qa":
             raise InputError(f"protocol paper scores the template qa only, not {template!r}")
         self.device = model.get_input_embeddings().weight.device
         self.tokens_per_pack = tokens_per_pack or (2048 if self.device.type == "cpu" else 8192)

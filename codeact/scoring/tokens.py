@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from codeact.base.errors import one_of
+from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
 from codeact.text.templates import PromptBuilder
 from codeact.text.tokenizers import leading_bos
-
-PROTOCOLS = ("exact", "paper")
 
 STATUSES = (
     "ok",
@@ -76,7 +74,7 @@ def tokenize(
             results[index] = TokenizedRecord(status="unreadable", reason=f"template_refused: row {row.row}: {error}")
     if texts:
         indices, prompt_texts, answers = zip(*texts, strict=True)
-        build = {"exact": _exact, "paper": _paper}[one_of("protocol", protocol, PROTOCOLS)]
+        build = {"exact": _exact, "paper": _paper}[resolve_protocol(protocol)]
         for index, result in zip(indices, build(tokenizer, prompt_texts, answers, max_length), strict=True):
             reason = result.reason and f"{result.status}: row {rows[index].row}: {result.reason}"
             results[index] = replace(result, reason=reason)

@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, jsonable, write_jsonl
 
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet
 
 STRATEGIES = ("cdas", "top_ifd", "random")
-PROTOCOLS = ("exact", "paper")
 UNCLUSTERED = -1  # the label of a row that has no embedding
 BLOCK_ROWS = 10_000  # records read at a time by write_selection
 
@@ -110,7 +110,7 @@ def plan_selection(
         InputError: an argument or a column is not as described.
     """
     one_of("strategy", strategy, STRATEGIES)
-    one_of("protocol", protocol, PROTOCOLS)
+    protocol = resolve_protocol(protocol)
     if seed < 0:
         raise InputError(f"seed must be 0 or more, not {seed}")
     share = _parse_ratio(ratio)

@@ -271,7 +271,7 @@ def cli_options(name: str) -> dict[str, Any]:
         return own_train_options()
     found: dict[str, Any] = {}
     for option in cli_command(name).params:
-        if option.param_type_name == "option" and option.name != "help":
+        if option.param_type_name == "option" and option.name != "help" and not option.hidden:
             found[option.opts[0]] = "required" if option.required else option.default
     return found
 

@@ -69,6 +69,14 @@ def test_a_file_that_holds_no_settings(complaint, content):
     complaint(content)
 
 
+def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(tmp_path, caplog):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "  protocol: seed\nselect: {protocol: seed}\n")
+    settings = read_settings(path)
+    assert (settings.score.protocol, settings.select.protocol) == ("paper", "paper")
+    assert caplog.text.count("protocol seed is now called paper") == 2
+
+
 def test_what_codeact_brings_is_found_by_name():
     assert "demo" in shipped_configs()
     for name in shipped_configs():

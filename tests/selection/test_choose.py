@@ -221,6 +221,12 @@ def test_the_budget_of_each_protocol(ratio, rows, exact, paper, strategy):
     assert len(select(table, labels, ratio, strategy, protocol="paper")) == paper
 
 
+def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(caplog):
+    table, labels = score_table([0.9, 0.8, 0.7, 0.2]), [0, 0, 1, 1]
+    assert select(table, labels, 0.5, protocol="seed") == select(table, labels, 0.5, protocol="paper")
+    assert "protocol seed is now called paper" in caplog.text
+
+
 def test_random_is_seeded_nested_and_takes_scores_above_one_but_no_failures():
     ifds = [2.0, 0.5, NAN, 3.0, INF, 0.0, 0.7, None, 0.2, 0.9]
     statuses = ["ok"] * 9 + ["nonfinite"]
