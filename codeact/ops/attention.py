@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from codeact import _native
+import codeact._native as _native
 from codeact.base.devices import to_device
 from codeact.base.errors import InputError
 from codeact.ops import native

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codeact import _native
+import codeact._native as _native
 from codeact.base.errors import one_of
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from codeact import _native
+import codeact._native as _native
 from codeact.base.errors import InputError, one_of
 from codeact.ops import native
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from codeact import _native
+import codeact._native as _native
 from codeact.base.errors import InputError
 
 ALGORITHMS = ("bfd", "ffd", "next_fit")
