@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check wheel-check bench models sandbox browser format clean
+.PHONY: help demo test check constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
@@ -50,6 +50,7 @@ check: $(BIN)/codeact
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/package/resolution.py
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.hpp tests/csrc/*.cpp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
 	$(BIN)/cmake --build build/sanitize
@@ -61,7 +62,7 @@ wheel-check:
 	$(PYTHON) -m venv build/wheel-check
 	build/wheel-check/bin/python -m pip install -q build
 	build/wheel-check/bin/python -m build -o build/wheel-check/dist . >build/wheel-check/build.log || { tail -30 build/wheel-check/build.log; exit 1; }
-	build/wheel-check/bin/python -m pip install -q -c constraints.txt build/wheel-check/dist/*.whl
+	build/wheel-check/bin/python -m pip install -q -c constraints.txt "$$(echo build/wheel-check/dist/*.whl)[all]"
 	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/package/wheel_smoke.py
 
 bench: models sandbox
@@ -75,3 +76,7 @@ format: $(BIN)/codeact
 
 clean:
 	rm -rf $(VENV) build dist demo-run *.egg-info codeact/*.so
+
+# One resolution for every platform and Python; pins stay as they are where they can, UPGRADE=--upgrade takes the newest.
+constraints: $(BIN)/codeact
+	$(BIN)/python tests/package/resolution.py --write $(UPGRADE)

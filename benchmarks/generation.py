@@ -37,7 +37,6 @@ from benchmarks.measure import (
 )
 from codeact.base.devices import cpu_has_bf16
 from codeact.evaluation.generate import (
-    GenerationSettings,
     HuggingFaceGenerator,
     Request,
     generate,
@@ -47,8 +46,9 @@ from codeact.evaluation.generate import (
 from codeact.evaluation.problems import load_problems
 from codeact.evaluation.programs import read_rows
 from codeact.evaluation.prompts import PromptWriter
+from codeact.evaluation.settings import GenerationSettings
 from codeact.models.loading import load_causal_lm
-from codeact.run import demo_models as embedded
+from codeact.run import demo_models
 
 TASKS, NEW_TOKENS, EQUAL_TASKS = 16, 64, 8
 FULL_TASKS, FULL_NEW_TOKENS = 32, 128
@@ -59,10 +59,10 @@ class Bench:
     """A model, tasks, and the ways to complete them."""
 
     def __init__(self, tasks: int, new_tokens: int, dtype: torch.dtype) -> None:
-        self.problems = load_problems("humaneval", embedded.human_eval(), tasks)
+        self.problems = load_problems("humaneval", demo_models.human_eval(), tasks)
         self.tasks = tasks
         self.settings = GenerationSettings(template="chat", max_new_tokens=new_tokens)
-        self.model, self.tokenizer = load_causal_lm(str(embedded.causal_lm()), torch.device("cpu"), dtype)
+        self.model, self.tokenizer = load_causal_lm(str(demo_models.causal_lm()), torch.device("cpu"), dtype)
         self.writer = PromptWriter(self.tokenizer, "chat")
         self.requests = requests_for(self.problems, self.writer, 1)
         self.generator = HuggingFaceGenerator(self.model, self.tokenizer, {})

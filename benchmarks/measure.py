@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from codeact.run.folder import cpu_name
+from codeact.base.machine import cpu_name
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,7 +22,7 @@ from codeact_kernels.linear_nll import GROUP_T, MAX_TOKENS
 from codeact_kernels.tiles import tile_for
 
 from benchmarks.measure import Report, main, table
-from codeact.base.gpus import find_gpu
+from codeact.base.devices import find_gpu
 
 TOKENS = 8192
 

@@ -37,7 +37,7 @@ from codeact.base.protocols import PROTOCOLS
 from codeact.data.harvest import write_harvest
 from codeact.data.records import Columns, Record, open_records
 from codeact.models.loading import load_causal_lm
-from codeact.run import demo_models as embedded
+from codeact.run import demo_models
 from codeact.scoring import ifd
 from codeact.scoring.ifd import IfdScorer
 from codeact.scoring.reference import paper_ifd
@@ -62,7 +62,7 @@ def read_rows(data: Path | None, count: int) -> list[Record]:
         else:
             columns = Columns(input="input")
         rows = [row for row in open_records(data, columns) if isinstance(row, Record)]
-    tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
+    tokenizer = AutoTokenizer.from_pretrained(demo_models.causal_lm())
     prompts = PromptBuilder(tokenizer, "qa")
     both = [tokenize(rows, tokenizer, prompts, MAX_LENGTH, protocol) for protocol in PROTOCOLS]
     return [row for row, exact, paper in zip(rows, *both, strict=True) if exact.status == paper.status == "ok"][:count]
@@ -129,7 +129,7 @@ def without(name: str) -> Iterator[None]:
 
 def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time every arm on every chunk in one dtype."""
-    path = str(embedded.causal_lm())
+    path = str(demo_models.causal_lm())
     ours, tokenizer = load_causal_lm(path, torch.device("cpu"), dtype)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
     exact, paper = IfdScorer(ours, tokenizer), IfdScorer(ours, tokenizer, protocol="paper")
@@ -194,7 +194,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
 
 def prepare(name: str, dtype: str, rows: list[Record]) -> Callable[[], Any]:
     """For ``added_memory``: scoring a few rows, with the model in memory already."""
-    path = str(embedded.causal_lm())
+    path = str(demo_models.causal_lm())
     kind = getattr(torch, dtype)
     if name == OURS:
         ours, tokenizer = load_causal_lm(path, torch.device("cpu"), kind)
@@ -213,7 +213,7 @@ def agreement(rows: list[Record]) -> dict[str, float]:
     """How bfloat16 scores order the rows against float32 scores."""
     scores = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, tokenizer = load_causal_lm(str(embedded.causal_lm()), torch.device("cpu"), dtype)
+        model, tokenizer = load_causal_lm(str(demo_models.causal_lm()), torch.device("cpu"), dtype)
         scores[dtype] = IfdScorer(model, tokenizer).score(rows)[0]["ifd"].to_numpy()
     single, half = scores[torch.float32], scores[torch.bfloat16]
     top = round(0.4 * len(rows))

@@ -43,7 +43,7 @@ from benchmarks.measure import (
     table,
 )
 from codeact.data.records import Record
-from codeact.run import demo_models as embedded
+from codeact.run import demo_models
 
 SIZES = (100, 300, 1_000, 10_000)
 QUICK_SIZES = (50, 100)
@@ -83,7 +83,7 @@ class Stages:
         self.file = write_rows(folder, count)
         self.records = codeact.open_records(self.file, codeact.Columns(id="id"))
         self.rows = [row for row in self.records if isinstance(row, Record)]
-        self.tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
+        self.tokenizer = AutoTokenizer.from_pretrained(demo_models.causal_lm())
         self.prompts = PromptBuilder(self.tokenizer, "qa")
         few = self.tokenizer.train_new_from_iterator([row.answer for row in self.rows[:500]], 4096)
         torch.manual_seed(0)
@@ -111,7 +111,7 @@ class Stages:
     def embedder(self) -> Any:
         from codeact.embedding.vectors import load_embedder
 
-        return load_embedder(str(embedded.sentence_embedder()), device="cpu")
+        return load_embedder(str(demo_models.sentence_embedder()), device="cpu")
 
     def read(self) -> list[Any]:
         return list(codeact.open_records(self.file, codeact.Columns(id="id")))

@@ -40,7 +40,7 @@ from benchmarks.measure import Line, Report, Timing, in_fresh_process, main, meb
 from codeact.base.devices import cpu_has_bf16
 from codeact.data.harvest import write_harvest
 from codeact.data.records import Columns, Record, open_records
-from codeact.run import demo_models as embedded
+from codeact.run import demo_models
 
 MAX_SEQ_LEN = 1024
 BATCH = 16
@@ -107,14 +107,14 @@ def run_arm(arm: Arm) -> dict[str, Any]:
     from codeact.models.adapters import add_lora
     from codeact.models.loading import load_causal_lm
     from codeact.training.cost import CostMonitor
-    from codeact.training.flags import LORA_TARGETS
-    from codeact.training.trainer import PackOptions, PackTrainer
+    from codeact.training.options import LORA_TARGETS, PackOptions
+    from codeact.training.trainer import PackTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     transformers.set_seed(arm.seed)
     half = cpu_has_bf16()
-    model, _ = load_causal_lm(str(embedded.causal_lm()), None, torch.bfloat16 if half else torch.float32)
+    model, _ = load_causal_lm(str(demo_models.causal_lm()), None, torch.bfloat16 if half else torch.float32)
     model = add_lora(model, 16, 32, 0.0, LORA_TARGETS)
     options = PackOptions(max_seq_len=MAX_SEQ_LEN, **arm.options)
     epoch_packs = options.packs and options.pack_scope == "epoch"
@@ -231,8 +231,8 @@ def modes_table(records: Sequence[dict[str, Any]]) -> str:
 
 def choose(rows: Sequence[Record]) -> list[int]:
     """Positions of 40 % of the rows by CDAS."""
-    table = codeact.score_ifd(str(embedded.causal_lm()), records=rows, template="chat", max_length=MAX_SEQ_LEN)
-    vectors = codeact.embed([row.question for row in rows], model=str(embedded.sentence_embedder()))
+    table = codeact.score_ifd(str(demo_models.causal_lm()), records=rows, template="chat", max_length=MAX_SEQ_LEN)
+    vectors = codeact.embed([row.question for row in rows], model=str(demo_models.sentence_embedder()))
     labels = codeact.cluster(vectors, k=CLUSTERS)
     chosen = set(codeact.select(table, labels, ratio=RATIO))
     return [position for position, row in enumerate(rows) if row.id in chosen]
@@ -335,7 +335,7 @@ def run(options: argparse.Namespace) -> Report:
         names, in_modes, rounds, trained, held, seeds = ((BASE, SORTED, OURS), 4, 1, 6, 2, 1)
     elif options.full:
         names, in_modes, rounds, trained, held, seeds = (tuple(MODES), 48, 3, 240, 80, 3)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.causal_lm())
+    tokenizer = AutoTokenizer.from_pretrained(demo_models.causal_lm())
     with tempfile.TemporaryDirectory() as folder:
         rows = read_rows(options.data, trained + held, Path(folder))
     results = encode_conversations(rows, tokenizer, "chat", MAX_SEQ_LEN)

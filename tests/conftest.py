@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from codeact.data.records import Columns, Record, RecordSet, open_records
-from codeact.run import demo_models as embedded
+from codeact.run import demo_models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -109,19 +109,19 @@ def code_alpaca(shared_data: Path) -> RecordSet:
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """SmolLM2-135M-Instruct."""
-    return embedded.causal_lm()
+    return demo_models.causal_lm()
 
 
 @pytest.fixture(scope="session")
 def embedder_path() -> Path:
     """all-MiniLM-L6-v2."""
-    return embedded.sentence_embedder()
+    return demo_models.sentence_embedder()
 
 
 @pytest.fixture(scope="session")
 def human_eval_path() -> Path:
     """OpenAI's HumanEval.jsonl.gz."""
-    return embedded.human_eval()
+    return demo_models.human_eval()
 
 
 @pytest.fixture(scope="session")

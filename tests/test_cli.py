@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from codeact.data.records import write_jsonl
-from codeact.run import stages as data_stages
+from codeact.scoring import stage as scoring_stage
 from tests.conftest import make_records
 
 ROWS = 40
@@ -194,4 +194,4 @@ def test_padding_of_batches_is_counted():
     lengths = [5, 1, 1, 9, 2]
     table = pa.table({"status": ["ok"] * 4 + ["unreadable"], "prompt_tokens": lengths, "answer_tokens": [0] * 5})
     # batches of 2: (5, 1) and (1, 9) become 10 and 18 tokens; the last row was not scored
-    assert data_stages._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)
+    assert scoring_stage._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)

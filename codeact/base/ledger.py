@@ -8,10 +8,11 @@ dropped in silence.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from codeact.base.console import aligned
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 
@@ -23,6 +24,13 @@ class Change:
     reason: str
     rows: int
     tokens: int | None = None
+
+
+def changes(counts: Mapping[str, tuple[int, int | None]]) -> tuple[Change, ...]:
+    """Changes from ``reason -> (rows, tokens)``, without those of nothing."""
+    return tuple(
+        Change(reason=reason, rows=rows, tokens=tokens) for reason, (rows, tokens) in counts.items() if rows or tokens
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +50,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The stages of a run in order."""
+    """The stages of a run in order; ``stale`` names those left out, since what they took in is gone."""
 
     entries: tuple[Entry, ...]
+    stale: tuple[str, ...] = ()
 
     def complaints(self) -> list[str]:
         """Where it does not balance: one sentence each; empty if it does."""
@@ -73,23 +82,19 @@ class Ledger:
         for entry in self.entries:
             numbers = (entry.rows_in, entry.rows_out, entry.tokens_in, entry.tokens_out)
             cells.append((entry.stage, entry.what, *map(_number, numbers)))
-            for sign, changes in (("-", entry.lost), ("+", entry.added)):
-                for change in changes:
+            for sign, listed in (("-", entry.lost), ("+", entry.added)):
+                for change in listed:
                     rows = f"{sign}{change.rows:,}" if change.rows else ""
                     tokens = f"{sign}{change.tokens:,}" if change.tokens else ""
                     cells.append(("", f"{sign} {change.reason}", "", rows, "", tokens))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if place < 2 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        )
+        text = aligned(cells)
+        if self.stale:
+            text += f"\n\n  stale, made from other results, and not counted: {', '.join(self.stale)}"
+        return text
 
     def write(self, path: Path) -> None:
         """Write it as JSON; the file appears whole or not at all."""
-        content = {"stages": [asdict(entry) for entry in self.entries]}
+        content = {"stages": [asdict(entry) for entry in self.entries], "stale": self.stale}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -101,8 +106,9 @@ class Ledger:
             InputError: it is not there, or is something else.
         """
         try:
-            stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-            return cls(entries=tuple(_entry(stage) for stage in stages))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            entries = tuple(_entry(stage) for stage in content["stages"])
+            return cls(entries=entries, stale=tuple(content.get("stale", ())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"cannot use {path}: {error}; make it again with: codeact run") from None
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codeact import __version__
+from codeact.base import machine
 
 SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
 _OLDEST_PYTHON = (3, 11)
@@ -86,7 +87,7 @@ _LIBRARIES = {
         _Library(name="bitsandbytes", probe="bitsandbytes", purpose="QLoRA (--quantize)", command=_extra("train")),
         _Library(name="deepspeed", probe="deepspeed", purpose="train --deepspeed", command=_extra("deepspeed")),
         _Library(name="vllm", probe="vllm", purpose="generate --backend vllm", command=_extra("vllm"), gpu=True),
-        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("eval")),
+        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("evalplus")),
         _Library(name="matplotlib", probe="matplotlib", purpose="pictures", command=_extra("report")),
         _Library(name="gguf", probe="gguf", purpose="demo", command=_extra("demo")),
     )
@@ -205,7 +206,7 @@ def _python() -> Finding:
 def _problems() -> Finding:
     from codeact.evaluation.problems import DATASETS, find_in_folder
 
-    purpose, command = "generate, evaluate", f"{_extra('eval')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
+    purpose, command = "generate, evaluate", f"{_extra('evalplus')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
     folder = os.environ.get("CODEACT_EVAL_DATA")
     if folder:
         found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}
@@ -251,36 +252,11 @@ def _sandbox() -> Finding:
 
 
 def _memory() -> Finding:
-    details = []
-    with suppress(OSError, ValueError, IndexError):
-        words = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines()}
-        total, free = (int(words[name]) / 2**20 for name in ("MemTotal", "MemAvailable"))
-        details.append(f"{free:.1f} of {total:.1f} GiB free")
-    if (limit := memory_limit()) is not None:
+    details = [f"{machine.free_memory() / 2**30:.1f} of {machine.total_memory() / 2**30:.1f} GiB free"]
+    if (limit := machine.memory_limit()) is not None:
         details.append(f"a control group limits it to {limit / 2**30:.1f} GiB")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    details.append(f"{cores} of {os.cpu_count()} cores may be used")
+    details.append(f"{machine.usable_cpus()} of {os.cpu_count()} cores may be used")
     return Finding(name="memory", state="yes", purpose="and cores", detail="; ".join(details))
-
-
-def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The bytes that the control groups of this process allow; None where they allow all."""
-    limits = []
-    with suppress(OSError):
-        for line in groups.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root = mounted / "memory" if controllers else mounted
-            file = "memory.limit_in_bytes" if controllers else "memory.max"
-            folder = root / group.lstrip("/")
-            for place in (folder, *folder.parents):
-                if place == mounted.parent:
-                    break
-                with suppress(OSError, ValueError):
-                    limits.append(int((place / file).read_text()))
-    most = min(limits, default=1 << 60)
-    return most if most < 1 << 50 else None  # version 1 writes "no limit" as a huge number
 
 
 def _disk() -> Finding:

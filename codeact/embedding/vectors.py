@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from codeact.base.console import Progress
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.data.records import Record
@@ -104,7 +104,7 @@ def embed(
         raise InputError("texts must be a list of strings, not one string")
     encoder = load_embedder(model, device=device, dtype=dtype)
     texts = list(texts)
-    with _ProgressBar(len(texts), progress) as bar:
+    with Progress(len(texts), "texts", "embedding", show=progress) as bar:
         result = embed_texts(texts, encoder, batch_size=batch_size, on_batch=bar)
     _log_truncated(result.truncated, len(texts), encoder)
     return result.vectors
@@ -220,7 +220,7 @@ def embed_records(
 
     def blocks() -> Iterator[_Block]:
         nonlocal rows_done, skipped, truncated, tokens
-        with _ProgressBar(len(record_set), progress) as bar:
+        with Progress(len(record_set), "rows", "embedding", show=progress) as bar:
             # the block of no rows gives the file its number of dimensions where no record is readable
             for start in range(0, max(len(record_set), 1), BLOCK_ROWS):
                 block = record_set.rows(start, min(start + BLOCK_ROWS, len(record_set)))
@@ -424,26 +424,3 @@ def _log_truncated(truncated: int, texts: int, encoder: SentenceTransformer) -> 
     if truncated:
         limit = getattr(encoder, "max_seq_length", None)
         logger.warning("%d of %d texts were cut to the embedder's %s tokens", truncated, texts, limit)
-
-
-class _ProgressBar:
-    """A tqdm bar over texts that shows tokens per second; called with the texts and tokens of every batch."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit="text", desc="embed", disable=not show)
-        self._tokens = 0
-        self._start = time.perf_counter()
-
-    def __call__(self, texts: int, tokens: int) -> None:
-        self._tokens += tokens
-        seconds = time.perf_counter() - self._start
-        self._bar.set_postfix_str(f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
-        self._bar.update(texts)
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

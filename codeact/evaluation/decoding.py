@@ -1,10 +1,15 @@
 """Decode a batch of prompts: left padding, a cache that grows in place, finished rows leave the batch.
 
+Rows that would change each other's numbers do not share a batch (``codeact.models.isolation.PassRule``): where a row
+comes to a length from which its model computes the whole pass in another way, it leaves the batch, and goes on in
+another one with a new cache.
+
 Shapes: B rows, S tokens so far (padding included), V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from codeact.models.isolation import PassRule, forget_longest, round_row_by_row
 
 _GROWTH = 64  # tokens that the cache grows by
 _KEEP = 0.875  # a smaller share of unfinished rows is worth copying the cache
@@ -54,9 +61,9 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no 
             buffer[..., :begin, :] = old
         return buffer
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.get_seq_length()
-        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
+        self._key_buffer, self._value_buffer = self._key_buffer[beam_idx], self._value_buffer[beam_idx]
         self.keys, self.values = self._key_buffer[..., :length, :], self._value_buffer[..., :length, :]
 
 
@@ -65,6 +72,14 @@ def growing_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a model can be decoded so that a row gets what it gets by itself; see ``exact_manner``."""
+
+    batched: bool = True
+    cached: bool = True
 
 
 @torch.inference_mode()
@@ -76,6 +91,7 @@ def decode(
     sampling: Sampling,
     seeds: Sequence[int],
     pad_id: int = 0,
+    manner: Manner | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt; yields ``(row, new token ids)`` as rows finish.
 
@@ -87,48 +103,177 @@ def decode(
         sampling: how the next token is chosen.
         seeds: one a row, so that what is drawn for a row does not depend on its neighbours.
         pad_id: any valid token; it is masked.
+        manner: how, so that a row gets what it gets alone; None: ``exact_manner`` finds it.
     """
-    device = model.device
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    choose = _Chooser(sampling, seeds)
-    new: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # which prompt each row of the batch continues
-    open_rows = set(rows)
-    cache = growing_cache(model)
-    while True:
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        chosen = choose(output.logits[:, -1], rows)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            if row not in open_rows:
-                continue
-            new[row].append(token)
-            if ends(row, new[row]) or len(new[row]) == max_new_tokens:
-                open_rows.remove(row)
-                yield row, new[row]
-        if not open_rows:
-            return
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        ids = chosen[:, None].to(device)
-        if len(open_rows) <= _KEEP * len(rows):
-            kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
-            cache.batch_select_indices(kept)
-            ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            rows = [rows[index] for index in kept.tolist()]
+    forget_longest(model)
+    round_row_by_row(model)
+    run = _Run(
+        model,
+        PassRule.of(model),
+        ends,
+        max_new_tokens,
+        _Chooser(sampling, seeds),
+        pad_id,
+        manner or exact_manner(model),
+    )
+    texts = [list(prompt) for prompt in prompts]
+    starts = [len(prompt) for prompt in prompts]
+    waiting = list(range(len(texts)))
+    while waiting:
+        # The shortest first: when it has come to where the others are, they go on together.
+        keys = dict(zip(waiting, run.rule.keys([len(texts[row]) for row in waiting]).tolist(), strict=True))
+        batch = [row for row in waiting if keys[row] == min(keys.values())]
+        if not run.manner.batched or run.rule.capacity(max(len(texts[row]) for row in batch), 2) == 1:
+            batch = batch[:1]
+        waiting = [row for row in waiting if row not in set(batch)]
+        for row in run.batch(texts, starts, batch):
+            if row in run.left:
+                waiting.append(row)
+            else:
+                yield row, texts[row][starts[row] :]
+        run.left.clear()
+
+
+class _Run:
+    """What all batches of one call of ``decode`` share; ``left``: rows that have to go on in another batch."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rule: PassRule,
+        ends: Callable[[int, list[int]], bool],
+        max_new_tokens: int,
+        choose: _Chooser,
+        pad_id: int,
+        manner: Manner,
+    ) -> None:
+        self.model, self.rule, self.ends, self.max_new_tokens = model, rule, ends, max_new_tokens
+        self.choose, self.pad_id, self.manner = choose, pad_id, manner
+        self.left: set[int] = set()
+
+    def batch(self, texts: list[list[int]], starts: Sequence[int], rows: list[int]) -> Iterator[int]:
+        """Lengthen the texts of ``rows``; yields every row that is finished, or that has to leave."""
+        open_rows = set(rows)
+        key = self.rule.keys([len(texts[rows[0]])])[0]
+        cache = growing_cache(self.model) if self.manner.cached else None
+        ids, mask, positions = self._inputs([texts[row] for row in rows])
+        while True:
+            chosen = self.choose(next_logits(self.model, ids, mask, positions, cache), rows)
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                if row not in open_rows:
+                    continue
+                texts[row].append(token)
+                new = texts[row][starts[row] :]
+                if self.ends(row, new) or len(new) == self.max_new_tokens:
+                    open_rows.remove(row)
+                    yield row
+            if not open_rows:
+                return
+            if cache is None:
+                ids, mask, positions = self._inputs([texts[row] for row in rows])
+            else:
+                ids = chosen[:, None].to(self.model.device)
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                positions = positions[:, -1:] + 1
+            # Rows that are finished and still in the batch grow as well, and may not cross over either.
+            next_keys = self.rule.keys(mask.sum(1).cpu().numpy())
+            stay = [row in open_rows and next_keys[place] == key for place, row in enumerate(rows)]
+            leaving = open_rows.difference(row for row, stays in zip(rows, stay, strict=True) if stays)
+            open_rows -= leaving
+            self.left |= leaving
+            yield from leaving
+            if not open_rows:
+                return
+            if len(open_rows) <= _KEEP * len(rows) or (next_keys != key).any():
+                kept = torch.tensor([place for place, one in enumerate(stay) if one], device=self.model.device)
+                if cache is not None:
+                    cache.reorder_cache(kept)
+                ids, mask, positions = ids[kept], mask[kept], positions[kept]
+                rows = [row for row, one in zip(rows, stay, strict=True) if one]
+
+    def _inputs(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions of texts, padded on the left: int64 (B, S) each."""
+        width = max(map(len, texts))
+        ids = torch.full((len(texts), width), self.pad_id)
+        mask = torch.zeros(len(texts), width, dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids[row, width - len(text) :] = torch.tensor(text)
+            mask[row, width - len(text) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def next_logits(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
+) -> Tensor:
+    """Logits (B, V) of what follows ``ids`` (B, S), after what the cache holds; None: after nothing."""
+    known = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+    if len(ids) > 1 or cache is not None:
+        inputs |= {"attention_mask": mask, "position_ids": positions}
+    if cache is not None:  # Mamba has another name for it
+        inputs["cache_params" if "cache_params" in known else "past_key_values"] = cache
+    if "logits_to_keep" in known:
+        inputs["logits_to_keep"] = 1
+    return model(**inputs).logits[:, -1]  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def exact_manner(model: PreTrainedModel) -> Manner:
+    """Find the fastest manner in which a row gets the logits that it gets alone and without a cache, by trying it.
+
+    Three prompts of different lengths get three tokens more, and one of them leaves in between. An architecture without
+    a cache, or one whose recurrent state runs over padding, is decoded in a slower manner.
+    """
+    ids = torch.Generator().manual_seed(0)
+    count = model.get_input_embeddings().weight.shape[0]
+    prompts = [torch.randint(count, (length,), generator=ids).tolist() for length in (3, 11, 6)]
+    for manner in (Manner(), Manner(batched=False)):
+        try:
+            if _agrees(model, prompts, manner):
+                return manner
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    return Manner(batched=False, cached=False)
+
+
+def _agrees(model: PreTrainedModel, prompts: list[list[int]], manner: Manner) -> bool:
+    run = _Run(model, PassRule(), lambda *_: False, 3, _Chooser(Sampling(), []), 0, manner)
+    groups = [prompts] if manner.batched else [[prompt] for prompt in prompts]
+    for group in groups:
+        texts = [list(text) for text in group]
+        cache = growing_cache(model)
+        ids, mask, positions = run._inputs(texts)
+        for _ in range(3):
+            got = next_logits(model, ids, mask, positions, cache).float()
+            true = torch.cat([_logits_alone(model, text) for text in texts])
+            tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(true.abs().max())
+            if not float((got - true).abs().max()) <= tolerance:
+                return False
+            ids, positions = true.argmax(-1, keepdim=True), positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(texts), 1)], dim=1)
+            for text, token in zip(texts, ids[:, 0].tolist(), strict=True):
+                text.append(token)
+            if len(texts) == len(prompts):  # the first one leaves
+                kept = torch.arange(1, len(texts), device=ids.device)
+                cache.reorder_cache(kept)
+                ids, mask, positions, texts = ids[kept], mask[kept], positions[kept], texts[1:]
+    return True
+
+
+def _logits_alone(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    ids = torch.tensor([text], device=model.device)
+    positions = torch.arange(len(text), device=model.device)[None]
+    return next_logits(model, ids, torch.ones_like(ids), positions, None).float()
 
 
 class _Chooser:

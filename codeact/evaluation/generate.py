@@ -9,41 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
 from codeact.evaluation.programs import SampleLog
 from codeact.evaluation.prompts import Prompt, PromptWriter
+from codeact.evaluation.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from codeact.evaluation.decoding import Manner
 
 BACKENDS = ("hf", "vllm")
 _MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSettings:
-    """How programs are generated. ``template``: None for a base model."""
-
-    template: str | None = None
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_p: float = 1.0
-    samples: int = 1
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise an InputError for what makes no sense."""
-        if self.max_new_tokens < 1 or self.samples < 1:
-            raise InputError("--max-new-tokens and --n must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise InputError("--temperature must be 0 (greedy) or more, --top-p above 0 and at most 1")
-        if self.temperature == 0 and self.samples > 1:
-            raise InputError(f"--n {self.samples} greedy samples would all be the same; say --temperature as well")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +74,17 @@ class Generator(Protocol):
         """Yield a completion of every request, in any order."""
 
 
+def largest_batch(row_bytes: float, free: float, device: str) -> int:
+    """How many answers to decode together.
+
+    Args:
+        row_bytes: of a row's keys and values when the answer has its full length.
+        free: bytes that the device has left.
+        device: its kind, "cpu" or "cuda".
+    """
+    return max(1, min(int(_MEMORY_SHARE * free / row_bytes), _LARGEST_BATCH.get(device, 64)))
+
+
 class HuggingFaceGenerator:
     """Decodes with transformers, by our own loop: the generation settings that a model brings do not count."""
 
@@ -97,26 +92,24 @@ class HuggingFaceGenerator:
         self._model = model
         self.tokenizer = tokenizer
         self.identity = dict(identity)
+        self._manner: Manner | None = None
 
     def batch_size(self, longest: int) -> int:
         """By the memory that is free now."""
-        import torch
-
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * dim * self._model.dtype.itemsize
         device = self._model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        fits = int(_MEMORY_SHARE * free / (a_token * longest))
-        return max(1, min(fits, _LARGEST_BATCH.get(device.type, 64)))
+        return largest_batch(a_token * longest, free_memory(device), device.type)
 
     def complete(
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings
     ) -> Iterator[tuple[Request, Completion]]:
         """See ``Generator``."""
-        from codeact.evaluation.decoding import Sampling, decode
+        from codeact.evaluation.decoding import Sampling, decode, exact_manner
 
+        self._manner = self._manner or exact_manner(self._model)
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
         finished = decode(
             self._model,
@@ -126,6 +119,7 @@ class HuggingFaceGenerator:
             Sampling(temperature=settings.temperature, top_p=settings.top_p),
             [request.seed(settings.seed) for request in requests],
             pad_id=next(iter(ends), 0),
+            manner=self._manner,
         )
         for row, ids in finished:
             yield requests[row], watches[row].completion(ids)
@@ -216,12 +210,11 @@ def generate(
         How many samples were made; 0 if all were there.
 
     Raises:
-        InputError: the file holds samples of other settings, or a setting makes no sense.
+        InputError: the file holds samples of other settings.
     """
-    settings.check()
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; it must be at least 1")
-    writer = PromptWriter(generator.tokenizer, settings.template)
+    writer = PromptWriter(generator.tokenizer, settings.chat)
     requests = requests_for(problems, writer, settings.samples)
     longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
     prompts = hashlib.sha256(json.dumps([(r.task_id, r.prompt.ids, r.prompt.stops) for r in requests]).encode())
@@ -229,7 +222,8 @@ def generate(
         **generator.identity,
         "prompts": prompts.hexdigest(),
         "dataset": problems.dataset,
-        **asdict(settings),
+        "template": settings.chat,
+        **settings.model_dump(include={"max_new_tokens", "temperature", "top_p", "samples", "seed"}),
     }
     size = _claim(Path(output), identity, batch_size, lambda: generator.batch_size(longest), overwrite)
     ends, made = writer.end_ids(), 0
@@ -285,12 +279,3 @@ def _claim(
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size
-
-
-def free_memory() -> int:
-    """Bytes that this machine has to give; a guess where it does not say."""
-    try:
-        lines: Iterable[str] = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30

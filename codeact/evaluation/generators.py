@@ -10,12 +10,12 @@ from codeact.base.errors import InputError, MissingExtraError, one_of
 from codeact.evaluation.generate import (
     BACKENDS,
     Completion,
-    GenerationSettings,
     Generator,
     HuggingFaceGenerator,
     Request,
     StopWatch,
 )
+from codeact.evaluation.settings import GenerationSettings
 
 
 def load_generator(

@@ -144,7 +144,7 @@ def _find(dataset: str) -> Path:
             return path
         raise InputError(f"CODEACT_EVAL_DATA={folder} holds no {_FILES[dataset][0]}.jsonl.gz; put it there")
     if importlib.util.find_spec("evalplus") is None:
-        raise MissingExtraError("evalplus", "eval", f"{_remedy(dataset)}; its download")
+        raise MissingExtraError("evalplus", "evalplus", f"{_remedy(dataset)}; its download")
     return _download(dataset)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.files import atomic_path
+from codeact.base.machine import usable_cpus
 from codeact.evaluation.judge import FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.programs import Program, SampleLog
 from codeact.evaluation.sandbox.sandbox import Sandbox
 
 _KS = (1, 10, 100)
+
+
+def default_parallel() -> int:
+    """Programs at a time: half as many as CPUs may be used, so that none is late for want of one."""
+    return max(1, usable_cpus() // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +154,14 @@ def evaluate(
         samples: the programs.
         sandbox: where they run.
         results: JSON lines of verdicts, each under a key of all that decides it: a rerun takes from it what fits.
-        parallel: programs at a time; default: half the processors.
+        parallel: programs at a time; default: as many as half the usable CPUs.
         base_only: leave out the plus tests.
         progress: called with the number of samples of each step.
 
     Raises:
         InputError: a canonical solution cannot be run, or a file not written.
     """
-    parallel = parallel or max(1, (os.cpu_count() or 2) // 2)
+    parallel = parallel or default_parallel()
     base_only = base_only or not problems.plus
     groups: dict[str, list[Program]] = {problem.task_id: [] for problem in problems.problems}
     for sample in samples:

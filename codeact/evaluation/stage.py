@@ -1,61 +1,84 @@
-"""The stages that try a model, as the command line and a run use them: generate, sanitize, evaluate."""
+"""Stages generate and evaluate: a model -> programs for the tasks of HumanEval or MBPP -> what became of them."""
 
 from __future__ import annotations
 
-import sys
+import functools
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError
-from codeact.evaluation.generate import GenerationSettings, generate
-from codeact.evaluation.problems import DATASETS, Problem, load_problems
-from codeact.evaluation.programs import read_rows, read_samples, write_samples
-from codeact.evaluation.results import Results, evaluate, results_path, write_results
-from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
-from codeact.evaluation.sanitize import sanitize
+from codeact.base.ledger import Entry, changes
+from codeact.base.settings import decisive
+from codeact.base.stage import Lines, Run, Stage
+from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 
+if TYPE_CHECKING:
+    from codeact.evaluation.problems import Problem, ProblemSet
+    from codeact.evaluation.results import Results
+    from codeact.evaluation.sandbox.sandbox import Limits
+
+PARTS = ("before", "after")
+"""The model before training, and after it."""
 _PREFIXES = {"HumanEval/": "humaneval", "Mbpp/": "mbpp"}
 
 
-def generate_samples(
-    dataset: str,
+def generate_programs(
+    settings: GenerationSettings,
     model: str,
     output: Path,
-    settings: GenerationSettings,
     *,
     adapter: str | None = None,
-    data: Path | None = None,
-    backend: str = "hf",
-    dtype: str = "auto",
-    device: str = "auto",
-    batch_size: int | None = None,
     limit: int | None = None,
-    tasks: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Generate what is missing in ``output``; returns a line about it."""
+    """Generate what is missing in ``output``; returns a line about it.
+
+    Args:
+        settings: which tasks, and how.
+        model: causal language model: a folder or a hub name.
+        output: JSON lines.
+        adapter: LoRA adapter on the model: a folder or a hub name.
+        limit: only so many tasks.
+        overwrite: discard samples of other settings there.
+
+    Raises:
+        InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
+    """
+    from codeact.base.console import Progress, say
+    from codeact.evaluation.generate import generate
     from codeact.evaluation.generators import load_generator
+    from codeact.evaluation.problems import load_problems
     from codeact.models.loading import quiet_transformers
 
-    problems = load_problems(dataset, data, limit, tasks)
+    problems = load_problems(settings.dataset, settings.data, limit, settings.tasks)
     quiet_transformers()
-    generator = load_generator(model, adapter, backend, dtype, device)
+    say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
+    generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
     begin, tokens = time.perf_counter(), 0
-    with _Bar(len(problems.problems) * settings.samples, "samples") as step:
+    with Progress(len(problems.problems) * settings.samples, "samples", "generating") as step:
 
         def progress(samples: int, new_tokens: int) -> None:
             nonlocal tokens
             tokens += new_tokens
-            step(samples)
+            step(samples, new_tokens)
 
-        made = generate(
-            problems, generator, output, settings, batch_size=batch_size, overwrite=overwrite, progress=progress
+        count = generate(
+            problems,
+            generator,
+            output,
+            settings,
+            batch_size=settings.batch_size,
+            overwrite=overwrite,
+            progress=progress,
         )
     seconds = time.perf_counter() - begin
-    if not made:
+    if not count:
         return f"all samples were in {output} already"
-    return f"{made:,} samples, {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s) -> {output}"
+    return f"{count:,} samples, {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} tokens/s) -> {output}"
 
 
 def sanitize_file(samples: Path, output: Path | None = None, data: Path | None = None) -> tuple[Path, int, int]:
@@ -63,6 +86,10 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
 
     The entry points are those in the rows (`codeact generate` writes them), or of the data sets that the task ids name.
     """
+    from codeact.evaluation.problems import DATASETS, load_problems
+    from codeact.evaluation.programs import read_rows, write_samples
+    from codeact.evaluation.sanitize import sanitize
+
     problems: dict[str, Problem] = {}
     rows = read_rows(samples)
     needed = {
@@ -97,54 +124,164 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
 def evaluate_file(
     dataset: str,
     samples: Path,
+    settings: EvaluateSettings,
     *,
     data: Path | None = None,
     limits: Limits | None = None,
-    parallel: int | None = None,
-    base_only: bool = False,
     limit: int | None = None,
     tasks: Sequence[str] | None = None,
     unsafe: bool = False,
 ) -> tuple[Results, list[Path]]:
-    """Judge a file of samples; returns the report and the files it was written to."""
+    """Judge a file of samples; returns the results and the files they were written to."""
+    from codeact.base.console import Progress, say
+    from codeact.evaluation.problems import load_problems
+    from codeact.evaluation.programs import read_samples
+    from codeact.evaluation.results import evaluate, results_path, write_results
+    from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
+
     problems = load_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
     if not sandbox.isolated:
-        print(
+        say(
             "codeact: WARNING: generated programs run without isolation: they can read, change and send away whatever "
-            "you can",
-            file=sys.stderr,
-            flush=True,
+            "you can"
         )
-    found = read_samples(samples, problems.by_id())
-    if not found:
+    programs = read_samples(samples, problems.by_id())
+    if not programs:
         raise InputError(f"{samples} holds no sample of a task in {problems.source}; is it of another data set?")
-    with _Bar(len(found), "samples") as step:
-        report = evaluate(
+    with Progress(len(programs), "samples", "judging") as step:
+        results = evaluate(
             problems,
-            found,
+            programs,
             sandbox,
             results_path(samples),
-            parallel=parallel,
-            base_only=base_only,
+            parallel=settings.parallel,
+            base_only=settings.base_only,
             progress=step,
         )
-    return report, list(write_results(report, samples))
+    return results, list(write_results(results, samples))
 
 
-class _Bar:
-    """A bar, where somebody looks."""
+# ------------------------------------------------------------------------------------------------------------- in a run
 
-    def __init__(self, total: int, unit: str) -> None:
-        from tqdm import tqdm
 
-        self._bar = tqdm(total=total, unit=f" {unit}", disable=None)
+@functools.cache
+def problems_of(settings: GenerationSettings) -> ProblemSet:
+    """The problems that programs are written for."""
+    from codeact.evaluation.problems import load_problems
 
-    def __enter__(self) -> Callable[[int], None]:
-        return self._step
+    return load_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
-    def _step(self, count: int) -> None:
-        self._bar.update(count)
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+class Generate(Stage):
+    """Programs of the model before training, or after it."""
+
+    section = "generate"
+    settings = GenerationSettings
+
+    def __init__(self, part: str) -> None:
+        self.part, self.name = part, f"generate.{part}"
+        self.needs = ("train",) if part == "after" else ()
+        self.outputs = (f"programs/{part}",)
+        self.products = (f"programs/{part}/*.jsonl",)
+
+    def configured(self, run: Run) -> bool:
+        """Before training only where that is asked for."""
+        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
+
+    def check(self, run: Run) -> None:
+        """The problems are there."""
+        problems_of(run.of(GenerationSettings))
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Problems, model, and how."""
+        settings = run.of(GenerationSettings)
+        return {
+            "problems": problems_of(settings).fingerprint,
+            "model": run.identity(run.model),
+            **run.digest(*self.needs),
+            **decisive(settings, "data", "before"),
+        }
+
+    def work(self, run: Run) -> Lines:
+        """Write what is missing."""
+        settings, model, adapter = run.of(GenerationSettings), run.model, None
+        if self.part == "after":
+            trained = run.output / "model"
+            if (trained / "adapter_config.json").exists():
+                adapter = str(trained)
+            else:
+                model = str(trained)
+        text = generate_programs(settings, model, programs_path(run, self.part), adapter=adapter)
+        return [(f"programs {self.part}", text)]
+
+    def account(self, output: Path) -> Iterator[Entry]:
+        """Tasks -> programs."""
+        for samples in sorted((output / "programs" / self.part).glob("*.jsonl")):
+            settings = json.loads(samples.with_name(f"{samples.name}.settings.json").read_text(encoding="utf-8"))
+            rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+            tasks = len({row["task_id"] for row in rows})
+            rows_in = tasks * settings["samples"]
+            yield Entry(stage=self.name, what="programs", after=None, rows_in=rows_in, rows_out=len(rows))
+
+
+class Evaluate(Stage):
+    """Verdicts on these programs."""
+
+    section = "evaluate"
+    settings = EvaluateSettings
+
+    def __init__(self, part: str) -> None:
+        self.part, self.name = part, f"evaluate.{part}"
+        self.needs = (f"generate.{part}",)
+        self.outputs = (f"evaluation/{part}",)
+        self.products = (f"evaluation/{part}/*_eval.json",)
+
+    def configured(self, run: Run) -> bool:
+        """Before training only where that is asked for."""
+        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
+
+    def check(self, run: Run) -> None:
+        """Programs can be isolated here."""
+        from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
+
+        Sandbox(Limits())
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Programs, problems, and how."""
+        problems = problems_of(run.of(GenerationSettings))
+        return {**run.digest(*self.needs), "problems": problems.fingerprint, **decisive(run.of(EvaluateSettings))}
+
+    def work(self, run: Run) -> Lines:
+        """Sanitize and judge."""
+        settings, samples = run.of(GenerationSettings), programs_path(run, self.part)
+        cleaned = run.output / "evaluation" / self.part / f"{samples.stem}-sanitized.jsonl"
+        sanitize_file(samples, cleaned, settings.data)
+        results, _ = evaluate_file(
+            settings.dataset, cleaned, run.of(EvaluateSettings), data=settings.data, tasks=settings.tasks
+        )
+        names = {"base": settings.dataset, "plus": f"{settings.dataset}+"}
+        lines = []
+        for kind in ("base", "plus") if results.plus else ("base",):
+            scores = ", ".join(f"pass@{k} {100 * value:.1f} %" for k, value in results.pass_at(kind).items())
+            lines.append((f"{names[kind]} {self.part}", f"{scores} of {len(results.samples):,} tasks"))
+        return lines
+
+    def account(self, output: Path) -> Iterator[Entry]:
+        """Programs -> those that pass."""
+        for path in sorted((output / "evaluation" / self.part).glob("*_eval.json")):
+            verdicts = json.loads(path.read_text(encoding="utf-8"))["samples"].values()
+            outcomes = Counter(item["plus"] or item["base"] for of_task in verdicts for item in of_task)
+            yield Entry(
+                stage=self.name,
+                what="programs",
+                after=f"generate.{self.part}",
+                rows_in=sum(len(of_task) for of_task in verdicts),
+                rows_out=outcomes["pass"],
+                lost=changes({kind: (count, None) for kind, count in sorted(outcomes.items()) if kind != "pass"}),
+            )
+
+
+def programs_path(run: Run, part: str) -> Path:
+    """Where a run's programs lie."""
+    return run.output / "programs" / part / f"{run.of(GenerationSettings).dataset}.jsonl"

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from codeact.base.devices import resolve_device, resolve_dtype
+from codeact.base.devices import resolve_device, resolve_dtype, resolve_peak
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.base.machine import peak_memory, resolve_peak
+from codeact.base.machine import free_memory, peak_memory
 from codeact.data.records import BadRow, Record
 from codeact.forecast.cost import ModelFacts
 from codeact.forecast.training import TrainingShape
@@ -84,7 +84,7 @@ def calibrate(
         pass
     elif folder is None:
         found.lines.append(f"{settings.score.model} has no weights here, so it was not run")
-    elif tokens < 128 or needed > _MEMORY_SHARE * _free(device):
+    elif tokens < 128 or needed > _MEMORY_SHARE * free_memory(device):
         found.lines.append(f"{settings.score.model} is too large to be tried here in a few seconds")
     else:
         training = training if "train" in stages else None
@@ -118,14 +118,6 @@ def local_weights(name: str) -> Path | None:
         except (OSError, ValueError):
             return None
     return folder if list(folder.glob("*.safetensors")) else None
-
-
-def _free(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    from codeact.evaluation.generate import free_memory
-
-    return float(free_memory())
 
 
 def _made_up() -> list[Record]:
@@ -184,7 +176,7 @@ def _run_model(
 
 
 def _decoding(found: Calibration, settings: RunSettings, model: Any, device: torch.device, ids: Sequence[int]) -> None:
-    from codeact.evaluation.decoding import Sampling, decode
+    from codeact.evaluation.decoding import Manner, Sampling, decode
 
     wanted = settings.generate
     assert wanted is not None
@@ -205,6 +197,7 @@ def _decoding(found: Calibration, settings: RunSettings, model: Any, device: tor
         _NEW_TOKENS,
         Sampling(temperature=0.0, top_p=1.0),
         [0] * count,
+        manner=Manner(),
     ):
         pass
     found.decoding = float(np.median(np.diff(times)))
@@ -227,7 +220,8 @@ def _training(
     """Forward, backward and optimizer step of one batch, as the Trainer would do them."""
     from codeact.models.adapters import add_lora
     from codeact.models.fused_loss import fuse_loss
-    from codeact.training.trainer import PackOptions, collator
+    from codeact.training.options import PackOptions
+    from codeact.training.trainer import collator
 
     if flags.quantize != "none":
         raise InputError("quantised weights are not calibrated")

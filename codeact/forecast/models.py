@@ -106,6 +106,12 @@ def _facts_of(config: Any, source: str, causal: bool = True) -> ModelFacts | Non
     return ModelFacts(shape=shape, trunk=counts.trained, head=head, lookup=lookup, layers=layers, source=source)
 
 
+def weight_bytes(name: str) -> int:
+    """Of the weights in a model's folder; 0 where they are on the hub."""
+    folder = Path(name).expanduser()
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+
+
 @contextmanager
 def hub_if_reached() -> Iterator[None]:
     """Let hub clients look into their caches only while the hub does not answer; they would try again for a minute."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from codeact.base.devices import GPUS, Gpu, default_tokens_per_pack, find_gpu, resolve_device
 from codeact.base.errors import one_of
-from codeact.base.gpus import GPUS, Gpu, find_gpu
+from codeact.base.machine import total_memory
+from codeact.base.stage import Stage
+from codeact.evaluation.generate import largest_batch
+from codeact.evaluation.results import default_parallel
 from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import DataFacts, data_facts
 from codeact.forecast.models import embedder_facts, model_facts
@@ -108,21 +111,13 @@ def machine_of(
     return Machine(
         gpu=None,
         devices=1,
-        memory=_machine_memory(),
+        memory=float(total_memory(resolve_device())),
         base=found.base,
         flops=found.flops,
         start_seconds=found.load_seconds or model.parameters * 2 / LOAD_BYTES_PER_SECOND,
         decoding=None if found.decoding is None else (found.decoding, found.decoded_rows),
         lines=[f"time: this machine; {line}" if n == 0 else f"      {line}" for n, line in enumerate(found.lines)],
     )
-
-
-def _machine_memory() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[1])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 class Plan:
@@ -145,14 +140,25 @@ class Plan:
             *self.machine.lines,
         ]
 
-    def steps(self, planned: list[tuple[str, str, str]]) -> list[StepForecast]:
-        """Costs of ``(stage, step, state)``, in order."""
+    def steps(self, planned: list[tuple[Stage, str]]) -> list[StepForecast]:
+        """Costs of these stages in their states, in order; of a stage that is not known here, none."""
+        costs = {
+            "score": self.score,
+            "embed": self.embed,
+            "select": self.select,
+            "train": self.train,
+            "generate.before": self.generate,
+            "generate.after": self.generate,
+            "evaluate.before": self.evaluate,
+            "evaluate.after": self.evaluate,
+            "report": self.report,
+        }
         found = []
         kept = 0.0
-        for stage, name, state in planned:
-            step = StepForecast(name=name, state=state)
-            if state in TO_DO:
-                step = getattr(self, stage)(name, state)
+        for stage, state in planned:
+            step = StepForecast(name=stage.name, state=state)
+            if state in TO_DO and stage.name in costs:
+                step = costs[stage.name](stage.name, state)
             if self._on_cpu and self.settings.processes == 1 and step.memory is not None:
                 # What a process took of the machine's memory it seldom gives back.
                 missing = max(0.0, kept - step.memory.total)
@@ -178,7 +184,8 @@ class Plan:
         tokens = data.conditional.total + data.unconditional.total
         squares = data.conditional.squares + data.unconditional.squares
         flops = self.model.forward_flops(tokens, squares, data.scored.total)
-        pack = settings.score.tokens_per_pack or (2048 if self._on_cpu else 8192)
+        kind = "cpu" if self._on_cpu else "cuda"
+        pack = settings.score.tokens_per_pack or default_tokens_per_pack(kind, self.model.parameters)
         longest = max([pack, *data.conditional.values.tolist()])
         return StepForecast(
             name=name,
@@ -282,7 +289,7 @@ class Plan:
         length = PROMPT_TOKENS + wanted.max_new_tokens
         a_row = 2 * self.model.shape.layers * self.model.shape.key_width * length * weight
         room = max(0.0, self.machine.memory - self.machine.base - self.model.parameters * weight)
-        batch = wanted.batch_size or max(1, min(int(0.4 * room / a_row), 64 if self._on_cpu else 256))
+        batch = wanted.batch_size or largest_batch(a_row, room, "cpu" if self._on_cpu else "cuda")
         batches, batch = math.ceil(count / batch), min(batch, count)
         if self.machine.decoding is not None:
             seconds, measured = self.machine.decoding
@@ -313,7 +320,7 @@ class Plan:
     def evaluate(self, name: str, state: str) -> StepForecast:
         judged = self.settings.evaluate
         assert judged is not None
-        parallel = judged.parallel or max(1, (os.cpu_count() or 2) // 2)
+        parallel = judged.parallel or default_parallel()
         count = self._programs()
         return StepForecast(
             name=name, state=state, rows=count, seconds=count * PROGRAM_SECONDS / parallel, disk=1500.0 * count

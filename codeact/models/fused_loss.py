@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 
+from codeact.models.isolation import read_head, trunk_of
 from codeact.ops.cross_entropy import linear_cross_entropy
 from codeact.text.conversations import IGNORE
 
@@ -19,29 +20,29 @@ def fuse_loss(model: Any) -> bool:
 
     With ``fused_loss=True`` the model takes ``shift_labels``, what each kept row predicts or -100, and
     ``num_items_in_batch``, and returns ``loss``: the sum over this batch's targets divided by that number. What it says
-    is right only where logits are ``head(hidden)``, softcapped or not; ``codeact.models.loading.split_head`` proves it.
+    is right only where logits are ``head(hidden)``, scaled and softcapped or not; ``isolation.split_head`` proves it.
 
     The head is still called as a module, with hidden states and targets, so that whatever gathers its weights around a
     call (FSDP, ZeRO-3) finds the call that it waits for.
 
     Returns:
         False where it cannot be done: the head is no plain linear layer (a LoRA is on it, say), or the model adds a
-        loss of its own or scales its logits.
+        loss of its own.
     """
-    trunk, head = model.base_model, model.get_output_embeddings()
+    trunk, head = trunk_of(model), model.get_output_embeddings()
     config = model.config.get_text_config()
-    scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in ("logit_scale", "logits_scaling"))
-    if type(head) is not torch.nn.Linear or trunk is model or scaled or getattr(config, "output_router_logits", False):
+    if type(head) is not torch.nn.Linear or trunk is None or getattr(config, "output_router_logits", False):
         return False
     if "_codeact_fused_loss" in model.__dict__:
         return True
-    softcap = getattr(config, "final_logit_softcapping", None)
-    plain_head, plain_forward = head.forward, model.forward
+    known, plain_head, plain_forward = read_head(model), head.forward, model.forward
 
     def head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return plain_head(hidden)
-        return linear_cross_entropy(hidden, self.weight, targets, self.bias, softcap, IGNORE, reduction="sum")
+        # What shards the weights puts others in the place of those that were read.
+        hidden, bias = replace(known, bias=self.bias).scaled(hidden)
+        return linear_cross_entropy(hidden, self.weight, targets, bias, known.softcap, IGNORE, reduction="sum")
 
     def forward(self: Any, *arguments: Any, fused_loss: bool = False, **inputs: Any) -> Any:
         if not fused_loss:
@@ -49,7 +50,8 @@ def fuse_loss(model: Any) -> bool:
         targets, count = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
         rows = inputs.pop("logits_to_keep", 0)
         inputs.pop("labels", None)
-        hidden = slice_logits_to_keep(trunk(*arguments, **inputs).last_hidden_state, rows)
+        hidden = trunk(*arguments, **inputs).last_hidden_state  # (B, T, D)
+        hidden = hidden[:, slice(-rows, None) if isinstance(rows, int) else rows]  # the last ones, or a mask (T,)
         return CausalLMOutputWithPast(loss=head(hidden.flatten(0, -2), targets.flatten()) / count)
 
     # An attribute of this one model, as accelerate itself wraps `forward` for autocast.

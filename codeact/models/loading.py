@@ -1,24 +1,22 @@
-"""Causal models: loading them safely, fingerprinting them, and proving that a pack keeps their samples apart."""
+"""Causal models: loading them safely, refusing weights that are not there, and fingerprinting what was loaded."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from codeact.base.errors import InputError
-from codeact.ops.attention import PackedBatch, isolating_attention
+from codeact.models.isolation import packing_attention, set_attention
 
 
 def quiet_transformers() -> None:
@@ -43,33 +41,98 @@ def load_causal_lm(
     Raises:
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
-    attention = None if device is None else isolating_attention(device)
     name = _existing(name)
-    try:
+    with _refused(
+        f"cannot load model {name!r}",
+        "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _check_layers(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=attention,
             quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    check_weights(f"model {name!r}", model, report)
+    if device is None:
+        return model.eval(), tokenizer
+    with suppress(InputError):  # one that takes no other attention keeps its own, and whoever packs refuses it
+        set_attention(model, packing_attention(model, device))
+    return model.eval().to(device), tokenizer
+
+
+_LARGEST_DEPTH = 1000  # layers; the deepest models have some 130
+
+
+def _check_layers(name: str, config: Any) -> None:
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(depth, int) or not 1 <= depth <= _LARGEST_DEPTH:
         raise InputError(
-            f"cannot load model {name!r}: {reason or type(error).__name__}; give a folder with config.json and "
-            "*.safetensors, or a hub name that this machine can reach"
-        ) from None
-    # transformers fills in what a checkpoint lacks with random numbers, and says so in a log only.
-    lacking = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
+            f"model {name!r}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it"
+        )
+
+
+def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collection[Any]] | None = None) -> None:
+    """Refuse weights that are not there: missing, unexpected, of another shape, or not finite.
+
+    Args:
+        what: names the model or the adapter in the message.
+        model: what was loaded.
+        report: ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys`` of the loading; each may be absent.
+
+    Raises:
+        InputError: something of that kind is there. transformers and peft fill in what a file lacks with random numbers
+            or leave it out, and say so in a log only.
+    """
+    kind = type(model).__name__
+    report = report or {}
+    lacking = sorted(map(str, {*report.get("missing_keys", ()), *map(_first, report.get("mismatched_keys", ()))}))
     if lacking:
         raise InputError(
-            f"model {name!r} lacks {len(lacking)} weights of a {type(model).__name__}, such as {lacking[0]}: it is no "
-            "complete causal language model"
+            f"{what} lacks {len(lacking)} weights of a {kind}, such as {lacking[0]}: the file is not complete, or is "
+            "of another model"
         )
-    return model.eval() if device is None else model.eval().to(device), tokenizer
+    # A table of angles that older versions saved, and that follows from the configuration.
+    unknown = sorted(key for key in report.get("unexpected_keys", ()) if not key.endswith((".inv_freq", ".attn.bias")))
+    if unknown:
+        raise InputError(
+            f"{what} holds {len(unknown)} weights that a {kind} has no place for, such as {unknown[0]}: it is of "
+            "another model, or its configuration says something else than its weights"
+        )
+    named = [
+        (name, tensor)
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta and tensor.numel()
+        if not hasattr(tensor, "quant_state")  # bytes of 4-bit weights, which may lie there as another dtype
+    ]
+    # One wait for the device, not one a tensor.
+    finite = [torch.stack(tensor.detach().aminmax()).isfinite().all() for _, tensor in named]
+    bad = [name for (name, _), good in zip(named, finite, strict=True) if not good] if finite else []
+    if bad:
+        raise InputError(
+            f"{what} holds NaN or infinity in {len(bad)} of {len(named)} weights, such as {bad[0]}: it was damaged, or "
+            "its training diverged"
+        )
+
+
+def _first(key: Any) -> Any:
+    """The name of a weight of another shape, which comes with both shapes."""
+    return key[0] if isinstance(key, tuple) else key
+
+
+@contextmanager
+def _refused(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises over files that it did not write into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -78,11 +141,9 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         InputError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(_existing(name), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot load tokenizer {name!r}: {reason}; give a model's folder or hub name") from None
+    name = _existing(name)
+    with _refused(f"cannot load tokenizer {name!r}", "give a model's folder or hub name"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _existing(name: str) -> str:
@@ -90,6 +151,9 @@ def _existing(name: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
+    for path in Path(name).iterdir() if Path(name).is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
+            raise InputError(f"{path} is no file; a model's folder holds files only")
     return name
 
 
@@ -108,13 +172,8 @@ def model_identity(name: str) -> str:
     folder = Path(_existing(name)).expanduser()
     if folder.is_dir():
         return folder_fingerprint(folder)
-    try:
+    with _refused(f"cannot load model {name!r}", "give a folder or a name this machine can reach"):
         path = cached_file(name, "config.json")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"cannot load model {name!r}: {reason}; give a folder or a name this machine can reach"
-        ) from None
     return f"hub:{extract_commit_hash(str(path), None)}"
 
 
@@ -122,66 +181,10 @@ def folder_fingerprint(folder: Path) -> str:
     """Return the sha256 of a model folder's configuration, tokenizer and weights."""
     digest = hashlib.sha256()
     for path in sorted(
-        p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
+        p
+        for p in folder.rglob("*")
+        if p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"} and p.is_file()
     ):
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-@contextmanager
-def _refusals_of(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what an attention refuses (a dtype, a softcap, sinks) into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError) as error:
-        attention, dtype = model.config._attn_implementation, model.dtype
-        raise InputError(f"{type(model).__name__} in {dtype} cannot be packed with {attention}: {error}") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LmHead:
-    """What turns hidden states into logits. ``weight``: (V, D); ``bias``: (V,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-
-
-def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
-    """Split a causal model into its trunk (ids -> hidden states) and its LM head, and prove both on a small pack.
-
-    Two samples are run through the trunk in one pack and through the whole model one by one. The logits must agree:
-    this catches an attention that lets samples see each other, a recurrent state carried from one to the next, and
-    a head that does more than ``hidden @ weight.T`` (a scale, say), whatever the architecture.
-
-    Raises:
-        InputError: they do not agree, or the model has no such head.
-    """
-    trunk, output = model.base_model, model.get_output_embeddings()
-    if output is None or trunk is model:
-        raise InputError(f"{type(model).__name__} is no causal language model with an LM head")
-    text_config = model.config.get_text_config()
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    head = LmHead(weight=output.weight, bias=getattr(output, "bias", None), softcap=softcap)
-
-    generator = torch.Generator().manual_seed(0)
-    samples = [torch.randint(head.weight.shape[0], (n,), generator=generator).numpy() for n in (5, 9, 7)]
-    device = head.weight.device
-    with torch.inference_mode(), _refusals_of(model):
-        packed = trunk(**PackedBatch.from_samples(samples).model_inputs(device)).last_hidden_state[0]
-        logits = torch.nn.functional.linear(packed, head.weight, head.bias)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        alone = torch.cat(
-            [model(**PackedBatch.from_samples([sample]).model_inputs(device)).logits[0] for sample in samples]
-        )
-    # bfloat16 keeps 8 bits and the two runs round in another order; a leak changes logits by much more than that.
-    tolerance = (1e-3 if packed.dtype == torch.float32 else 5e-2) * float(alone.float().abs().max())
-    difference = float((logits.float() - alone.float()).abs().max())
-    if not difference <= tolerance:
-        raise InputError(
-            f"{type(model).__name__} cannot be packed: the samples of a pack get other logits than alone (difference "
-            f"{difference:.2g}); its attention ({model.config._attn_implementation}) or its LM head is not supported"
-        )
-    return trunk, head

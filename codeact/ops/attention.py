@@ -10,6 +10,7 @@ PyTorch's SDPA.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections.abc import Sequence
@@ -101,6 +102,11 @@ def isolating_attention(device: torch.device | str) -> str:
     )
 
 
+def computes_16_bits_only(attention: str, device: torch.device) -> bool:
+    """Whether an attention on ``device`` is a kernel of flash-attention, which has no float32."""
+    return device.type == "cuda" and attention in (ATTENTION, "flash_attention_2", "flash_attention_3")
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -142,12 +148,13 @@ def varlen_attention(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{ATTENTION} is causal; {type(module).__name__} wants bidirectional attention")
 
-    bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
-    if query.device.type == "cuda":
-        return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
-    if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
+    bounds = _chunked(_sample_bounds(query, cu_seq_lens_q, position_ids), module)
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
-        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    if computes_16_bits_only(ATTENTION, query.device):
+        return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
     batch, heads, tokens, _ = query.shape
     plain = batch == 1 and not dropout and softcap is None and (sliding_window is None or sliding_window >= tokens)
     if plain and _native_runs(query, key, value):
@@ -174,6 +181,17 @@ def _sample_bounds(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tenso
     starts = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
     starts[:, 1:] = (position_ids[:, 1:] - position_ids[:, :-1] != 1).expand(batch, -1)
     return F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * tokens).to(torch.int32)
+
+
+def _chunked(bounds: Tensor, module: torch.nn.Module) -> Tensor:
+    """Cut samples into the chunks beyond which a layer of Llama 4 does not look; they are counted from its start."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[getattr(module, "layer_idx", 0)] != "chunked_attention":
+        return bounds
+    chunk = cast(Any, config).attention_chunk_size
+    pieces = [torch.arange(start, end, chunk) for start, end in itertools.pairwise(bounds.tolist())]
+    return torch.cat([*pieces, torch.tensor([int(bounds[-1])])]).to(bounds)
 
 
 def _native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -301,6 +319,10 @@ def _cuda_varlen(
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     # Its default window looks ahead as well: (left, 0) is what makes it causal.
     left = -1 if window is None else window - 1
+    # PyTorch 2.11 takes fewer key heads as they are and has no word for it. Without num_splits=1 newer ones split by
+    # the longest sample, so that a sample's bits would depend on its pack.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": key.shape[1] != heads, "num_splits": 1}
     output = varlen_attn(
         q,
         k,
@@ -311,7 +333,7 @@ def _cuda_varlen(
         longest,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=key.shape[1] != heads,
+        **{name: option for name, option in options.items() if name in known},
     )
     return cast(Tensor, output).view(batch, tokens, heads, value.shape[-1])
 

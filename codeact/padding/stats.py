@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.data.records import Columns, open_records
+from codeact.data.records import RecordSet
 from codeact.ops.flops import ModelShape
 from codeact.packing.packs import pack
 from codeact.padding.strategies import STRATEGIES, Integers, StrategyStats, strategy_stats
@@ -123,13 +123,10 @@ class PackReport:
 
 
 def stats_for_data(
-    data: str | Path,
+    data: str | Path | RecordSet,
     tokenizer: str,
     capacity: int,
     *,
-    columns: Columns | None = None,
-    split: str = "train",
-    config_name: str | None = None,
     model_type: str = "chat",
     on_overflow: str = "truncate",
     batch_size: int = 16,
@@ -138,8 +135,7 @@ def stats_for_data(
     """Encode a data set as training does and compare the strategies on it.
 
     Args:
-        data, split, config_name: see ``open_records``.
-        columns: None: any of the usual forms, see ``open_conversations`` (local data, or a hub set's train split).
+        data: what ``open_records`` gave, or a name for ``open_conversations``: any of the usual forms.
         tokenizer: folder or hub name; where a model's configuration lies there too, FLOPs and bytes are estimated.
         model_type, on_overflow: see ``encode_conversations``.
         capacity, batch_size, seed: see ``pack_stats``.
@@ -147,11 +143,7 @@ def stats_for_data(
     Raises:
         InputError: the data or the tokenizer cannot be read, no sample is left, or a sample overflows under "error".
     """
-    records = (
-        open_conversations(data)
-        if columns is None
-        else open_records(data, columns, split=split, config_name=config_name)
-    )
+    records = data if isinstance(data, RecordSet) else open_conversations(data)
     encoder, shape = _load(tokenizer)
     kept: list[tuple[int, int]] = []
     truncated, refused = 0, Counter[str]()

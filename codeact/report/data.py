@@ -7,6 +7,7 @@ model/cost.json model/training.json evaluation/{before,after}/NAME-sanitized_eva
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
+from codeact.padding.strategies import StrategyStats
 from codeact.report.rows import Rows, read_rows
 
 
@@ -44,34 +46,13 @@ class RunRecord(_Record):
     stages: dict[str, StageRecord] = {}
 
 
-class Strategy(_Record):
-    """One of ``codeact.padding.strategies.StrategyStats``, as far as the report shows it."""
-
-    strategy: str
-    samples: int
-    tokens: int
-    padding: int
-    rows: int
-    forwards: int
-    largest_forward: int
-    fill: float
-    attention_flops: int | None = None
-    activation_bytes: int | None = None
-    logit_bytes: int | None = None
-
-    @property
-    def padding_share(self) -> float:
-        """Padding / tokens computed."""
-        return self.padding / max(1, self.tokens + self.padding)
-
-
 class PackFigures(_Record):
     """``pack_stats.json``."""
 
     capacity: int
     batch_size: int
     seed: int = 42
-    strategies: list[Strategy]
+    strategies: list[StrategyStats]
 
 
 class Cost(_Record):
@@ -139,9 +120,8 @@ class Evaluations:
 
     def pass_at(self, kind: str, k: str) -> tuple[float | None, float | None]:
         """Before and after, such as of kind "base" and k "pass@1"."""
-        before, after = (
-            None if side is None else side.pass_at.get(kind, {}).get(k) for side in (self.before, self.after)
-        )
+        sides = (self.before, self.after)
+        before, after = (None if side is None else side.pass_at.get(kind, {}).get(k) for side in sides)
         return before, after
 
 
@@ -170,11 +150,8 @@ def read_run(folder: str | Path) -> Run:
     record = _read(folder / "run.json", RunRecord)
     if record is None:
         raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
-    names = {
-        path.name.removesuffix("-sanitized_eval.json")
-        for path in folder.glob("evaluation/*/*-sanitized_eval.json")
-        if path.parent.name in ("before", "after")
-    }
+    sides, suffix = ("before", "after"), "-sanitized_eval.json"
+    paths = [path for side in sides for path in (folder / "evaluation" / side).glob(f"*{suffix}")]
     return Run(
         folder=folder,
         record=record,
@@ -186,12 +163,9 @@ def read_run(folder: str | Path) -> Run:
         training=_read(folder / "model" / "training.json", Training),
         evaluations={
             name: Evaluations(
-                **{
-                    when: _read(folder / "evaluation" / when / f"{name}-sanitized_eval.json", Evaluation)
-                    for when in ("before", "after")
-                }
+                **{side: _read(folder / "evaluation" / side / f"{name}{suffix}", Evaluation) for side in sides}
             )
-            for name in sorted(names)
+            for name in sorted({path.name.removesuffix(suffix) for path in paths})
         },
     )
 
@@ -222,3 +196,23 @@ def _read_lengths(path: Path) -> NDArray[np.int64] | None:
     if lengths.ndim != 1 or lengths.dtype != np.int64 or (len(lengths) and lengths.min() < 1):
         raise InputError(f"{path} holds no lengths of conversations; run stage select again")
     return np.asarray(lengths)
+
+
+# ------------------------------------------------------------------------------------------------------ in plain words
+
+
+def moved(before: float, after: float, show: Callable[[float], str]) -> str:
+    """How a value went: rose from 1 to 2, fell from 2 to 1, stayed at 1. ``show`` writes it."""
+    if show(before) == show(after):
+        return f"stayed at {show(after)}"
+    return f"{'rose' if after > before else 'fell'} from {show(before)} to {show(after)}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def proper_name(dataset: str) -> str:
+    """The name that a data set of problems is known by."""
+    return {"humaneval": "HumanEval", "mbpp": "MBPP"}.get(dataset, dataset)

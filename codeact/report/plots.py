@@ -1,4 +1,4 @@
-"""The plots of a report about its rows: difficulty, losses, map, lengths. Every caption is computed."""
+"""The plots of a report: difficulty, losses, map, lengths, packs, training, outcomes. Every caption is computed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.report.rows import DRAWN, Map, Rows, sample
+from codeact.base.console import counted, percent, short
+from codeact.evaluation.judge import KINDS
+from codeact.padding.figure import draw_rows, first_batches
+from codeact.padding.strategies import STRATEGIES, plan
+from codeact.report.data import Evaluations, PackFigures, Training, moved, proper_name, signed
+from codeact.report.rows import DRAWN, Floats, Map, Rows, sample
 from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
-from codeact.report.text import counted, percent, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CLUSTERS = 12  # strips of a figure; beyond, the largest
 _HUES = 9  # colours that can be told apart, ``c0`` to ``c8``
 _SEEN = 0.995  # share of the values that an axis must show
-
-Floats = NDArray[np.float64]
+_POINTS = 400  # of a line: more are averaged
+_SHADES = 6  # colours ``s0`` to ``s5``
+_DASHED = (0, (4, 3))
+_STEPS = [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]  # of ticks that are whole numbers
+_OUTCOMES = {
+    "pass": "chosen", "wrong": "c1", "exception": "c4", "syntax": "c5", "time": "c7", "memory": "c8", "crash": "other",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +43,10 @@ class Plot:
     caption: str
 
 
+def _plot(figure: Figure, name: str, label: str, caption: str) -> Plot:
+    return Plot(name=name, svg=inline_svg(figure, name, label), caption=caption)
+
+
 def ifd_histogram(rows: Rows) -> Plot | None:
     """Rows by IFD, the chosen ones apart."""
     scored = np.isfinite(rows.ifd)
@@ -43,9 +57,8 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     figure = new_figure(2.6)
     axes = figure.subplots()
     _histogram(axes, ifd, None if rows.chosen is None else rows.chosen[scored], edges)
-    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_xlabel("IFD (ratio of perplexities, no unit)")
-    axes.set_ylabel("rows")
+    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
+    axes.set(xlabel="IFD (ratio of perplexities, no unit)", ylabel="rows")
     hard = ifd >= 1
     low, middle, high = np.percentile(ifd, [25, 50, 75])
     text = (
@@ -59,8 +72,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
         many = "all the" if easier == 1 else f"{percent(easier)} of the"
         text += f". The chosen rows' median is {np.median(ifd[taken]):.2f}, higher than {many} others"
         text += f"; {counted(int((hard & taken).sum()), 'chosen row')} of IFD 1 or more" if (hard & taken).any() else ""
-    text += "." + _beyond(ifd, edges)
-    return Plot(name="ifd", svg=inline_svg(figure, "ifd", "Histogram of IFD"), caption=text)
+    return _plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}")
 
 
 def ifd_by_cluster(rows: Rows) -> Plot | None:
@@ -77,27 +89,17 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     figure = new_figure(0.75 + 0.33 * len(shown))
     axes = figure.subplots()
     medians = {}
-    for at, label in enumerate(shown):
+    for base, label in zip(range(len(shown))[::-1], shown, strict=True):
         inside = cluster == label
-        _strip(axes, ifd[inside], chosen[inside], edges, len(shown) - 1 - at)
+        _strip(axes, ifd[inside], chosen[inside], edges, base)
         medians[int(label)] = float(np.median(ifd[inside]))
-        taken = f"{chosen[inside].sum():,} of {inside.sum():,}"
-        axes.text(
-            1.01,
-            len(shown) - 1 - at + 0.15,
-            taken,
-            transform=axes.get_yaxis_transform(),
-            color=COLOURS["muted"],
-            size=9,
-        )
-    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+        taken, right = f"{chosen[inside].sum():,} of {inside.sum():,}", axes.get_yaxis_transform()
+        axes.text(1.01, base + 0.15, taken, transform=right, color=COLOURS["muted"], size=9)
+    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
     axes.set_yticks(np.arange(len(shown)) + 0.28, [str(label) for label in shown[::-1]])
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(-0.1, len(shown))
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylabel("cluster")
-    axes.set_xlabel("IFD (ratio of perplexities, no unit)")
+    _no_left_axis(axes)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.1, len(shown)))
+    axes.set(xlabel="IFD (ratio of perplexities, no unit)", ylabel="cluster")
     axes.set_title("chosen of rows", loc="right", size=9, weight="normal", color=COLOURS["muted"])
     easiest, hardest = min(medians, key=lambda k: medians[k]), max(medians, key=lambda k: medians[k])
     shares = [chosen[cluster == label].mean() for label in labels]
@@ -108,7 +110,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     )
     if len(shown) < len(labels):
         text += f" Shown are the {len(shown)} largest of {len(labels)} clusters."
-    return Plot(name="clusters", svg=inline_svg(figure, "clusters", "Histograms of IFD by cluster"), caption=text)
+    return _plot(figure, "clusters", "Histograms of IFD by cluster", text)
 
 
 def losses(rows: Rows) -> Plot | None:
@@ -118,31 +120,27 @@ def losses(rows: Rows) -> Plot | None:
     if not len(usable):
         return None
     drawn = sample(usable, DRAWN)
-    from matplotlib.ticker import MaxNLocator
-
     highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
     step = _round_up(highest / 10)
     top = math.ceil(highest / step) * step
     inside = drawn[(x[drawn] <= top) & (y[drawn] <= top)]
     figure = new_figure(4.2)
     axes = figure.subplots()
-    axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
     taken = np.zeros(len(inside), np.bool_) if rows.chosen is None else rows.chosen[inside]
     _dots(axes, x[inside[~taken]], y[inside[~taken]], "other", 1.9, "scored" if rows.chosen is None else "not chosen")
     if taken.any():
         _dots(axes, x[inside[taken]], y[inside[taken]], "chosen", 2.1, "chosen")
-    axes.set_xlim(0, top)
-    axes.set_ylim(0, top)
-    axes.set_aspect("equal")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
+    axes.locator_params(nbins=7, steps=[1, 2, 5, 10])
     axes.set_xlabel("mean loss of the answer alone (nats per token)")
     axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
         "IFD = 1", (top, top), xytext=(-12, -2), textcoords="offset points", ha="right", rotation=45,
         rotation_mode="anchor", color=COLOURS["muted"], size=9,
     )  # fmt: skip
-    _legend(axes, markers=True)
+    for handle in _legend(axes, 2).legend_handles:
+        handle.set(markersize=5, alpha=1)
     gain = x[usable] - y[usable]
     many = "all rows" if (gain > 0).all() else f"{percent((gain > 0).mean())} of the rows"
     text = (
@@ -153,39 +151,36 @@ def losses(rows: Rows) -> Plot | None:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(len(usable), 'row')}."
     if len(inside) < len(drawn):
         text += f" Not drawn: {counted(len(drawn) - len(inside), 'row')} beyond the axes."
-    return Plot(name="losses", svg=inline_svg(figure, "losses", "Scatter plot of mean losses"), caption=text)
+    return _plot(figure, "losses", "Scatter plot of mean losses", text)
 
 
-def cluster_map(rows: Rows, found: Map) -> Plot:
+def cluster_map(rows: Rows, plane: Map) -> Plot:
     """The questions on a plane, coloured by cluster, the chosen ones marked."""
     figure = new_figure(4.3)
     axes = figure.subplots()
-    nothing = np.full(len(found.rows), -1, np.int32)
-    cluster = nothing if rows.cluster is None else rows.cluster[found.rows]
-    chosen = np.zeros(len(found.rows), np.bool_) if rows.chosen is None else rows.chosen[found.rows]
+    drawn = plane.rows
+    cluster = np.full(len(drawn), -1, np.int32) if rows.cluster is None else rows.cluster[drawn]
+    chosen = np.zeros(len(drawn), np.bool_) if rows.chosen is None else rows.chosen[drawn]
     labels = [int(label) for label in np.unique(cluster)]
-    many = len(found.rows) > 600
+    widths = (2.2, 3.4) if len(drawn) > 600 else (4.5, 6.5)
     for label in labels:
-        colour = "other" if label < 0 else f"c{label % _HUES}"
-        shape = "o" if label < 0 else "osD^v"[label // _HUES % 5]
+        colour, shape = ("other", "o") if label < 0 else (f"c{label % _HUES}", "osD^v"[label // _HUES % 5])
         for mark in (False, True):
-            x, y = found.xy[(cluster == label) & (chosen == mark)].T
+            x, y = plane.xy[(cluster == label) & (chosen == mark)].T
             if len(x):
-                edge = COLOURS["ink"] if mark else "none"
-                width = (3.4 if many else 6.5) if mark else (2.2 if many else 4.5)
                 axes.plot(
-                    x, y, linestyle="none", marker=shape, markersize=width, markerfacecolor=COLOURS[colour],
-                    markeredgecolor=edge, markeredgewidth=0.6, alpha=1.0 if mark else 0.55, zorder=2 + mark,
+                    x, y, linestyle="none", marker=shape, markersize=widths[mark], markerfacecolor=COLOURS[colour],
+                    markeredgecolor=COLOURS["ink"] if mark else "none", markeredgewidth=0.6,
+                    alpha=1.0 if mark else 0.55, zorder=2 + mark,
                 )  # fmt: skip
     axes.set_aspect("equal")
     axes.margins(0.04)
-    axes.set_xlabel(f"first principal component ({percent(found.explained[0])} of the variance)")
-    axes.set_ylabel(f"second ({percent(found.explained[1])})")
-    centres = {n: np.median(found.xy[cluster == n], axis=0) for n in labels if n >= 0}
+    axes.set_xlabel(f"first principal component ({percent(plane.explained[0])} of the variance)")
+    axes.set_ylabel(f"second ({percent(plane.explained[1])})")
+    centres = {n: np.median(plane.xy[cluster == n], axis=0) for n in labels if n >= 0}
     if len(centres) > 1:
         largest = sorted(centres, key=lambda n: -int((cluster == n).sum()))[:_CLUSTERS]
         _name_clusters(axes, {n: centres[n] for n in sorted(largest)})
-    shown = sum(found.explained)
     text = "Every dot is a question; dots that are near each other ask for like things"
     if centres:
         text += f", colour and number are its cluster ({len(centres)} in all"
@@ -195,14 +190,13 @@ def cluster_map(rows: Rows, found: Map) -> Plot:
         if len(centres) > 1:
             spread = sum(bool((chosen & (cluster == n)).any()) for n in centres)
             text += f", which lie in {spread} of {len(centres)} clusters"
-    text += (
-        f". The plane holds {percent(shown)} of the embeddings' variance"
-        + (", so clusters that overlap here may well be apart." if shown < 0.5 else ".")
-    )  # fmt: skip
-    if len(found.rows) < found.total:
-        text += f" Drawn is a random sample of {len(found.rows):,} of {counted(found.total, 'question')}"
-        text += f"; the axes were found from {found.fitted:,}." if found.fitted < found.total else "."
-    return Plot(name="map", svg=inline_svg(figure, "map", "Map of the questions"), caption=text)
+    shown = sum(plane.explained)
+    text += f". The plane holds {percent(shown)} of the embeddings' variance"
+    text += ", so clusters that overlap here may well be apart." if shown < 0.5 else "."
+    if len(drawn) < plane.total:
+        text += f" Drawn is a random sample of {len(drawn):,} of {counted(plane.total, 'question')}"
+        text += f"; the axes were found from {plane.fitted:,}." if plane.fitted < plane.total else "."
+    return _plot(figure, "map", "Map of the questions", text)
 
 
 def length_histogram(rows: Rows) -> Plot | None:
@@ -211,12 +205,11 @@ def length_histogram(rows: Rows) -> Plot | None:
     tokens = rows.tokens[usable].astype(np.float64)
     if not len(tokens):
         return None
-    middle = float(np.median(tokens))
-    logarithmic = float(tokens.max()) > 12 * middle
+    middle, longest = float(np.median(tokens)), float(tokens.max())
+    logarithmic = longest > 12 * middle
     if logarithmic:
         bins = int(np.clip(2 * len(tokens) ** (1 / 3), 12, 60))
-        low, high = tokens.min(), tokens.max()
-        edges = np.unique(np.geomspace(low, high * 1.0001, bins + 1))
+        edges = np.unique(np.geomspace(tokens.min(), longest * 1.0001, bins + 1))
     else:
         edges = _edges(tokens, whole=True)
     figure = new_figure(2.6)
@@ -227,21 +220,167 @@ def length_histogram(rows: Rows) -> Plot | None:
     if logarithmic:
         axes.set_xscale("log")
         _log_ticks(axes, edges[0], edges[-1])
-    axes.set_xlabel(f"tokens of question and answer{' (logarithmic)' if logarithmic else ''}")
-    axes.set_ylabel("rows")
+    axes.set(xlabel=f"tokens of question and answer{' (logarithmic)' if logarithmic else ''}", ylabel="rows")
     text = (
         f"The median row has {middle:,.0f} tokens (dotted line), one in twenty more than "
-        f"{np.percentile(tokens, 95):,.0f}, the longest {tokens.max():,.0f}"
+        f"{np.percentile(tokens, 95):,.0f}, the longest {longest:,.0f}"
     )
     if chosen is not None and chosen.any():
         mine = float(np.median(tokens[chosen]))
         axes.axvline(mine, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)))
-        than = "longer" if mine > middle else "shorter" if mine < middle else "as long"
-        text += (
-            f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}{'' if mine == middle else ' than all'}"
+        than = "longer than all" if mine > middle else "shorter than all" if mine < middle else "as long"
+        text += f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}"
+    return _plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}")
+
+
+def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot | None:
+    """The same samples in the rows of three modes: padded to the capacity, padded to the longest, packed."""
+    if not len(lengths) or lengths.max() > figures.capacity:
+        return None
+    drawn = first_batches(lengths, figures.batch_size, figures.seed)
+    names = ("max_length", "dynamic_pad", used if used.startswith("dynamic_pack") else "dynamic_pack_epoch")
+    plans = [plan(name, drawn, figures.capacity, figures.batch_size, figures.seed) for name in names]
+    rows = [len(each.row_offsets) - 1 for each in plans]
+    figure = new_figure(0.7 + 0.055 * sum(rows) + 0.3 * len(rows))  # axis and labels, rows, titles
+    panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": rows})
+    ranks = np.argsort(np.argsort(drawn, kind="stable"), kind="stable")
+    colours = [COLOURS[f"s{rank * _SHADES // len(drawn)}"] for rank in ranks]
+    padding, edge = {"color": COLOURS["waste"], "linewidth": 0}, {"edgecolor": COLOURS["paper"], "linewidth": 0.7}
+    shares = []
+    for axes, name, each, count in zip(panels, names, plans, rows, strict=True):
+        draw_rows(axes, each, drawn, figures.capacity, colours, padding=padding, edge=edge)
+        shares.append(1 - int(drawn.sum()) / int(each.row_widths(drawn, figures.capacity).sum()))
+        axes.set_title(f"{STRATEGIES[name]}: {percent(shares[-1])} padding", size=9)
+        axes.set(xlim=(0, figures.capacity), ylim=(count, 0), yticks=[])
+        axes.set_ylabel(f"{count} rows", size=9)
+        axes.tick_params(axis="x", labelbottom=axes is panels[-1])
+    panels[-1].set_xlabel("position in the row (tokens)")
+    text = (
+        f"The same {counted(len(drawn), 'sample')} ({drawn.sum():,} tokens) in each panel; area is compute. Blue "
+        f"blocks are samples, the stronger the longer; orange is padding, computed and thrown away. Padding to "
+        f"{figures.capacity:,} tokens wastes {percent(shares[0])} of the compute, padding to the longest of "
+        f"{figures.batch_size} samples {percent(shares[1])}, packing {percent(shares[2])}: {rows[-1]} rows hold what "
+        f"{rows[0]} held."
+    )
+    if len(drawn) < len(lengths):
+        text += f" Drawn are the first of {len(lengths):,} chosen conversations in a random order."
+    return _plot(figure, "packs", "Rows of three padding modes", text)
+
+
+def training_loss(training: Training) -> Plot | None:
+    """Loss by step, and the loss of held-out rows."""
+    trained, held_out = _points(training, "loss"), _points(training, "eval_loss")
+    if not len(trained) + len(held_out):
+        return None
+    figure = new_figure(2.8)
+    axes = figure.subplots()
+    line = trained
+    if len(trained) > _POINTS:
+        line = np.array([part.mean(axis=0) for part in np.array_split(trained, _POINTS)])
+    if len(line):
+        marker = "o" if len(line) <= 40 else ""
+        axes.plot(*line.T, color=COLOURS["chosen"], linewidth=1.5, marker=marker, markersize=3, label="training")
+    if len(held_out):
+        axes.plot(
+            *held_out.T, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)), marker="D", markersize=4.5,
+            label="held out",
+        )  # fmt: skip
+    axes.legend(bbox_to_anchor=(-0.01, 1.0), ncols=2, handlelength=1.6)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.margins(x=0.03, y=0.12)
+    axes.locator_params(axis="x", nbins=7, integer=True, steps=_STEPS)
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    caption = _loss_caption(trained, held_out, len(line), training.held_out)
+    return _plot(figure, "loss", "Training and held-out loss by step", caption)
+
+
+def _points(training: Training, kind: str) -> Floats:
+    pairs = [(entry.step, getattr(entry, kind)) for entry in training.log]
+    kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+    return np.array(kept, np.float64).reshape(-1, 2)
+
+
+def _loss_caption(trained: Floats, held_out: Floats, drawn: int, rows: int) -> str:
+    parts = []
+    held = f"The loss of the {counted(rows, 'held-out row')}"
+    if len(held_out) > 1:
+        (_, first), (step, last) = held_out[0], held_out[-1]
+        change = signed(100 * (last / first - 1))
+        parts.append(f"{held} {moved(first, last, '{:.3f}'.format)} nats per token ({change} %)")
+        best = held_out[held_out[:, 1].argmin()]
+        if best[0] < step and best[1] < last:
+            parts.append(f"it was lowest at step {best[0]:,.0f} ({best[1]:.3f}) and rose after: a sign of overfitting")
+    elif len(held_out):
+        parts.append(f"{held} was {held_out[0, 1]:.3f} at step {held_out[0, 0]:,.0f}")
+    if len(trained) > 1:
+        (_, first), (step, last) = trained[0], trained[-1]
+        parts.append(f"The training loss went from {first:.3f} to {last:.3f} over {step:,.0f} steps")
+    elif len(trained):
+        parts.append(f"The training loss was {trained[0, 1]:.3f}, logged once, at step {trained[0, 0]:,.0f}")
+    if drawn < len(trained):
+        parts.append(f"Drawn are {drawn} means of {len(trained):,} logged values")
+    if not len(held_out):
+        parts.append("No rows were held out")
+    return ". ".join(parts) + "."
+
+
+def outcomes(name: str, evaluations: Evaluations) -> Plot | None:
+    """Programs solved before and after training, and how the others ended."""
+    sides = [(label, side) for label, side in (("before", evaluations.before), ("after", evaluations.after)) if side]
+    if not any(sum(side.outcomes.values()) for _, side in sides):
+        return None
+    kinds = [kind for kind in KINDS if any(side.outcomes.get(kind) for _, side in sides)]
+    figure = new_figure(1.05 + 0.42 * len(sides))
+    axes = figure.subplots()
+    for at, (_, side) in enumerate(sides):
+        total, left = sum(side.outcomes.values()), 0.0
+        for place, kind in enumerate(kinds):
+            count = side.outcomes.get(kind, 0)
+            share = 100 * count / total
+            axes.barh(
+                -at, share, left=left, height=0.62, color=COLOURS[_OUTCOMES[kind]], edgecolor=COLOURS["paper"],
+                linewidth=0.8, label=None if at else kind,
+            )  # fmt: skip
+            if share >= 6:
+                number = axes.text(left + share / 2, -at, f"{count:,}", ha="center", va="center", size=9)
+                classed(number, "onbar", at * 10 + place)
+            left += share
+    axes.set_yticks([-at for at in range(len(sides))], [label for label, _ in sides])
+    _no_left_axis(axes)
+    axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
+    _legend(axes, 4, columnspacing=1.2)
+    label = f"Outcomes of the programs of {proper_name(name)}"
+    return _plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations))
+
+
+def _outcomes_caption(evaluations: Evaluations) -> str:
+    before, after = evaluations.before, evaluations.after
+    if before is None or after is None:
+        side, when = (after, "after") if before is None else (before, "before")
+        assert side is not None
+        return f"Only the model {when} training was evaluated, on {counted(side.tasks, 'task')}."
+    texts = []
+    for kind, tests in (("base", "the base tests"), ("plus", "base and plus tests together")):
+        first, last = evaluations.pass_at(kind, "pass@1")
+        if first is not None and last is not None:
+            texts.append(f"On {tests} pass@1 {moved(first, last, percent)}")
+    kind = "plus" if "plus" in before.pass_at and "plus" in after.pass_at else "base"
+    solved = [
+        {task for task, verdicts in side.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
+        for side in (before, after)
+    ]
+    won, lost = len(solved[1] - solved[0]), len(solved[0] - solved[1])
+    many = f"{counted(won, 'task')} {'are' if won > 1 else 'is'}" if won else "No task is"
+    texts.append(f"{many} solved only after training, {lost} only before")
+    if changed := won + lost:
+        chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(won, lost) + 1)) / 2**changed)
+        word = "no evidence" if chance > 0.05 else "evidence"
+        texts.append(
+            f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test): {word} of a change"
         )
-    svg = inline_svg(figure, "lengths", "Histogram of tokens per row")
-    return Plot(name="lengths", svg=svg, caption=f"{text}.{_beyond(tokens, edges)}")
+    else:
+        texts.append("No verdict changed")
+    return ". ".join(texts) + "."
 
 
 # ------------------------------------------------------------------------------------------------- how things are drawn
@@ -274,10 +413,9 @@ def _round_up(value: float) -> float:
 
 
 def _beyond(values: Floats, edges: Floats) -> str:
-    low, high = int((values < edges[0]).sum()), int((values > edges[-1]).sum())
-    if not low + high:
-        return ""
-    return f" Not drawn: {counted(low + high, 'row')} beyond the axis, the largest at {short(float(values.max()))}."
+    outside = int(((values < edges[0]) | (values > edges[-1])).sum())
+    largest = short(float(values.max()))
+    return f" Not drawn: {counted(outside, 'row')} beyond the axis, the largest at {largest}." if outside else ""
 
 
 def _histogram(axes: Axes, values: Floats, chosen: NDArray[np.bool_] | None, edges: Floats) -> None:
@@ -288,21 +426,21 @@ def _histogram(axes: Axes, values: Floats, chosen: NDArray[np.bool_] | None, edg
         taken, _ = np.histogram(values[chosen], edges)
         axes.stairs(everything, edges, baseline=taken, fill=True, color=COLOURS["other"], label="not chosen")
         axes.stairs(taken, edges, fill=True, color=COLOURS["chosen"], label="chosen")
-        _legend(axes)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, max(1, everything.max()) * 1.06)
-    _count_axis(axes)
+        _legend(axes, 2)
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, max(1, everything.max()) * 1.06))
+    axes.locator_params(axis="y", nbins=5, integer=True, steps=_STEPS)
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def _strip(axes: Axes, values: Floats, chosen: NDArray[np.bool_], edges: Floats, base: float) -> None:
     everything, _ = np.histogram(values, edges)
-    taken, _ = np.histogram(values[chosen], edges)
     scale = 0.82 / max(1, everything.max())
-    axes.stairs(base + everything * scale, edges, baseline=base + taken * scale, fill=True, color=COLOURS["other"])
-    axes.stairs(base + taken * scale, edges, baseline=base, fill=True, color=COLOURS["chosen"])
+    top, taken = (base + scale * counts for counts in (everything, np.histogram(values[chosen], edges)[0]))
+    axes.stairs(top, edges, baseline=taken, fill=True, color=COLOURS["other"])
+    axes.stairs(taken, edges, baseline=base, fill=True, color=COLOURS["chosen"])
     axes.plot([edges[0], edges[-1]], [base, base], color=COLOURS["rule"], linewidth=0.6)
-    middle = float(np.median(values))
-    axes.plot([middle, middle], [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
+    axes.plot([np.median(values)] * 2, [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
 
 
 def _dots(axes: Axes, x: Floats, y: Floats, colour: str, width: float, label: str) -> None:
@@ -312,33 +450,25 @@ def _dots(axes: Axes, x: Floats, y: Floats, colour: str, width: float, label: st
     )  # fmt: skip
 
 
-def _legend(axes: Axes, markers: bool = False) -> None:
-    options: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "ncols": 2, "borderpad": 0.2}
-    made = axes.legend(handlelength=0.9, handleheight=0.9, columnspacing=1.4, handletextpad=0.5, **options)
-    if markers:
-        for handle in made.legend_handles:
-            handle.set_markersize(5)  # type: ignore[union-attr]
-            handle.set_alpha(1)  # type: ignore[union-attr]
+def _legend(axes: Axes, columns: int, columnspacing: float = 1.4) -> Any:
+    """Above the axes."""
+    return axes.legend(
+        bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=0.9, handleheight=0.9, handletextpad=0.5,
+        columnspacing=columnspacing,
+    )  # fmt: skip
 
 
-def _count_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+def _no_left_axis(axes: Axes) -> None:
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def _log_ticks(axes: Axes, low: float, high: float) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
-    if len(ticks) > 8:
-        ticks = [m * 10.0**d for d in decades for m in (1, 3) if low <= m * 10.0**d <= high]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    many, few = ([m * 10.0**d for d in decades for m in ms if low <= m * 10.0**d <= high] for ms in ((1, 2, 5), (1, 3)))
+    axes.set_xticks(many if len(many) <= 8 else few)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _name_clusters(axes: Axes, centres: dict[int, Floats]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from codeact.base.devices import cpu_has_bf16
 from codeact.base.errors import InputError
 from codeact.data.harvest import write_harvest
-from codeact.run import demo_models as embedded
-from codeact.run import flow as pipeline
-from codeact.run.settings import read_settings
+from codeact.evaluation.settings import GenerationSettings
+from codeact.run import demo_models
+from codeact.run.flow import STAGES, Flow
+from codeact.run.settings import read_settings, settings_class, write_settings
 
 
 def demo(output: Path, rows: int) -> None:
@@ -20,26 +21,25 @@ def demo(output: Path, rows: int) -> None:
         output: the folder of the run.
         rows: how many rows to score.
     """
-    shipped = read_settings("demo")
+    shipped = read_settings("demo", settings_class(STAGES))
     data, config = output / "stdlib.jsonl", output / "run.yaml"
     print(write_harvest("stdlib", data, limit=rows), file=sys.stderr)
     changes = {
         "output": output,
         "data": shipped.data.model_copy(update={"source": str(data)}),
-        "score": shipped.score.model_copy(update={"model": str(embedded.causal_lm())}),
-        "embed": shipped.embed.model_copy(update={"model": str(embedded.sentence_embedder())}),
+        "score": shipped.score.model_copy(update={"model": str(demo_models.causal_lm())}),
+        "embed": shipped.embed.model_copy(update={"model": str(demo_models.sentence_embedder())}),
         "train": {**(shipped.train or {}), "bf16": cpu_has_bf16()},
+        "generate": shipped.of(GenerationSettings).model_copy(update={"data": demo_models.human_eval()}),
     }
-    assert shipped.generate is not None
-    changes["generate"] = shipped.generate.model_copy(update={"data": embedded.human_eval()})
     settings = shipped.model_copy(update=changes)
     try:
-        pipeline.check(settings)
+        Flow(settings).check()
     except InputError as error:  # nothing isolates programs on this machine
         print(f"HumanEval is left out: {error}", file=sys.stderr)
         settings = settings.model_copy(update={"generate": None, "evaluate": None})
-    pipeline.write_settings(settings, config)
-    pipeline.run(settings)
+    write_settings(settings, config)
+    Flow(settings).run()
     print(f"""\
 The files are in {output}:
   {"report.html":<18}all of it on one page, to open in a browser

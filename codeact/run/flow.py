@@ -1,129 +1,209 @@
-"""The whole flow from one YAML file: score, embed, select, train, generate, evaluate, report.
+"""The whole flow from one YAML file: a loop over the stages.
 
-Every stage is made of steps that are kept under a hash of what decides their result (``codeact.run.folder``); a rerun
-does the steps whose hash has changed. At the end the ledger of rows and tokens has to balance
-(``codeact.base.ledger``).
+A stage is kept under a hash of what decides its result (``codeact.run.folder``); a rerun does those whose hash has
+changed. At the end the ledger of rows and tokens has to balance (``codeact.base.ledger``).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
-import yaml
-
+from codeact.base.console import aligned, duration, say
 from codeact.base.errors import InputError, one_of
-from codeact.base.files import atomic_path
-from codeact.base.ledger import Ledger
-from codeact.run import stages as data_stages
-from codeact.run.folder import RunFolder, Step, key_of
-from codeact.run.settings import RunSettings
+from codeact.base.ledger import Entry, Ledger
+from codeact.base.settings import Settings
+from codeact.base.stage import Stage
+from codeact.data.settings import DataSettings
+from codeact.embedding.stage import Embed
+from codeact.evaluation.stage import Evaluate, Generate
+from codeact.padding.stage import Padding
+from codeact.report.stage import Report
+from codeact.run.folder import RunFolder, key_of
+from codeact.run.settings import RunSettings, read_settings, settings_class
+from codeact.scoring.stage import Score, ScoreSettings
+from codeact.selection.stage import Select
+from codeact.training.stage import Train
 
-TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
-"""Flags of training that follow from the rest of a run's settings."""
+S = TypeVar("S", bound=Settings)
 
-STAGES = ("score", "embed", "select", "train", "generate", "evaluate", "report")
+STAGES: tuple[Stage, ...] = (
+    Score(),
+    Embed(),
+    Select(),
+    Padding(),
+    Train(),
+    Generate("before"),
+    Generate("after"),
+    Evaluate("before"),
+    Evaluate("after"),
+    Report(),
+)
+"""In order. To add a stage, write it and put it here."""
 
 
 class LedgerError(RuntimeError):
     """Rows or tokens are missing that no stage accounts for."""
 
 
-def run(settings: RunSettings, first: str | None = None, last: str | None = None) -> Ledger:
-    """Run the stages into ``settings.output``; what is there already for the same inputs and settings is kept.
+class Flow:
+    """One run: its settings, its folder and its stages. What a stage may ask of it: ``codeact.base.stage.Run``."""
 
-    Args:
-        settings: the run.
-        first: a stage: those before it are taken as they are, whatever their settings now.
-        last: a stage: those after it are left for another time.
+    def __init__(self, settings: RunSettings, stages: Sequence[Stage] = STAGES) -> None:
+        self.settings, self.all_stages = settings, stages
+        self.output, self.processes = settings.output, settings.processes
+        self.folder = RunFolder(settings.output)
+        self._identities: dict[str, str] = {}
+        self.stages = [stage for stage in stages if stage.configured(self)]
 
-    Returns:
-        The ledger of every stage that is done.
+    @property
+    def data(self) -> DataSettings:
+        """The rows that the run is about."""
+        return self.settings.data
 
-    Raises:
-        InputError: see the stages; or a stage before ``first`` is not done.
-        LedgerError: the ledger does not balance.
-    """
-    from codeact.run.count import ledger_of
+    @property
+    def model(self) -> str:
+        """The model that scores, and is trained and tried."""
+        return self.of(ScoreSettings).model
 
-    begin = time.perf_counter()
-    folder = RunFolder(settings.output)
-    steps = steps_between(settings, folder, first, last)
-    check(settings)
-    with folder.locked():
-        folder.describe(settings.model_dump(mode="json"))
-        for step, wanted in steps:
-            if not wanted:
-                if not folder.finished(step):
-                    raise InputError(f"step {step.name} is not done in {folder.folder}; leave out --from {first}")
-                continue
-            key = key_of({"step": step.name, **step.inputs()})
-            if folder.reusable(step, key):
-                data_stages.say(f"{step.name}: done already")
-                continue
-            data_stages.say(f"{step.name} ...")
-            folder.do(step, key)
-            if step.stage in ("score", "select", "generate", "evaluate"):  # the others have said it themselves
-                data_stages.print_table(folder.lines(step.name))
-        ledger = ledger_of(settings.output)
-        ledger.write(settings.output / "ledger.json")
+    def section(self, name: str) -> Any:
+        """Settings of a section by its name."""
+        return getattr(self.settings, name, None)
+
+    def of(self, settings: type[S]) -> S:
+        """Settings of a section by their class."""
+        return self.settings.of(settings)
+
+    def data_fingerprint(self) -> str:
+        """The sha256 of the data."""
+        return self._data_fingerprint
+
+    @cached_property
+    def _data_fingerprint(self) -> str:
+        return self.data.open().fingerprint
+
+    def identity(self, model: str) -> str:
+        """What tells a model from every other; asked once a run."""
+        from codeact.models.loading import model_identity
+
+        if model not in self._identities:
+            self._identities[model] = model_identity(model)
+        return self._identities[model]
+
+    def digest(self, *stages: str) -> Mapping[str, str]:
+        """The sha256 of what these stages made."""
+        return self.folder.digest(*stages)
+
+    def keys(self) -> Mapping[str, str]:
+        """The keys of all stages that are done."""
+        return self.folder.keys()
+
+    def key(self, stage: Stage) -> str:
+        """The hash of what decides the stage's result; the stages that it needs are done."""
+        return key_of({"step": stage.name, **stage.inputs(self)})
+
+    def ledger(self) -> Ledger:
+        """Counted now, from the files; see ``ledger_of``."""
+        return ledger_of(self.output, self.all_stages)
+
+    def between(self, first: str | None, last: str | None) -> list[tuple[Stage, bool]]:
+        """The stages up to section ``last``, each with whether it is to be done rather than taken as it is.
+
+        Raises:
+            InputError: a section is unknown or not configured, or ``first`` comes after ``last``.
+        """
+        sections = list(dict.fromkeys(stage.section for stage in self.stages))
+        known = list(dict.fromkeys(stage.section for stage in self.all_stages))
+        for flag, name in (("--from", first), ("--until", last)):
+            if name is not None and one_of(flag, name, known) not in sections:
+                raise InputError(f"{flag} {name}: the settings have no section {name}; there are {', '.join(sections)}")
+        start = sections.index(first) if first else 0
+        stop = sections.index(last) if last else len(sections) - 1
+        if start > stop:
+            raise InputError(f"--from {first} comes after --until {last}")
+        kept = sections[: stop + 1]
+        return [(stage, sections.index(stage.section) >= start) for stage in self.stages if stage.section in kept]
+
+    def check(self) -> None:
+        """Find now what would stop a later stage after hours.
+
+        Raises:
+            InputError: what it is.
+        """
+        for stage in self.stages:
+            stage.check(self)
+
+    def run(self, first: str | None = None, last: str | None = None) -> Ledger:
+        """Do the stages; what is there already for the same inputs and settings is kept.
+
+        Args:
+            first: a section: stages before it are taken as they are, whatever their settings now.
+            last: a section: stages after it are left for another time.
+
+        Returns:
+            The ledger of every stage that is done.
+
+        Raises:
+            InputError: see the stages; or one before ``first`` is not done.
+            LedgerError: the ledger does not balance.
+        """
+        begin = time.perf_counter()
+        planned = self.between(first, last)
+        self.check()
+        with self.folder.locked():
+            self.folder.describe(self.settings.model_dump(mode="json"))
+            for stage, to_do in planned:
+                if not to_do:
+                    if not self.folder.finished(stage):
+                        raise InputError(f"step {stage.name} is not done in {self.output}; leave out --from {first}")
+                    continue
+                key = self.key(stage)
+                if self.folder.reusable(stage, key):
+                    say(f"{stage.name}: done already")
+                    continue
+                say(f"{stage.name} ...")
+                lines = self.folder.do(stage, key, self)
+                if stage.told:
+                    print(aligned(lines))
+            ledger = self.ledger()
+            ledger.write(self.output / "ledger.json")
         print(f"\n{ledger.table()}\n")
-        complaints = ledger.complaints()
-        if complaints:
+        if complaints := ledger.complaints():
             raise LedgerError(
-                f"the ledger of {settings.output} does not balance: {'; '.join(complaints)}; files there were changed, "
+                f"the ledger of {self.output} does not balance: {'; '.join(complaints)}; files there were changed, "
                 "or a stage loses rows without saying so, which is a bug to report"
             )
-    data_stages.say(f"{time.perf_counter() - begin:.0f} s")
-    return ledger
+        say(duration(time.perf_counter() - begin))
+        return ledger
 
 
-def steps_between(
-    settings: RunSettings, folder: RunFolder, first: str | None, last: str | None
-) -> list[tuple[Step, bool]]:
-    """The configured steps up to stage ``last``, each with whether it is to be done rather than taken as it is.
+def ledger_of(output: Path, stages: Sequence[Stage] = STAGES) -> Ledger:
+    """Count anew, from the files in a run's folder, what every stage took in, lost and gave out.
+
+    Stages that are not done are left out; those made from other results than lie there now are named as stale.
+    """
+    folder = RunFolder(output)
+    stale: set[str] = set()
+
+    def entries() -> Iterator[Entry]:
+        for stage in stages:
+            if folder.stale(stage) or stale & {*stage.needs}:
+                stale.add(stage.name)
+            else:
+                yield from stage.account(output)
+
+    return Ledger(
+        entries=tuple(entries()), stale=tuple(stage.name for stage in stages if stage.name in stale & folder.started())
+    )
+
+
+def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES) -> Flow:
+    """The run that a YAML file tells, or one that codeact brings.
 
     Raises:
-        InputError: a stage is unknown or not configured, or ``first`` comes after ``last``.
+        InputError: see ``codeact.run.settings.read_settings``.
     """
-    from codeact.run.steps import steps_of
-
-    steps = steps_of(settings, folder)
-    configured = list(dict.fromkeys(step.stage for step in steps))
-    for flag, stage in (("--from", first), ("--until", last)):
-        if stage is not None and one_of(flag, stage, STAGES) not in configured:
-            raise InputError(f"{flag} {stage}: the settings have no section {stage}; there are {', '.join(configured)}")
-    start = configured.index(first) if first else 0
-    stop = configured.index(last) if last else len(configured) - 1
-    if start > stop:
-        raise InputError(f"--from {first} comes after --until {last}")
-    kept = configured[: stop + 1]
-    return [(step, configured.index(step.stage) >= start) for step in steps if step.stage in kept]
-
-
-def check(settings: RunSettings) -> None:
-    """Find now what would stop a later stage after hours.
-
-    Raises:
-        InputError: a flag of training is unknown or of a wrong type; training's library is absent; or programs could
-            not be isolated.
-    """
-    if settings.train is not None:
-        from codeact.training.flags import check_flags
-
-        check_flags(settings.train, "train", taken=TAKEN_FLAGS)
-    if settings.generate is not None:
-        from codeact.run.steps import problems_of
-
-        problems_of(settings.generate)
-    if settings.evaluate is not None:
-        from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
-
-        Sandbox(Limits())
-
-
-def write_settings(settings: RunSettings, path: Path) -> None:
-    """Write settings as the YAML file that ``read_settings`` reads; what has its default is left out."""
-    content = settings.model_dump(mode="json", exclude_defaults=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return Flow(read_settings(config, settings_class(stages)), stages)

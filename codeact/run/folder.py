@@ -16,43 +16,20 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.machine import machine_facts, peak_memory, reset_peaks, versions
+from codeact.base.stage import Lines, Run, Stage
 
 FORMAT = 1
-Lines = list[tuple[str, str]]
-_LIBRARIES = ("torch", "transformers", "datasets", "sentence-transformers", "scikit-learn", "pyarrow", "numpy", "peft")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """A piece of a run that is done, kept and reused as a whole.
-
-    Attributes:
-        name: unique; ``stage`` or ``stage.part``.
-        stage: which stage of the run it belongs to.
-        inputs: everything that decides the result, as JSON values; called when the steps before are done.
-        outputs: files and folders it writes, relative to the run's folder.
-        products: patterns of the files among them that later steps read; a change of these makes later steps run again.
-        work: does it, going on where a killed run was; returns lines for the summary.
-    """
-
-    name: str
-    stage: str
-    inputs: Callable[[], dict[str, Any]]
-    outputs: tuple[str, ...]
-    products: tuple[str, ...]
-    work: Callable[[], Lines]
 
 
 class RunFolder:
@@ -103,8 +80,8 @@ class RunFolder:
             "codeact": importlib.metadata.version("codeact"),
             "commit": _commit(),
             "settings": settings,
-            "versions": _versions(),
-            "machine": _machine(),
+            "versions": versions(),
+            "machine": machine_facts(),
         }
         self._write()
 
@@ -112,40 +89,40 @@ class RunFolder:
         """What a finished step said."""
         return [(label, text) for label, text in self._content["stages"][name]["lines"]]
 
-    def finished(self, step: Step) -> bool:
+    def finished(self, stage: Stage) -> bool:
         """Whether the step's result is there, whatever its settings.
 
         Raises:
             InputError: a file of it was changed since.
         """
-        record = self._record(step.name)
+        record = self._record(stage.name)
         if record is None or "seconds" not in record:
             return False
-        if not all((self.folder / name).exists() for name in (*step.outputs, *record["products"])):
+        if not all((self.folder / name).exists() for name in (*stage.outputs, *record["products"])):
             return False
         for name, known in record["products"].items():
             if self._stamp(name, known)["sha256"] != known["sha256"]:
                 raise InputError(
-                    f"{self.folder / name} was changed after step {step.name} made it; move it away to have it made "
+                    f"{self.folder / name} was changed after step {stage.name} made it; move it away to have it made "
                     "again, or go on by hand with the stage's own command"
                 )
         return True
 
-    def reusable(self, step: Step, key: str) -> bool:
+    def reusable(self, stage: Stage, key: str) -> bool:
         """Whether the step was finished with ``key``; its result is brought back if it was put aside."""
-        self._switch(step, key)
-        return self.finished(step)
+        self._switch(stage, key)
+        return self.finished(stage)
 
-    def known(self, step: Step, key: str) -> bool:
+    def known(self, stage: Stage, key: str) -> bool:
         """Whether the step was finished with ``key``, here or aside; changes nothing."""
-        record = self._record(step.name)
+        record = self._record(stage.name)
         if record is not None and record["key"] == key:
-            return self.finished(step)
-        return (self._aside(step.name, key) / "record.json").exists()
+            return self.finished(stage)
+        return (self._aside(stage.name, key) / "record.json").exists()
 
-    def current(self, step: Step, key: str) -> bool:
+    def current(self, stage: Stage, key: str) -> bool:
         """Whether what lies in the folder of this step, finished or not, is of ``key``."""
-        record = self._record(step.name)
+        record = self._record(stage.name)
         return record is not None and record["key"] == key
 
     def settings(self) -> dict[str, Any]:
@@ -156,24 +133,26 @@ class RunFolder:
         """Names of the steps that were ever begun."""
         return set(self._content["stages"])
 
-    def do(self, step: Step, key: str) -> Lines:
+    def stale(self, stage: Stage) -> bool:
+        """Whether the step's result was made from other results than those that lie here now."""
+        record = self._record(stage.name) or {}
+        return any(self._stamps(need) != stamps for need, stamps in record.get("took", {}).items())
+
+    def do(self, stage: Stage, key: str, run: Run) -> Lines:
         """Do the step; what a killed run did for the same key is gone on from."""
-        self._switch(step, key)
+        self._switch(stage, key)
         begin = time.perf_counter()
-        record: dict[str, Any] = {"stage": step.stage, "key": key, "started": _now()}
-        self._content["stages"][step.name] = record
+        took = {need: self._stamps(need) for need in stage.needs}
+        record: dict[str, Any] = {"stage": stage.section, "key": key, "started": _now(), "took": took}
+        self._content["stages"][stage.name] = record
         self._write()
-        from torch import device
-
-        from codeact.base.machine import peak_memory, reset_peaks  # torch
-
-        since = reset_peaks(device("cpu"))
-        lines = step.work()
+        since = reset_peaks()
+        lines = stage.work(run)
         record |= {
             "seconds": round(time.perf_counter() - begin, 3),
-            "peak_memory": peak_memory(device("cpu"))[0] if since != "start of the process" else None,
+            "peak_memory": peak_memory()[0] if since != "start of the process" else None,
             "lines": lines,
-            "products": self._digest(step.products),
+            "products": self._digest(stage.products),
         }
         self._write()
         return lines
@@ -183,29 +162,33 @@ class RunFolder:
         records = self._content["stages"].items()
         return {name: record["key"] for name, record in records if "seconds" in record and name != "report"}
 
-    def digest(self, name: str) -> dict[str, str]:
-        """The sha256 of every product of a finished step."""
-        return {path: stamp["sha256"] for path, stamp in self._content["stages"][name]["products"].items()}
+    def digest(self, *names: str) -> dict[str, str]:
+        """The sha256 of every product of these finished steps."""
+        return {path: digest for name in names for path, digest in self._stamps(name).items()}
 
-    def _switch(self, step: Step, key: str) -> None:
+    def _stamps(self, name: str) -> dict[str, str]:
+        products = (self._record(name) or {}).get("products", {})
+        return {path: stamp["sha256"] for path, stamp in products.items()}
+
+    def _switch(self, stage: Stage, key: str) -> None:
         """Put what belongs to another key aside, and bring back what belongs to this one."""
-        record = self._record(step.name)
+        record = self._record(stage.name)
         if record is not None and record["key"] != key:
-            aside = self._aside(step.name, record["key"])
-            self._move(step.outputs, self.folder, aside)
+            aside = self._aside(stage.name, record["key"])
+            self._move(stage.outputs, self.folder, aside)
             if "seconds" in record:
                 with atomic_path(aside / "record.json") as temporary:
                     temporary.write_text(json.dumps(record), encoding="utf-8")
             record = None
-        aside = self._aside(step.name, key)
+        aside = self._aside(stage.name, key)
         if record is None:
             # From here on what lies in the folder is of the new key, also if only a part of it is back.
-            self._content["stages"][step.name] = {"stage": step.stage, "key": key}
+            self._content["stages"][stage.name] = {"stage": stage.section, "key": key}
             self._write()
         if aside.exists():
-            self._move(step.outputs, aside, self.folder)
+            self._move(stage.outputs, aside, self.folder)
             with suppress(OSError, ValueError):
-                self._content["stages"][step.name] = json.loads((aside / "record.json").read_text(encoding="utf-8"))
+                self._content["stages"][stage.name] = json.loads((aside / "record.json").read_text(encoding="utf-8"))
                 self._write()
             shutil.rmtree(aside)
 
@@ -247,36 +230,6 @@ def key_of(inputs: dict[str, Any]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {
-        "system": platform.platform(),
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory": memory,
-        "gpus": gpus,
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -1,115 +1,29 @@
-"""What a run is told, as pydantic models, and the YAML file that tells it."""
+"""What a run is told, and the YAML file that tells it: a section for every stage that has settings."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from codeact.base.errors import InputError
-from codeact.base.protocols import resolve_protocol
-from codeact.data.records import Columns, RecordSet, open_records
+from codeact.base.files import atomic_path
+from codeact.base.settings import Settings
+from codeact.base.stage import Stage
+from codeact.data.settings import DataSettings
 
+if TYPE_CHECKING:
+    from codeact.embedding.stage import EmbedSettings
+    from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
+    from codeact.scoring.stage import ScoreSettings
+    from codeact.selection.stage import SelectSettings
 
-def _todays_protocol(name: object) -> object:
-    return resolve_protocol(name) if name == "seed" else name
-
-
-Protocol = Annotated[Literal["exact", "paper"], BeforeValidator(_todays_protocol)]
-
-
-class Settings(BaseModel):
-    """Unknown keys are errors, and nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSettings(Settings):
-    """Which data, and which columns of it."""
-
-    source: str
-    question: str = "instruction"
-    answer: str = "output"
-    input: str | None = None
-    conversation: str | None = None
-    id: str | None = None
-    split: str = "train"
-    config_name: str | None = None
-
-    def open(self) -> RecordSet:
-        """Open the data set.
-
-        Raises:
-            InputError: it cannot be read, or lacks a column.
-        """
-        columns = Columns(**self.model_dump(include={field.name for field in dataclasses.fields(Columns)}))
-        return open_records(self.source, columns, split=self.split, config_name=self.config_name)
-
-
-class ScoreSettings(Settings):
-    """How rows are scored; see ``codeact.scoring.ifd.IfdScorer``."""
-
-    model: str
-    template: str = "qa"
-    max_length: int = Field(default=2048, ge=2)
-    dtype: str = "auto"
-    device: str = "auto"
-    tokens_per_pack: int | None = Field(default=None, ge=1)
-    shard_size: int = Field(default=10_000, ge=1)
-    protocol: Protocol = "exact"
-
-
-class EmbedSettings(Settings):
-    """How questions are embedded; see ``codeact.embedding.vectors.embed``."""
-
-    model: str = "sentence-transformers/all-mpnet-base-v2"
-    batch_size: int = Field(default=64, ge=1)
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-class SelectSettings(Settings):
-    """What is chosen; see ``codeact.selection.choose.plan_selection``."""
-
-    ratio: float = Field(default=0.4, gt=0, le=1)
-    clusters: int = Field(default=10, ge=1)
-    strategy: Literal["cdas", "top_ifd", "random"] = "cdas"
-    protocol: Protocol = "exact"
-    seed: int = Field(default=42, ge=0)
-    backend: Literal["auto", "sklearn", "cuml"] = "auto"
-
-
-class GenerateSettings(Settings):
-    """Which programs are written; see ``codeact.evaluation.generate``. Needs ``train``, whose model it tries."""
-
-    dataset: Literal["humaneval", "mbpp"] = "humaneval"
-    data: Path | None = None  # file of the problems; default: CODEACT_EVAL_DATA, else evalplus
-    tasks: tuple[str, ...] | None = None  # default: all
-    before: bool = True  # the model as it was, too, to compare with
-    instruct: bool = True
-    template: str = "chat"
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    samples: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0)
-    max_new_tokens: int = Field(default=1024, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    backend: Literal["hf", "vllm"] = "hf"
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-class EvaluateSettings(Settings):
-    """How programs are judged; see ``codeact.evaluation.results``. Needs ``generate``."""
-
-    parallel: int | None = Field(default=None, ge=1)
-    base_only: bool = False
+S = TypeVar("S", bound=Settings)
 
 
 class ForecastSettings(Settings):
@@ -124,29 +38,53 @@ class ForecastSettings(Settings):
 
 
 class RunSettings(Settings):
-    """One run: its data, its stages and the folder it writes to."""
+    """One run: its data and the folder it writes to; ``settings_class`` adds a section for every stage."""
 
     output: Path
     data: DataSettings
-    score: ScoreSettings
-    embed: EmbedSettings = EmbedSettings()
-    select: SelectSettings = SelectSettings()
-    train: dict[str, Any] | None = None  # flags of codeact train; data, model and output folder follow from the rest
-    generate: GenerateSettings | None = None
-    evaluate: EvaluateSettings | None = None
     processes: int = Field(default=1, ge=1)  # that score and train at the same time: one a GPU
     forecast: ForecastSettings = ForecastSettings()
+    if TYPE_CHECKING:  # the sections of codeact's own stages
+        score: ScoreSettings
+        embed: EmbedSettings
+        select: SelectSettings
+        train: dict[str, Any] | None  # flags of codeact train; data, model and output folder follow from the rest
+        generate: GenerationSettings | None
+        evaluate: EvaluateSettings | None
 
-    @model_validator(mode="after")
-    def _stages_follow_each_other(self) -> RunSettings:
-        if self.generate is not None and self.train is None:
-            raise ValueError("generate needs a section train, whose model it tries")
-        if self.evaluate is not None and self.generate is None:
-            raise ValueError("evaluate needs a section generate, whose programs it runs")
+    def of(self, settings: type[S]) -> S:
+        """The section that is of this class.
+
+        Raises:
+            KeyError: the file has none.
+        """
+        for name in type(self).model_fields:
+            if isinstance(section := getattr(self, name), settings):
+                return section
+        raise KeyError(settings.__name__)
+
+
+def settings_class(stages: Sequence[Stage]) -> type[RunSettings]:
+    """``RunSettings`` with the sections of these stages."""
+    sections: dict[str, Any] = {}
+    for stage in stages:
+        if stage.settings is not None and stage.section not in sections:
+            kind = stage.settings if stage.default is not None else stage.settings | None
+            sections[stage.section] = (kind, stage.default)
+
+    def stages_follow_each_other(self: RunSettings) -> RunSettings:
+        section_of = {stage.name: stage.section for stage in stages}
+        for stage in stages:
+            for need in stage.needs if getattr(self, stage.section, None) is not None else ():
+                if getattr(self, section_of[need]) is None:
+                    raise ValueError(f"{stage.section} needs a section {section_of[need]}, whose results it takes in")
         return self
 
+    check: Any = model_validator(mode="after")(stages_follow_each_other)
+    return create_model("RunSettings", __base__=RunSettings, __validators__={"follow": check}, **sections)
 
-def read_settings(path: str | Path) -> RunSettings:
+
+def read_settings(path: str | Path, kind: type[RunSettings]) -> RunSettings:
     """Read a run's YAML file, or one that codeact brings, by its name without ``.yaml``.
 
     Raises:
@@ -164,9 +102,16 @@ def read_settings(path: str | Path) -> RunSettings:
     for line, key in _repeated(tree):
         raise InputError(f"{path}, line {line}: the key {key} is there twice; remove one")
     try:
-        return RunSettings.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}{'; '.join(_complaint(item, tree) for item in error.errors())}") from None
+        raise InputError(f"{path}{'; '.join(_complaint(item, tree, kind) for item in error.errors())}") from None
+
+
+def write_settings(settings: RunSettings, path: Path) -> None:
+    """Write settings as the YAML file that ``read_settings`` reads; what has its default is left out."""
+    content = settings.model_dump(mode="json", exclude_defaults=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def shipped_configs() -> list[str]:
@@ -188,32 +133,27 @@ def _shipped(path: Path) -> Path:
     return Path(str(files("codeact") / "configs" / f"{path}.yaml"))
 
 
-def _complaint(item: Any, tree: Any) -> str:
+def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
     where = f", line {_line(tree, keys)}: {'.'.join(keys)}" if keys else ""
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg'].removeprefix('Value error, ').lower()}"
-    section: type[BaseModel] = RunSettings
     for parent in keys[:-1]:
-        section = _model(section.model_fields[parent].annotation)
-    closest = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.0)[0]
+        annotation: Any = kind.model_fields[parent].annotation
+        models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+        kind = next(model for model in models if issubclass(model, BaseModel))
+    closest = difflib.get_close_matches(keys[-1], kind.model_fields, n=1, cutoff=0.0)[0]
     return f"{where}: unknown key; did you mean {closest}?"
-
-
-def _model(annotation: Any) -> type[BaseModel]:
-    """The section's model, where its type may also be None."""
-    kinds: Sequence[Any] = get_args(annotation) if get_origin(annotation) is not None or get_args(annotation) else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), annotation)
 
 
 def _line(node: Any, keys: Sequence[str]) -> int:
     """The line of the last of ``keys`` that is there, from 1."""
     line: int = node.start_mark.line + 1
     for key in keys:
-        found = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == key]
-        if not found:
+        pairs = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == key]
+        if not pairs:
             break
-        line, node = found[0][0].start_mark.line + 1, found[0][1]
+        line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
     return line
 
 

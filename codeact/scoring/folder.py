@@ -60,7 +60,8 @@ class ScoreFolder:
     Args:
         folder: where it lives.
         settings: everything that changes a score, JSON values only: data and model with their fingerprints, template,
-            length, dtype, protocol, shard size. Their hash guards the folder.
+            length, dtype, protocol, shard size. Their hash guards the folder; ``tokens_per_pack``, ``device`` and
+            ``attention`` may be noted in them, but decide nothing, so that a run can go on with others.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ class ScoreFolder:
         manifest = _read_manifest(Path(folder))
         if manifest is None:
             raise InputError(f"{folder} holds no scores (no manifest.json); make them with: codeact score")
-        return cls(folder, manifest["settings"])
+        return cls(folder, manifest["settings"])._known_as(manifest)
 
     def claim(self, overwrite: bool = False) -> None:
         """Make the folder this run's own, or check that it already is.
@@ -96,19 +97,25 @@ class ScoreFolder:
             self._write_manifest({})
         # Read what is there now: another process may have claimed the folder in the meantime.
         manifest = _read_manifest(self.folder)
-        if manifest is None or manifest["hash"] != self.hash:
-            theirs = manifest["settings"] if manifest else {}
+        theirs = manifest["settings"] if manifest else {}
+        if manifest is None or settings_hash(theirs) != self.hash:
             differences = "; ".join(_differences(_without_places(theirs), _without_places(self.settings)))
             raise InputError(
                 f"{self.folder} holds scores made with other settings (hash {settings_hash(theirs)}, this run "
                 f"{self.hash}): {differences}; choose another --output, or discard them with --overwrite"
             )
+        self._known_as(manifest)
+
+    def _known_as(self, manifest: dict[str, Any]) -> ScoreFolder:
+        """Take the hash that the folder's shards carry: older versions counted what decides nothing as well."""
+        self.hash = manifest["hash"]
+        return self
 
     def _discard_others(self) -> None:
         """Remove the scores of other settings; this run's own finished shards stay."""
         with suppress(InputError):  # a damaged manifest is nobody's
             manifest = _read_manifest(self.folder)
-            if manifest is None or manifest["hash"] == self.hash:
+            if manifest is None or settings_hash(manifest["settings"]) == self.hash:
                 return
         try:
             for name in ("manifest.json", "scores.parquet"):
@@ -262,7 +269,7 @@ def _read_shard(path: Path) -> pa.Table:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """Return 16 hex digits of the sha256 of the settings: of what data and model hold, not of where they lie."""
+    """Return 16 hex digits of the sha256 of the settings: of what decides a score, not of where things lie."""
     canonical = json.dumps(_without_places(settings), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -270,7 +277,8 @@ def settings_hash(settings: dict[str, Any]) -> str:
 def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     data = {k: v for k, v in settings.get("data", {}).items() if k != "source"}
     model = {k: v for k, v in settings.get("model", {}).items() if k != "name"}
-    return {**settings, "data": data, "model": model}
+    deciding = {k: v for k, v in settings.items() if k not in ("tokens_per_pack", "device", "attention")}
+    return {**deciding, "data": data, "model": model}
 
 
 def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> int:

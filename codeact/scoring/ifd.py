@@ -17,12 +17,20 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from codeact.base.devices import resolve_device, resolve_dtype, to_device
+from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
 from codeact.base.errors import InputError
 from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
-from codeact.models.loading import load_causal_lm, split_head
-from codeact.ops.attention import PackedBatch, isolating_attention
+from codeact.models.isolation import (
+    PassRule,
+    attending,
+    packing_attention,
+    plain_attention,
+    prove_isolation,
+    split_head,
+)
+from codeact.models.loading import load_causal_lm
+from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import token_nll
 from codeact.packing.packs import pack
 from codeact.scoring.folder import SCHEMA
@@ -44,12 +52,13 @@ class IfdScorer:
     """Scores records with one causal model.
 
     Args:
-        model: a causal transformers model; its attention is switched to one that keeps the samples of a pack apart.
+        model: a causal transformers model; while it scores, it has an attention that keeps the samples of a pack apart.
         tokenizer: its tokenizer.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
-        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU. A longer sequence has
-            a pack of its own.
+        tokens_per_pack: tokens of one forward pass; None: ``default_tokens_per_pack``. A longer sequence has a pack of
+            its own; with 1 every sequence has, and any causal model can be scored.
+        attention: an implementation of transformers, or "auto" for the best one for packs that is here.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
 
     Raises:
@@ -64,12 +73,13 @@ class IfdScorer:
         max_length: int = 2048,
         tokens_per_pack: int | None = None,
         protocol: str = "exact",
+        attention: str = "auto",
     ) -> None:
         self.protocol = resolve_protocol(protocol)
         if self.protocol == "paper" and template != "qa":
             raise InputError(f"protocol paper scores the template qa only, not {template!r}")
         self.device = model.get_input_embeddings().weight.device
-        self.tokens_per_pack = tokens_per_pack or (2048 if self.device.type == "cpu" else 8192)
+        self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length < 2 or (limit is not None and max_length > limit):
             raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
@@ -78,8 +88,16 @@ class IfdScorer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
-        model.set_attn_implementation(isolating_attention(self.device))
-        self.trunk, self.head = split_head(model.eval())
+        self.model = model.eval()
+        alone = self.tokens_per_pack == 1
+        self.rule = PassRule(shared=1) if alone else PassRule.of(model)
+        if attention == "auto":
+            attention = plain_attention(model) if alone else packing_attention(model, self.device)
+        self.attention = attention
+        remedy = "" if alone else "set tokens_per_pack to 1, which gives every sequence a pass of its own"
+        prove_isolation(model, attention, max_length, self.rule, remedy)
+        self.trunk, self.head = split_head(model)
+        self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
 
     def score(
         self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
@@ -90,7 +108,7 @@ class IfdScorer:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
         """
-        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol)
+        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
         scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
         sequences: list[Sequence[int]] = []
         starts: list[int] = []
@@ -98,7 +116,8 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
-        sums, cost = self._nll_sums(sequences, starts, progress)
+        with attending(self.model, self.attention):
+            sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
@@ -127,10 +146,16 @@ class IfdScorer:
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Return the members of each pack, the largest first: what does not fit in memory fails at once."""
-        longer = np.flatnonzero(lengths > self.tokens_per_pack)
-        rest = np.flatnonzero(lengths <= self.tokens_per_pack)
-        alone = [np.array([index]) for index in longer[np.argsort(-lengths[longer], kind="stable")]]
-        return alone + [rest[indices] for indices in pack(lengths[rest], self.tokens_per_pack)]
+        packs = []
+        keys = self.rule.keys(lengths)
+        for key in np.unique(keys)[::-1]:
+            members = np.flatnonzero(keys == key)
+            capacity = self.rule.capacity(int(lengths[members].max()), self.tokens_per_pack)
+            longer = members[lengths[members] > capacity]
+            rest = members[lengths[members] <= capacity]
+            packs += [np.array([index]) for index in longer[np.argsort(-lengths[longer], kind="stable")]]
+            packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
+        return packs
 
     def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
         """Run one pack; float64 (N,) on the model's device."""
@@ -154,7 +179,8 @@ class IfdScorer:
         hidden = self.trunk(**batch.model_inputs(self.device)).last_hidden_state[0]
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
         hidden = hidden[to_device(scored - 1, self.device)]
-        nll = token_nll(hidden, self.head.weight, targets, self.head.bias, self.head.softcap)
+        hidden, bias = self.head.scaled(hidden)
+        nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
         return _sums(nll, to_device(bounds, self.device))
 
     def _table(
@@ -222,6 +248,7 @@ def score_ifd(
     protocol: str = "exact",
     dtype: str = "auto",
     device: str = "auto",
+    attention: str = "auto",
 ) -> pa.Table:
     """Score records that fit in memory; ``codeact score`` does the same for any number, in shards that survive a kill.
 
@@ -231,10 +258,13 @@ def score_ifd(
         records: what to score; rows that hold no record are kept with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
-        tokens_per_pack: tokens of one forward pass; by default 2048 on a CPU and 8192 on a GPU.
+        tokens_per_pack: tokens of one forward pass; None: as many as keep the device busy. With 1 every sequence has a
+            pass of its own, and any causal model can be scored.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
         dtype: of a model given by name: "auto" is bfloat16 where the hardware has it, else float32.
         device: of a model given by name.
+        attention: an implementation of transformers; "auto" is the best one for packs that is here. A loaded model has
+            its own again afterwards.
 
     Returns:
         A table with the columns of ``codeact.scoring.folder.SCHEMA``, one row a record, in order. NLL sums are in nats.
@@ -248,5 +278,5 @@ def score_ifd(
         tokenizer = tokenizer or loaded
     if tokenizer is None:
         raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
-    scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol)
+    scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention)
     return scorer.score(list(records))[0]

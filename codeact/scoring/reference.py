@@ -9,28 +9,24 @@ import torch
 from transformers import PreTrainedModel
 
 from codeact.data.records import Record
+from codeact.scoring.tokens import tokenize
 from codeact.text.templates import PromptBuilder
-from codeact.text.tokenizers import leading_bos
 
 
 @torch.inference_mode()
 def exact_ifd(
     model: PreTrainedModel, tokenizer: Any, record: Record, template: str = "qa", max_length: int = 2048
 ) -> float:
-    """IFD of one record under the exact protocol: the answer's ids made once, sums in float64."""
-    bos = leading_bos(tokenizer)
-    prompt = tokenizer(PromptBuilder(tokenizer, template).render(record), add_special_tokens=False)["input_ids"]
-    prompt = prompt[1:] if bos and prompt[:1] == bos else prompt
-    answer = tokenizer(record.answer, add_special_tokens=False)["input_ids"]
-    answer = answer[: max_length - len(bos) - len(prompt)]
-    scored = len(answer) if bos else len(answer) - 1
+    """IFD of one record under the exact protocol: a forward pass for each sequence, logits, sums in float64."""
+    (item,) = tokenize([record], tokenizer, PromptBuilder(tokenizer, template), max_length)
 
-    def mean_nll(ids: list[int]) -> float:
-        logits = model(torch.tensor([ids], device=model.device)).logits[0, -scored - 1 : -1].double().cpu()
-        log_probs = logits.log_softmax(dim=-1)
-        return float(-log_probs[range(scored), ids[-scored:]].sum()) / scored
+    def mean_nll(ids: list[int], start: int) -> float:
+        logits = model(torch.tensor([ids], device=model.device)).logits[0, start - 1 : -1].double().cpu()
+        scored = ids[start:]
+        return float(-logits.log_softmax(dim=-1)[range(len(scored)), scored].sum()) / len(scored)
 
-    return math.exp(mean_nll([*bos, *prompt, *answer]) - mean_nll([*bos, *answer]))
+    conditional = mean_nll(list(item.conditional), item.conditional_start)
+    return math.exp(conditional - mean_nll(list(item.unconditional), item.unconditional_start))
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ from typing import Any
 
 from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
-from codeact.text.templates import PromptBuilder
-from codeact.text.tokenizers import leading_bos
+from codeact.text.spans import ControlTexts, SpanEncoder, SpannedText
+from codeact.text.templates import PromptBuilder, special_tokens
 
 STATUSES = (
     "ok",
@@ -18,9 +18,11 @@ STATUSES = (
     "empty_answer",
     "answer_too_short",
     "prompt_too_long",
+    "token_beyond_model",
     "nonfinite",
 )
-"""What can become of a row. ``answer_too_short``: one answer token and no BOS before it, so nothing can be scored."""
+"""What can become of a row. ``answer_too_short``: one answer token and no BOS before it, so nothing can be scored.
+``token_beyond_model``: the tokenizer has a token that the model's embedding or head has no row for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ def tokenize(
     prompts: PromptBuilder,
     max_length: int,
     protocol: str = "exact",
+    vocabulary: int | None = None,
 ) -> list[TokenizedRecord]:
     """Tokenize rows for scoring; one result a row, in order, whatever became of it.
 
@@ -58,42 +61,62 @@ def tokenize(
         prompts: how the question is put.
         max_length: tokens that a sequence may hold, its BOS included.
         protocol: "exact" tokenizes the answer once and uses those ids in both passes; an answer that does not fit is
-            cut at its end, the same in both. "paper" repeats the paper's reference script: prompt and answer are
-            encoded as one text, the prompt once more alone to find where it ends, and the answer alone.
+            cut at its end, the same in both; the text of a control token in a row is plain text, as in training.
+            "paper" repeats the paper's reference script: prompt and answer are encoded as one text, the prompt once
+            more alone to find where it ends, and the answer alone, and control tokens are read wherever they stand.
+        vocabulary: how many tokens the model knows; None: all of the tokenizer's.
     """
+    protocol = resolve_protocol(protocol)
     results: list[TokenizedRecord | None] = [None] * len(rows)
-    texts: list[tuple[int, str, str]] = []
+    controls = ControlTexts(special_tokens(tokenizer))
+    texts: list[tuple[int, SpannedText, SpannedText]] = []
     for index, row in enumerate(rows):
         if isinstance(row, BadRow):
             status = row.reason if row.reason in STATUSES else "unreadable"
             results[index] = TokenizedRecord(status=status, reason=f"{row.reason}: {row.message}")
             continue
+        (question, answer, *history), marks = controls.hide([row.question, row.answer, *(t for _, t in row.history)])
+        roles = [role for role, _ in row.history]
+        hidden = replace(row, question=question, answer=answer, history=tuple(zip(roles, history, strict=True)))
         try:
-            texts.append((index, prompts.render(row), row.answer))
+            prompt = controls.show(prompts.render(hidden), marks)
         except ValueError as error:
             results[index] = TokenizedRecord(status="unreadable", reason=f"template_refused: row {row.row}: {error}")
+        else:
+            texts.append((index, prompt, controls.show(answer, marks)))
     if texts:
         indices, prompt_texts, answers = zip(*texts, strict=True)
-        build = {"exact": _exact, "paper": _paper}[resolve_protocol(protocol)]
-        for index, result in zip(indices, build(tokenizer, prompt_texts, answers, max_length), strict=True):
+        build = {"exact": _exact, "paper": _paper}[protocol]
+        for index, item in zip(indices, build(tokenizer, prompt_texts, answers, max_length), strict=True):
+            result = item if vocabulary is None or item.status != "ok" else _within(item, tokenizer, vocabulary)
             reason = result.reason and f"{result.status}: row {rows[index].row}: {result.reason}"
             results[index] = replace(result, reason=reason)
     return [result for result in results if result is not None]
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    # verbose=False: a text longer than the model's limit is handled below, the tokenizer need not warn of it.
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
+def _within(item: TokenizedRecord, tokenizer: Any, vocabulary: int) -> TokenizedRecord:
+    """The same, or without its tokens if the model does not know one of them."""
+    largest = max(*item.conditional, *item.unconditional)
+    if largest < vocabulary:
+        return item
+    reason = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the {vocabulary} of the model"
+    return TokenizedRecord(
+        status="token_beyond_model",
+        reason=reason,
+        prompt_tokens=item.prompt_tokens,
+        answer_tokens=item.answer_tokens,
+    )
 
 
-def _exact(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> list[TokenizedRecord]:
-    bos = leading_bos(tokenizer)
+def _exact(
+    tokenizer: Any, prompts: Sequence[SpannedText], answers: Sequence[SpannedText], max_length: int
+) -> list[TokenizedRecord]:
+    encoder = SpanEncoder(tokenizer)
+    bos = encoder.bos
     results = []
-    encoded = zip(_encode(tokenizer, prompts, False), _encode(tokenizer, answers, False), strict=True)
-    for prompt, answer in encoded:
-        if bos and prompt[:1] == bos:  # a chat template writes the BOS itself
-            del prompt[0]
+    # The encoder puts the BOS first, once, also where a chat template writes it itself.
+    encoded = [ids[len(bos) :].tolist() for ids, _ in encoder.encode([*prompts, *answers])]
+    for prompt, answer in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
         room = max_length - len(bos) - len(prompt)
         # Without a BOS nothing stands before the first answer token of the unconditional pass, so neither scores it.
         first = 0 if bos else 1
@@ -125,12 +148,17 @@ def _exact(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_l
     return results
 
 
-def _paper(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int) -> list[TokenizedRecord]:
+def _paper(
+    tokenizer: Any, prompts: Sequence[SpannedText], answers: Sequence[SpannedText], max_length: int
+) -> list[TokenizedRecord]:
     results = []
+    both = [prompt.text + answer.text for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = zip(
-        _encode(tokenizer, prompts, True),
-        _encode(tokenizer, [p + a for p, a in zip(prompts, answers, strict=True)], True),
-        _encode(tokenizer, answers, True),
+        # verbose=False: a text longer than the model's limit is handled below, the tokenizer need not warn of it.
+        *(
+            tokenizer(texts, verbose=False)["input_ids"]
+            for texts in ([item.text for item in prompts], both, [item.text for item in answers])
+        ),
         strict=True,
     )
     for prompt, full, answer in encoded:

@@ -14,6 +14,8 @@ token reach over a bound nevertheless, the text is cut there as well.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -34,6 +36,43 @@ class SpannedText:
     text: str
     answers: tuple[tuple[int, int], ...]
     plain: frozenset[tuple[int, int]]
+
+
+class ControlTexts:
+    """Carries the texts of control tokens that a row holds through a template, so that they can be read as plain text.
+
+    Args:
+        specials: what the tokenizer reads as control tokens, the longest first.
+    """
+
+    def __init__(self, specials: Sequence[str]) -> None:
+        self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def hide(self, texts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Put a character that stands nowhere else for every such text; returns the texts, and {character: text}."""
+        whole = "".join(texts)
+        free = (mark for mark in map(chr, itertools.count(0xF0000)) if mark not in whole)
+        marks = {token: next(free) for token in sorted(set(self._specials.findall(whole)))}
+        hidden = [self._specials.sub(lambda match: marks[match[0]], text) for text in texts] if marks else list(texts)
+        return hidden, {mark: token for token, mark in marks.items()}
+
+    @staticmethod
+    def show(text: str, tokens: dict[str, str], answers: Sequence[tuple[int, int]] = ()) -> SpannedText:
+        """Put them back into what the template wrote, and note where they stand; answers move along."""
+        if not tokens:
+            return SpannedText(text=text, answers=tuple(answers), plain=frozenset())
+        marks = re.compile("[" + "".join(tokens) + "]")
+        places = [match.start() for match in marks.finditer(text)]
+        grown = np.cumsum([0, *(len(tokens[text[place]]) - 1 for place in places)])
+
+        def moved(position: int) -> int:
+            return position + int(grown[np.searchsorted(places, position)])
+
+        return SpannedText(
+            text=marks.sub(lambda match: tokens[match[0]], text),
+            answers=tuple((moved(start), moved(end)) for start, end in answers),
+            plain=frozenset((moved(place), moved(place + 1)) for place in places),
+        )
 
 
 class SpanEncoder:

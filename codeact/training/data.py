@@ -20,7 +20,8 @@ from codeact.text.conversations import (
     open_conversations,
 )
 from codeact.training.dataset import IGNORE
-from codeact.training.flags import DataArguments, TrainSettings
+from codeact.training.flags import TrainSettings
+from codeact.training.options import DataArguments
 
 _NAMED_REFUSALS = 5
 

@@ -74,6 +74,8 @@ class PackDataset(Dataset[list[TokenizedSample]]):
             random; more makes the items of one batch, on all ranks, more alike.
         square_cost: what a token's attention to another costs, in units of what a token costs.
         shuffle: False keeps the items in their first order, for evaluation.
+        apart: (len(samples),), or None; samples of different numbers never share an item of scope "epoch".
+        shared: most tokens of an item that holds several samples, if fewer than ``capacity``.
 
     Raises:
         InputError: there is no sample, one is empty or longer than ``capacity``, or its labels do not fit.
@@ -91,6 +93,8 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         sort_window: int = 1,
         square_cost: float = 1 / 8192,
         shuffle: bool = True,
+        apart: npt.NDArray[np.int64] | None = None,
+        shared: int | None = None,
     ) -> None:
         self.scope = one_of("pack scope", scope, SCOPES)
         self.samples = samples
@@ -101,6 +105,8 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         self.samples_per_batch = samples_per_batch
         self.sort_window = sort_window
         self.shuffle = shuffle
+        self.apart = np.zeros(len(samples), dtype=np.int64) if apart is None else apart
+        self.shared = capacity if shared is None else min(shared, capacity)
         self.lengths = _checked_lengths(samples, capacity)
         self.costs = self.lengths + square_cost * self.lengths.astype(np.float64) ** 2
         self.epoch = 0
@@ -124,6 +130,15 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         members = plan.indices[plan.offsets[number] : plan.offsets[number + 1]]
         return [self.samples[i] for i in members.tolist()] or [self._dummy()]
 
+    def largest_pass(self) -> int:
+        """Tokens of the batch that would hold the longest items of epoch 0; of scope "sample" padded to the longest."""
+        if self.scope == "sample":
+            return int(self.items_per_batch * self.lengths.max())
+        plan = self._plan(0)
+        ends = np.concatenate([[0], np.cumsum(self.lengths[plan.indices])])
+        tokens = np.sort(np.diff(ends[plan.offsets]))
+        return int(tokens[-self.items_per_batch :].sum())
+
     def _dummy(self) -> TokenizedSample:
         token = np.asarray(self.samples[0].input_ids[:1], dtype=np.int32)
         return _Dummy(input_ids=token, labels=np.full(1, IGNORE, dtype=np.int32))
@@ -138,8 +153,7 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         count = len(self.samples)
         order = rng.permutation(count) if self.shuffle else np.arange(count)
         if self.scope == "epoch":
-            packs = pack(self.lengths[order], self.capacity)
-            indices, offsets = order[packs.indices], packs.offsets
+            indices, offsets = self._packs(order)
         else:
             size = self.samples_per_batch if self.scope == "batch" else 1
             indices, offsets = order, np.append(np.arange(0, count, size), count)
@@ -147,6 +161,18 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         sizes = np.append(np.diff(offsets), 0)[items]  # the last of them, -1, is a dummy
         starts = np.repeat(offsets[items] - (np.cumsum(sizes) - sizes), sizes)
         return _Plan(indices=indices[starts + np.arange(len(starts))], offsets=np.concatenate([[0], np.cumsum(sizes)]))
+
+    def _packs(self, order: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Best-fit decreasing over the samples that may share a pass; one that is longer than those has its own."""
+        indices, sizes = [], []
+        for key in np.unique(self.apart):
+            members = order[self.apart[order] == key]
+            alone = self.lengths[members] > self.shared
+            rest = members[~alone]
+            packs = pack(self.lengths[rest], self.shared)
+            indices += [members[alone], rest[packs.indices]]
+            sizes += [np.ones(int(alone.sum()), dtype=np.int64), np.diff(packs.offsets)]
+        return np.concatenate(indices), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
 
     def _arrange(self, costs: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Order items so that the ranks' shares of every batch cost much the same; -1 stands for a dummy."""

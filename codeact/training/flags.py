@@ -1,30 +1,30 @@
-"""The flags of ``codeact train``: our own, and every one of transformers' TrainingArguments; or a YAML or JSON file."""
+"""The flags of ``codeact train``: our own, and every one of transformers' TrainingArguments; or a YAML or JSON file.
+
+transformers, and with it PyTorch, is loaded once there are values to read: ``--help`` does without.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import importlib.util
 import json
-import os
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
 from codeact.base.errors import InputError, one_of
-from codeact.text.conversations import OVERFLOWS
-from codeact.text.templates import MODEL_TYPES
-from codeact.training.trainer import PackOptions
+from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
+from codeact.training.room import check_room
 
-# Those of the Llama family's linear layers; the paper's default.
-LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,down_proj,up_proj,gate_proj"
-QUANTIZATIONS = ("none", "nf4", "int8")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from codeact.training.arguments import TrainerArguments
 
 # Flags of the paper's train.py that have another name here.
 _RENAMED = {
@@ -38,92 +38,6 @@ _RENAMED = {
 }
 
 
-def _text(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelArguments:
-    """Which model, in which dtype, and the adapters on it."""
-
-    model_name_or_path: str | None = _text(None, "Causal language model: a folder or a hub name.")
-    dtype: str = _text(
-        "auto",
-        f"Of the weights: {', '.join(DTYPES)}. auto is float32, for adapters under --bf16 bfloat16: frozen weights "
-        "need no more.",
-    )
-    lora: bool = _text(False, "Train low-rank adapters and leave the model as it is.")
-    lora_r: int = _text(8, "Rank of the adapters.")
-    lora_alpha: int = _text(16, "Their scale is lora_alpha / lora_r.")
-    lora_dropout: float = _text(0.1, "Dropout before the adapters.")
-    lora_target_modules: str = _text(LORA_TARGETS, "Comma-separated names of the layers that get one, or all-linear.")
-    quantize: str = _text("none", "Hold the model in 4 or 8 bits below the adapters (QLoRA): none, nf4 or int8.")
-    merge: bool = _text(False, "Also write the model with its adapters merged, to output_dir/merged.")
-
-    def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("quantize", self.quantize, QUANTIZATIONS)
-        if self.quantize != "none" and not self.lora:
-            raise InputError(f"--quantize {self.quantize} holds weights that cannot be trained; add --lora True")
-        if self.merge and not self.lora:
-            raise InputError("--merge True merges adapters, and there are none without --lora True")
-        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
-            raise InputError("--lora_r must be at least 1, and --lora_dropout at least 0 and below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataArguments:
-    """Which conversations, and how they are written."""
-
-    data_path: str | None = _text(
-        None,
-        "What codeact select wrote, or any file, folder (.json, .jsonl, .parquet) or hub data set with a column "
-        "conversation, conversations or messages, or Alpaca's instruction (, input) and output.",
-    )
-    eval_path: str | None = _text(None, "Held-out conversations, in the same forms.")
-    eval_ratio: float = _text(0.0, "Instead of eval_path: so much of data_path is held out, chosen by the seed.")
-    question_column: str | None = _text(None, "Column of the question, if none of the forms above fits.")
-    answer_column: str | None = _text(None, "Column of the answer.")
-    input_column: str | None = _text(None, "Column appended to the question.")
-    conversation_column: str | None = _text(None, "Column of turns, instead of question and answer.")
-    split: str = _text("train", "Split of a hub data set.")
-    config_name: str | None = _text(None, "Configuration of a hub data set.")
-    model_type: str = _text("chat", f"How conversations are written: {', '.join(MODEL_TYPES)}.")
-    on_overflow: str = _text(
-        "truncate", f"A conversation over max_seq_len: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."
-    )
-
-    def __post_init__(self) -> None:
-        one_of("model_type", self.model_type, MODEL_TYPES)
-        one_of("on_overflow", self.on_overflow, OVERFLOWS)
-        if not 0 <= self.eval_ratio < 1:
-            raise InputError(f"--eval_ratio {self.eval_ratio} must be at least 0 and below 1")
-        if self.eval_ratio and self.eval_path:
-            raise InputError("--eval_ratio holds a part of data_path out, --eval_path other data; give one of the two")
-
-
-@dataclass
-class TrainerArguments(TrainingArguments):  # type: ignore[misc]  # transformers has no types
-    """transformers' own, with two other defaults."""
-
-    logging_steps: float = _text(10, "Log every so many steps; below 1 a share of all.")
-    per_device_eval_batch_size: int | None = _text(None, "As in training; default: per_device_train_batch_size.")
-    overwrite_output_dir: bool = _text(False, "Discard what another run with other settings left in output_dir.")
-
-    def __post_init__(self) -> None:
-        if self.output_dir is None:
-            raise InputError("--output_dir is missing: where the trained model goes")
-        if self.per_device_eval_batch_size is None:
-            self.per_device_eval_batch_size = self.per_device_train_batch_size
-        given: Any = self.deepspeed
-        if isinstance(given, str) and not Path(given).exists() and "{" not in given:
-            self.deepspeed: Any = _shipped(given)
-        if not torch.accelerator.is_available():
-            self.use_cpu: bool = True  # or bf16 autocast is refused
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        super().__post_init__()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
     """Everything that ``codeact train`` is told."""
@@ -134,38 +48,44 @@ class TrainSettings:
     trainer: TrainerArguments
 
 
-_OWN = (ModelArguments, DataArguments, PackOptions)
-_TITLES = {ModelArguments: "model", DataArguments: "data", PackOptions: "padding, packs and what saves work"}
+OWN = {
+    ModelArguments: "model",
+    DataArguments: "data",
+    PackOptions: "padding, packs and what saves work",
+    TrainerDefaults: "Trainer's, with a default of ours",
+}
+"""The classes that flags of our own come from, and how they are headed."""
 
+_USAGE = "usage: codeact train [CONFIG.yaml] --model_name_or_path M --data_path F --output_dir DIR [flags]"
 _EPILOG = """
-Every flag of transformers.TrainingArguments works too; --help_all lists them. The usual ones:
+Every flag of transformers.TrainingArguments works too (--help_all lists them;
+https://huggingface.co/docs/transformers/main_classes/trainer). The usual ones:
   --output_dir DIR --num_train_epochs N --per_device_train_batch_size N --gradient_accumulation_steps N
   --learning_rate X --lr_scheduler_type cosine --warmup_steps N --bf16 True --activation_checkpointing True
   --eval_on_start True --eval_strategy epoch --save_strategy no|steps|epoch --seed N --report_to tensorboard
   --deepspeed zero1|zero2|zero3|FILE, under torchrun or accelerate launch
 
-A first argument that is a .yaml or .json file holds flags (learning_rate: 5e-5); flags after it win.
-With pack_scope epoch, per_device_train_batch_size counts packs of up to max_seq_len tokens, else samples.
-"""
+A first argument that is a .yaml or .json file holds flags (learning_rate: 5e-5); flags after it win."""
 
 
-class _Format(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside every flag, and the epilogue as it is written."""
+def _own_help() -> str:
+    lines = [_USAGE]
+    for part, title in OWN.items():
+        lines.append(f"\n{title}:")
+        for option in dataclasses.fields(part):
+            default = "" if option.default is None else f" (default: {option.default})"
+            lines.append(f"  --{option.name}")
+            lines += [" " * 6 + line for line in textwrap.wrap(option.metadata["help"] + default, 104)]
+    return "\n".join(lines) + "\n" + _EPILOG
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    def __init__(self, parts: Sequence[type], **more: Any) -> None:
-        super().__init__((), prog="codeact train", add_help=False, allow_abbrev=False, **more)
-        self.dataclass_types = list(parts)
-        for part in parts:
-            part._argument_group_name = _TITLES.get(part, "transformers.TrainingArguments")  # type: ignore[attr-defined]
-            self._add_dataclass_arguments(part)
+@cache
+def flag_parser() -> Any:
+    """The parser of all flags, Trainer's too; its ``error`` raises an InputError."""
+    from codeact.training.arguments import FlagParser, TrainerArguments
 
-    def help(self) -> str:
-        return str(self.format_help())
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+    own = {part: title for part, title in OWN.items() if part is not TrainerDefaults}
+    return FlagParser({**own, TrainerArguments: "transformers.TrainingArguments"})
 
 
 def parse(argv: Sequence[str]) -> TrainSettings | str:
@@ -176,11 +96,10 @@ def parse(argv: Sequence[str]) -> TrainSettings | str:
     """
     argv = list(argv)
     if {"-h", "--help"} & set(argv) or not argv:
-        usage = "codeact train [CONFIG.yaml] --model_name_or_path M --data_path F --output_dir DIR [flags]"
-        return _Parser(_OWN, usage=usage, formatter_class=_Format, epilog=_EPILOG).help()
-    parser = _Parser((*_OWN, TrainerArguments))
+        return _own_help()
+    parser = flag_parser()
     if {"--help_all", "--help-all"} & set(argv):
-        return parser.help()
+        return str(parser.format_help())
     if Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
         argv = [*_flags_of_file(parser, argv[0]), *argv[1:]]
     return _settings(parser, argv)
@@ -192,28 +111,41 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
     Raises:
         InputError: as ``parse``.
     """
-    parser = _Parser((*_OWN, TrainerArguments))
+    parser = flag_parser()
     return _settings(parser, _flags(parser, values, where))
 
 
-def check_flags(values: Mapping[str, Any], where: str, taken: Collection[str] = ()) -> argparse.Namespace:
-    """Check keys and types alone: on another machine than the one to train on, too, and before there is data.
+def check_flags(
+    values: Mapping[str, Any], where: str, taken: Collection[str] | Mapping[str, Any] = (), here: bool = True
+) -> argparse.Namespace:
+    """Check what can be checked before there is data or a model: names, values, and what they need.
+
+    Args:
+        values: flags by name.
+        where: in messages, where they stand.
+        taken: flags that the caller sets, refused in ``values``; with what it sets them to, if that is known by now.
+        here: whether this machine will train; False: libraries, device and disk are of another one.
 
     Returns:
         Every flag by its name, defaults filled in.
 
     Raises:
-        InputError: as ``parse``; or a flag is one of ``taken``, which the caller sets.
+        InputError: as ``parse``; or a flag is one of ``taken``.
     """
     for name in taken:
         if name in values:
             raise InputError(f"{where}: {name} follows from the other settings; leave it out")
-    parser = _Parser((*_OWN, TrainerArguments))
-    known: argparse.Namespace = parser.parse_known_args(_flags(parser, values, where))[0]
-    return known
+    parser = flag_parser()
+    given = {**values, **taken} if isinstance(taken, Mapping) else values
+    flags = _filled(parser.parse_known_args(_flags(parser, given, where))[0])
+    try:
+        _check_together(flags, here)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return flags
 
 
-def _settings(parser: _Parser, argv: Sequence[str]) -> TrainSettings:
+def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
     _check_known(parser, argv)
     # Needed ones first: TrainingArguments may start processes' communication, which is slow and prints.
     known, stray = parser.parse_known_args(list(argv))
@@ -222,16 +154,92 @@ def _settings(parser: _Parser, argv: Sequence[str]) -> TrainSettings:
     for name, meaning in (("model_name_or_path", "the model to train"), ("data_path", "the conversations")):
         if not getattr(known, name):
             raise InputError(f"--{name} is missing: {meaning}")
+    flags = _filled(known)
+    _check_together(flags, here=True)
+    sizes = (f"--{name}={getattr(flags, name)}" for name in _SIZES)
     try:
-        model, data, packs, trainer = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+        parts = parser.parse_args_into_dataclasses([*argv, *sizes], look_for_args_file=False)
     except InputError:
         raise
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise InputError(f"transformers refuses these flags: {' '.join(str(error).split())[:300]}") from None
-    return TrainSettings(model=model, data=data, packs=packs, trainer=trainer)
+    return TrainSettings(**dict(zip(("model", "data", "packs", "trainer"), parts, strict=True)))
 
 
-def _check_known(parser: _Parser, argv: Sequence[str]) -> None:
+_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def _filled(flags: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the sizes of batches, which count packs or samples."""
+    packs = flags.pad_mode == "dynamic_pack"
+    counts_packs = packs and flags.pack_scope == "epoch"
+    if flags.per_device_train_batch_size is None:
+        flags.per_device_train_batch_size = 1 if counts_packs else 8
+    if flags.per_device_eval_batch_size is None:
+        flags.per_device_eval_batch_size = 1 if packs and not counts_packs else flags.per_device_train_batch_size
+    return flags
+
+
+def _check_together(flags: argparse.Namespace, here: bool) -> None:
+    """Refuse now what would stop the run after hours: flags that do not fit together, or to this machine."""
+    for part in (ModelArguments, DataArguments, PackOptions):
+        part(**{option.name: getattr(flags, option.name) for option in dataclasses.fields(part)})
+    evaluates = [name for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end") if _is_set(flags, name)]
+    if evaluates and not (flags.eval_ratio or flags.eval_path):
+        raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")
+    if flags.load_best_model_at_end and str(flags.eval_strategy) != str(flags.save_strategy):
+        raise InputError("--load_best_model_at_end needs an --eval_strategy that is the --save_strategy")
+    if not here:
+        return
+    optimizer = str(getattr(flags.optim, "value", flags.optim))
+    for needed, module, install, purpose in (
+        (flags.lora, "peft", '"codeact[train]"', "--lora True"),
+        (flags.quantize != "none", "bitsandbytes", '"codeact[train]"', f"--quantize {flags.quantize}"),
+        ("8bit" in optimizer or "paged" in optimizer, "bitsandbytes", '"codeact[train]"', f"--optim {optimizer}"),
+        (flags.deepspeed, "deepspeed", '"codeact[deepspeed]"', "--deepspeed"),
+        (flags.use_liger_kernel, "liger_kernel", "liger-kernel", "--use_liger_kernel True"),
+    ):
+        if needed and not importlib.util.find_spec(module):
+            raise InputError(f"{purpose} needs {module}: pip install {install}")
+    _check_trackers(flags.report_to)
+    _check_dtype(flags)
+    check_room(flags)
+
+
+def _is_set(flags: argparse.Namespace, name: str) -> bool:
+    value = getattr(flags, name)
+    return bool(value) and str(getattr(value, "value", value)) != "no"
+
+
+def _check_trackers(asked: Any) -> None:
+    from transformers.integrations import integration_utils
+
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        one_of("--report_to", name, ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK])
+        if name not in installed:
+            raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}, or --report_to none")
+
+
+def _check_dtype(flags: argparse.Namespace) -> None:
+    import torch
+
+    from codeact.ops.attention import ATTENTION, computes_16_bits_only
+
+    device = torch.device("cpu" if flags.use_cpu or not torch.cuda.is_available() else "cuda")
+    wide = not (flags.bf16 or flags.fp16) and flags.dtype in ("auto", "float32")
+    attention = ATTENTION if flags.attention == "auto" else flags.attention
+    if wide and flags.pad_mode == "dynamic_pack" and computes_16_bits_only(attention, device):
+        raise InputError(
+            "attention that keeps the samples of a pack apart computes in 16 bits on a GPU: add --bf16 True (weights "
+            "stay float32), or for float32 say --attention sdpa"
+        )
+
+
+def _check_known(parser: Any, argv: Sequence[str]) -> None:
     options = parser._option_string_actions
     for word in argv:
         name = word.split("=", 1)[0]
@@ -241,12 +249,12 @@ def _check_known(parser: _Parser, argv: Sequence[str]) -> None:
         raise InputError(f"unknown flag {name}; {f'here it is {renamed}' if renamed else _closest(parser, name)}")
 
 
-def _closest(parser: _Parser, name: str) -> str:
+def _closest(parser: Any, name: str) -> str:
     names = [f"--{action.dest}" for action in parser._actions]
     return f"did you mean {difflib.get_close_matches(name.replace('-', '_').replace('__', '--'), names, 1, 0.0)[0]}?"
 
 
-def _flags_of_file(parser: _Parser, path: str) -> list[str]:
+def _flags_of_file(parser: Any, path: str) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -256,7 +264,7 @@ def _flags_of_file(parser: _Parser, path: str) -> list[str]:
     return _flags(parser, content, path)
 
 
-def _flags(parser: _Parser, values: Mapping[Any, Any], where: str) -> list[str]:
+def _flags(parser: Any, values: Mapping[Any, Any], where: str) -> list[str]:
     """Keys and values as a command line, so that both are read by the same rules."""
     argv: list[str] = []
     for key, value in values.items():
@@ -267,16 +275,9 @@ def _flags(parser: _Parser, values: Mapping[Any, Any], where: str) -> list[str]:
                 continue
             words = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
             flag = [f"{name}={words[0]}"] if len(words) == 1 else [name, *map(str, words)]
-            parser.parse_known_args(flag)
+            if parser.parse_known_args(flag)[1]:
+                raise InputError(f"{name} takes one value, not {len(words)}")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         argv += flag
     return argv
-
-
-def _shipped(name: str) -> str:
-    """A DeepSpeed configuration of ours, by name."""
-    folder = files("codeact") / "configs"
-    names = sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.startswith("zero"))
-    one_of("deepspeed configuration (or file)", name, names)
-    return str(folder / f"{name}.json")

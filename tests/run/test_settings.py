@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from codeact.base.errors import InputError
-from codeact.run.settings import read_settings, shipped_configs
+from codeact.run.flow import open_flow
+from codeact.run.settings import shipped_configs
 
 GOOD = """\
 output: o
@@ -23,7 +24,7 @@ def complaint(tmp_path):
         path = tmp_path / "run.yaml"
         path.write_text(content)
         with pytest.raises(InputError) as caught:
-            read_settings(path)
+            open_flow(path)
         text = str(caught.value)
         assert text.startswith(str(path)) or text.startswith(f"cannot read {path}")
         assert "\n" not in text
@@ -72,7 +73,7 @@ def test_a_file_that_holds_no_settings(complaint, content):
 def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(tmp_path, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD + "  protocol: seed\nselect: {protocol: seed}\n")
-    settings = read_settings(path)
+    settings = open_flow(path).settings
     assert (settings.score.protocol, settings.select.protocol) == ("paper", "paper")
     assert caplog.text.count("protocol seed is now called paper") == 2
 
@@ -80,6 +81,6 @@ def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(tmp_pa
 def test_what_codeact_brings_is_found_by_name():
     assert "demo" in shipped_configs()
     for name in shipped_configs():
-        assert read_settings(name).score.model
+        assert open_flow(name).model
     with pytest.raises(InputError, match="no such file: dmo; codeact brings demo"):
-        read_settings("dmo")
+        open_flow("dmo")

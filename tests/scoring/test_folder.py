@@ -19,9 +19,10 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.base.files import TEMPORARY_PREFIX
 from codeact.data.records import write_jsonl
-from codeact.run import stages as data_stages
-from codeact.run.settings import DataSettings, ScoreSettings
+from codeact.data.settings import DataSettings
 from codeact.scoring.folder import ScoreFolder, settings_hash
+from codeact.scoring.stage import ScoreSettings, score_data
+from codeact.selection.stage import open_scored_data
 from tests.conftest import make_records
 
 ROWS = 120
@@ -44,7 +45,7 @@ def settings(tiny_model_path, **more) -> ScoreSettings:
 def score(data_path, tiny_model_path, output, shard=(0, 1), overwrite=False, strict=False, **more):
     data = DataSettings(source=str(data_path))
     chosen = settings(tiny_model_path, **more)
-    return data_stages.score(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
+    return score_data(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,7 @@ def test_paper_json(data_path, tiny_model_path, tmp_path):
 
     score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
     folder = ScoreFolder.open(tmp_path / "s")
-    count = write_paper_json(tmp_path / "paper.json", folder.read(), data_stages.open_scored_data(folder))
+    count = write_paper_json(tmp_path / "paper.json", folder.read(), open_scored_data(folder))
     entries = json.loads((tmp_path / "paper.json").read_text())
     assert len(entries) == count == ROWS - 2
     assert set(entries[0]) == {"question", "answer", "IFD"}

@@ -11,7 +11,8 @@ import torch
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record
-from codeact.models.loading import load_causal_lm, split_head
+from codeact.models.isolation import prove_isolation, split_head
+from codeact.models.loading import load_causal_lm
 from codeact.scoring.folder import SCHEMA
 from codeact.scoring.ifd import IfdScorer, score_ifd
 from codeact.scoring.reference import exact_ifd, paper_ifd
@@ -267,11 +268,10 @@ class TestFailures:
 
     def test_an_attention_that_leaks_is_refused(self, tiny_model, monkeypatch):
         """The check runs the model, so it sees a leak whatever its cause."""
-        tiny_model.set_attn_implementation("sdpa")
-        split_head(tiny_model)  # sdpa isolates a pack when positions restart
+        prove_isolation(tiny_model, "sdpa", 512)  # it isolates a pack when positions restart
         monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-        with pytest.raises(InputError, match="cannot be packed"):
-            split_head(tiny_model)
+        with pytest.raises(InputError, match=r"cannot be packed with sdpa: .*say --attention codeact_varlen"):
+            prove_isolation(tiny_model, "sdpa", 512)
 
     def test_a_head_that_does_more_is_refused(self, tiny_model):
         class Scaled(torch.nn.Linear):
@@ -279,7 +279,8 @@ class TestFailures:
                 return 2 * super().forward(x)
 
         tiny_model.lm_head.__class__ = Scaled
-        with pytest.raises(InputError, match="cannot be packed"):
+        prove_isolation(tiny_model, "sdpa", 512)  # which says nothing of the head
+        with pytest.raises(InputError, match="more than a linear layer"):
             split_head(tiny_model)
 
     def test_softcapped_head(self, tokenizer, records):

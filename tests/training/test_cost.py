@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
 
-from codeact.base import machine as meters
 from codeact.ops.flops import ModelShape, ParameterCounts
 from codeact.training.cost import BatchCost, CostMonitor, batch_cost
 
@@ -203,56 +201,6 @@ def test_shape_of_a_configuration():
     assert shape.activation_bytes(3) == 3 * LAYERS * (4 * 32 + 2 * 32 + 2 * 16 + 4 * 64) * 2
     assert shape.logit_bytes(3) == 3 * VOCABULARY * 8
     assert ModelShape.from_config(MixtralConfig()) is None, "the tokens of a mixture do not visit all its parameters"
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40", None),
-        ("NVIDIA GeForce RTX 4090", None),
-        ("AMD Instinct MI300X", 1307e12),
-    ],
-)
-def test_known_peaks_by_name(name, peak):
-    assert meters.known_peak(name) == peak
-
-
-def test_a_peak_is_given_known_measured_or_unknown(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    assert meters.resolve_peak(3e12, cpu, torch.float32) == (3e12, "given")
-    assert meters.resolve_peak(None, cuda, torch.bfloat16) == (None, "unknown")
-    assert meters.resolve_peak("auto", cpu, torch.bfloat16) == (None, "unknown")
-    assert meters.resolve_peak("auto", cuda, torch.bfloat16) == (312e12, "data sheet")
-    assert meters.resolve_peak("auto", cuda, torch.float32) == (None, "unknown"), "the table is for 16 bits"
-    peak, source = meters.resolve_peak("measure", cpu, torch.float32)
-    assert peak > 1e9
-    assert source == "measured: a float32 matrix multiplication"
-
-
-def test_peak_memory_of_a_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 8)
-    assert meters.peak_memory(torch.device("cuda"))[1:] == [5, 8]
-    assert meters.peak_memory(torch.device("cpu"))[1:] == [0, 0]
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
-def test_the_resident_peak_is_of_the_time_since_the_reset():
-    big = bytearray(b"1") * 2**28
-    before = meters.peak_memory(torch.device("cpu"))[0]
-    del big
-    since = meters.reset_peaks(torch.device("cpu"))
-    after = meters.peak_memory(torch.device("cpu"))[0]
-    if since == "begin of training":
-        assert after < before - 2**27
-    else:
-        assert after >= before
 
 
 # -------------------------------------------------------------------------------------------------------------- a run

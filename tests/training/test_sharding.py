@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from codeact.base.errors import InputError
 from codeact.data.records import write_jsonl
-from codeact.training import stage as training
+from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
-from codeact.training.sharding import check_sharded
+from codeact.training.trainer import check_sharded
 from tests.conftest import make_records
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def alone(work):
     with torch.random.fork_rng():
         settings = parse([str(work / "flags.yaml"), "--output_dir", str(work / "alone")])
         assert not isinstance(settings, str)
-        result = training.run(settings)
+        result = training.train(settings)
     assert result.steps == 2
     return result, load(work / "alone")
 
@@ -175,7 +175,7 @@ def run_fsdp_rank(work: Path) -> None:
     flags = {**yaml.safe_load((work / "flags.yaml").read_text()), "output_dir": str(work / "fsdp")}
     settings = parse_mapping(flags, "flags")
     try:
-        training.run(settings)
+        training.train(settings)
         refusal = "none"
     except InputError as error:
         refusal = str(error)
@@ -201,7 +201,7 @@ def run_fsdp_rank(work: Path) -> None:
 
     training.PackTrainer = Sharded  # type: ignore[misc]
     AcceleratorState._reset_state()
-    result = training.run(settings)
+    result = training.train(settings)
     if os.environ["RANK"] == "0":
         content = {
             **seen,

@@ -24,7 +24,8 @@ from transformers import (
 
 from codeact.base.errors import InputError
 from codeact.training.dataset import PackDataset
-from codeact.training.trainer import PackOptions, PackTrainer, _stand_in, train
+from codeact.training.options import PackOptions
+from codeact.training.trainer import PackTrainer, _stand_in, train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VOCABULARY = 97
@@ -86,15 +87,6 @@ ROUTES = {
     "logits": PackOptions(max_seq_len=64, fused_loss=False),
     "all logits": PackOptions(max_seq_len=64, fused_loss=False, supervised_only=False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small only waits for a second thread; and sums in one order are what bit-identity means."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loss_sum(model, sample):
@@ -307,7 +299,7 @@ class TestFusedLoss:
             return trainer
 
         fused, plain = run(PACK), run(ROUTES["logits"])
-        assert fused._fused == ("lm_head" not in modules)  # a LoRA there is more than a weight
+        assert fused.fused == ("lm_head" not in modules)  # a LoRA there is more than a weight
         assert losses(fused) == pytest.approx(losses(plain), rel=1e-5)
         torch.testing.assert_close(weights(fused.model), weights(plain.model), atol=1e-5, rtol=1e-4)
 

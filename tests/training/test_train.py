@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from codeact.base.errors import InputError
 from codeact.data.records import write_jsonl
-from codeact.training import stage as training
+from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
 from tests.conftest import make_records
 
@@ -29,46 +28,6 @@ FEW = (
     "--bf16",
     "False",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small only waits for a second thread; and sums in one order are what bit-identity means."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def selected(tmp_path_factory) -> Path:
-    """What ``codeact select`` writes."""
-    path = tmp_path_factory.mktemp("data") / "selected.jsonl"
-    rows = [
-        {
-            "id": record.id,
-            "conversation": [
-                {"role": "user", "content": record.question},
-                {"role": "assistant", "content": record.answer},
-            ],
-            "ifd": 0.5,
-            "cluster": 0,
-            "extra": {},
-        }
-        for record in make_records(30)
-    ]
-    write_jsonl(path, rows)
-    return path
-
-
-@pytest.fixture
-def train(codeact, tiny_model_path):
-    """Run ``codeact train`` on the tiny model: (exit code, stdout, stderr)."""
-
-    def run(*arguments, model=tiny_model_path) -> tuple[int, str, str]:
-        return codeact("train", *arguments, *(("--model_name_or_path", model) if model else ()))
-
-    return run
 
 
 def weights(folder):
@@ -221,20 +180,6 @@ def test_lora_is_merged_into_a_full_model(train, selected, tmp_path, tiny_model_
             before = adapted(ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (expected - before).abs().max() > 1e-2  # the adapters do something
-
-
-@pytest.fixture(scope="module")
-def even_model_path(tmp_path_factory, tokenizer) -> Path:
-    """As the tiny model, in widths that bitsandbytes can take in blocks of 32."""
-    folder = tmp_path_factory.mktemp("even-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -426,7 +371,7 @@ class TestTokenizers:
         (("--learning_rate", "fast"), "invalid float value: 'fast'"),
         (("--bf16", "perhaps"), "--bf16"),
         (("--eval_strategy", "sometimes"), "invalid choice: 'sometimes'"),
-        (("--load_best_model_at_end", "True"), "transformers refuses these flags"),
+        (("--bf16", "True", "--fp16", "True"), "transformers refuses these flags"),
         (("--pad_mode", "pack"), "pad_mode 'pack' is unknown; choose one of: dynamic_pack"),
         (("--pack_scope", "step"), "pack_scope 'step' is unknown"),
         (("--on_overflow", "cut"), "on_overflow 'cut' is unknown"),
@@ -494,3 +439,15 @@ def test_help(train):
     assert code == 0
     assert "--adam_beta2" in text
     assert "--pad_mode" in text
+
+
+def test_a_pass_that_does_not_fit_is_refused_before_the_first_step(train, selected, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "free_memory", lambda device: 5e6)
+    options = ("--data_path", selected, "--output_dir", tmp_path / "o", *FEW, "--save_strategy", "no")
+    code, text, err = train(*options, "--per_device_train_batch_size", 8)
+    assert code == 2
+    assert "a pass         up to 2,0" in text
+    assert "codeact: error: a step of 2,0" in err
+    assert "lower --per_device_train_batch_size" in err
+    monkeypatch.undo()
+    assert train(*options, "--max_steps", 1)[0] == 0, "the folder is still free"

@@ -1,0 +1,46 @@
+"""What every section of settings shares: a field is a key of a YAML file and a flag of a command, told once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from codeact.base.protocols import resolve_protocol
+
+
+class Settings(BaseModel):
+    """Unknown keys are errors, and nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def setting(default: Any, text: str, *flags: str, command: bool = True, place: bool = False, **limits: Any) -> Any:
+    """A field of a ``Settings`` class.
+
+    Args:
+        default: its value where nothing is said; ``...``: something has to be said.
+        text: what it is, for ``--help``.
+        flags: of the command; by default the field's own name.
+        command: False: a key of a YAML file only.
+        place: it says where and how fast, not what: results stay as they are when it changes.
+        limits: of pydantic's ``Field``: ge, gt, le, lt.
+    """
+    more: Any = {"flags": list(flags), "command": command, "place": place}
+    return Field(default, description=text, json_schema_extra=more, **limits)
+
+
+def decisive(settings: Settings, *without: str) -> dict[str, Any]:
+    """The fields that decide a result, as JSON values."""
+    fields = type(settings).model_fields
+    content = settings.model_dump(mode="json")
+    places = {name for name, field in fields.items() if (field.json_schema_extra or {}).get("place")}  # type: ignore[union-attr]
+    return {name: value for name, value in content.items() if name not in places and name not in without}
+
+
+def _protocol(name: Any) -> Any:
+    return resolve_protocol(name) if isinstance(name, str) else name
+
+
+Protocol = Annotated[Literal["exact", "paper"], BeforeValidator(_protocol)]
+"""A field of ``PROTOCOLS``; the old word "seed" is taken until the next release."""

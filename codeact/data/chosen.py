@@ -1,0 +1,37 @@
+"""What a run's folder says of the chosen rows: which they are, and how many tokens they had when they were scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from codeact.base.errors import InputError
+
+
+def chosen_ids(selected: Path) -> pa.Array:
+    """The ids in a file of chosen rows, one a line.
+
+    Raises:
+        InputError: a line is no chosen row.
+    """
+    ids = []
+    with selected.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                ids.append(json.loads(line)["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{selected}, line {number}: no chosen row ({error}); select again") from None
+    return pa.array(ids, pa.large_string())
+
+
+def chosen_tokens(scores: Path, ids: pa.Array) -> int:
+    """Question + answer tokens of the rows of a score table (.parquet) that have one of these ids."""
+    table = pq.read_table(scores, columns=["id", "prompt_tokens", "answer_tokens"])
+    chosen = np.asarray(pc.is_in(table["id"].cast(pa.large_string()), value_set=ids))
+    tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+    return int(tokens[chosen].sum())

@@ -1,0 +1,48 @@
+"""How programs are written and judged, for the commands and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from codeact.base.settings import Settings, setting
+
+
+class GenerationSettings(Settings):
+    """Which tasks, how they are asked, and how answers are drawn."""
+
+    dataset: Literal["humaneval", "mbpp"] = setting("humaneval", "humaneval or mbpp.")
+    data: Path | None = setting(None, "File of the problems; see docs/evaluate.md.")
+    tasks: tuple[str, ...] | None = setting(None, "Ids of the tasks; default: all.", command=False)
+    before: bool = setting(True, "Try the model as it was before training, too.", command=False)
+    instruct: bool = setting(True, "Ask as in a chat; else the model goes on.")
+    template: str = setting("chat", "Of the chat: chat, or the chat format of the training.")
+    temperature: float = setting(0.0, "0: greedy.", ge=0)
+    top_p: float = setting(1.0, "Draw from so much of the probability.", gt=0, le=1)
+    samples: int = setting(1, "Samples of a task.", "--n", "--samples", ge=1)
+    seed: int = setting(0, "Of what is drawn.", ge=0)
+    max_new_tokens: int = setting(1024, "Tokens of an answer.", ge=1)
+    batch_size: int | None = setting(None, "Answers at a time; default: what memory allows.", place=True, ge=1)
+    backend: Literal["hf", "vllm"] = setting("hf", "hf or vllm.")
+    dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
+
+    @model_validator(mode="after")
+    def _drawn_where_several(self) -> GenerationSettings:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} greedy samples would all be the same; set a temperature above 0 as well")
+        return self
+
+    @property
+    def chat(self) -> str | None:
+        """Template of the chat; None: the model goes on where the prompt ends."""
+        return self.template if self.instruct else None
+
+
+class EvaluateSettings(Settings):
+    """How programs are judged."""
+
+    parallel: int | None = setting(None, "Programs at a time; default: half the cores.", place=True, ge=1)
+    base_only: bool = setting(False, "Leave out the plus tests.")

@@ -1,0 +1,381 @@
+"""What packing asks of a causal model: which samples may share a pass, its LM head, and a proof that none sees another.
+
+Shapes: T tokens of a pass, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from codeact.base.devices import to_device
+from codeact.base.errors import InputError
+from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
+
+_SHORT = (5, 9, 7)  # tokens of the samples that every proof runs
+_EDGE = 8  # of a longer sample, so many tokens at either end are compared
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+
+
+# ------------------------------------------------------------------------------- which samples may share a forward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRule:
+    """Which samples may share a forward pass, by their lengths in tokens.
+
+    ``switches``: samples of at most so many tokens never share a pass with longer ones (RoPE ``longrope`` takes its
+    factors by the longest position of the pass). ``shared``: a pass with more tokens than that holds one sample only
+    (RoPE ``dynamic`` has other frequencies for every length above; Llama 4 scales queries by the place in the pass).
+    """
+
+    switches: tuple[int, ...] = ()
+    shared: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> PassRule:
+        """Read the rule out of a model's configuration."""
+        config = model.config.get_text_config()
+        switches, shared = set(), []
+        for rope in _ropes(config):
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind == "longrope":
+                switches.add(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+            elif kind == "dynamic":
+                shared.append(config.max_position_embeddings)
+        if getattr(config, "attn_temperature_tuning", False) and getattr(config, "floor_scale", None):
+            shared.append(int(config.floor_scale) - 1)
+        return cls(switches=tuple(sorted(switches)), shared=min(shared, default=None))
+
+    def keys(self, lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return int64 (N,): samples of different keys never share a pass."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        keys = np.searchsorted(np.array(self.switches, dtype=np.int64), lengths)
+        return keys if self.shared is None else np.where(lengths > self.shared, len(self.switches) + lengths, keys)
+
+    def capacity(self, length: int, tokens: int) -> int:
+        """Return how many tokens may be in a pass of samples like one of ``length``, if ``tokens`` fit in memory."""
+        return tokens if self.shared is None else 1 if length > self.shared else min(tokens, self.shared)
+
+    def divides(self, lengths: NDArray[np.int64]) -> bool:
+        """Whether some of these samples may not share a pass with the others."""
+        return len(lengths) > 0 and len(np.unique(self.keys(lengths))) > 1
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings that a configuration names: one, or one a kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
+def _passes(rule: PassRule, lengths: Sequence[int]) -> list[list[int]]:
+    """Put samples into as few passes as the rule allows; returns their numbers."""
+    passes: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        for members in passes:
+            used = [lengths[member] for member in members]
+            if not rule.divides(np.array([*used, length])) and sum(used) + length <= rule.capacity(length, 1 << 62):
+                members.append(number)
+                break
+        else:
+            passes.append([number])
+    return passes
+
+
+def forget_longest(model: torch.nn.Module) -> None:
+    """Make RoPE ``dynamic`` start every pass anew.
+
+    It keeps the frequencies of the longest sample that it has seen until a short one comes, so that a pass would depend
+    on the ones before.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+        if "dynamic" in kinds and not getattr(module, "_codeact_forgets", False):
+            module.register_forward_pre_hook(_forget)
+            module._codeact_forgets = True  # type: ignore[assignment]
+
+
+def _forget(rotary: Any, *_: Any) -> None:
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {"": rotary.rope_type}
+    for layer, kind in kinds.items():
+        prefix = f"{layer}_" if layer else ""
+        if kind == "dynamic" and hasattr(rotary, f"{prefix}max_seq_len_cached"):
+            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+            frequencies = getattr(rotary, f"{prefix}original_inv_freq")
+            setattr(rotary, f"{prefix}inv_freq", frequencies.to(getattr(rotary, f"{prefix}inv_freq").device))
+
+
+def round_row_by_row(model: torch.nn.Module) -> None:
+    """Make LLM.int8() round every token by itself.
+
+    Otherwise which columns it leaves in 16 bits follows from all tokens of a pass, so that what a sample gets depends
+    on the others, packed or padded.
+    """
+    for module in model.modules():
+        state = getattr(module, "state", None)
+        if state is not None and hasattr(state, "threshold"):
+            state.threshold = 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmHead:
+    """What turns hidden states into logits: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    ``weight``: (V, D); ``bias``: (V,) or None; ``softcap``: None where there is none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def scaled(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states and bias that hold the scale, for a loss that knows none."""
+        if self.scale == 1.0:
+            return hidden, self.bias
+        return hidden * self.scale, None if self.bias is None else self.bias * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states: (..., D) -> (..., V)."""
+        hidden, bias = self.scaled(hidden)
+        logits = torch.nn.functional.linear(hidden, self.weight, bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def trunk_of(model: PreTrainedModel) -> torch.nn.Module | None:
+    """Return what makes hidden states of token ids, or None: the model has no such part of its own."""
+    for trunk in (model.base_model, getattr(model, "model", None), getattr(model, "transformer", None)):
+        if isinstance(trunk, torch.nn.Module) and trunk is not model:
+            return trunk
+    return None
+
+
+def read_head(model: PreTrainedModel) -> LmHead:
+    """Read the LM head of a causal model, with what its configuration says of scale and softcap.
+
+    Raises:
+        InputError: it has none.
+    """
+    output = model.get_output_embeddings()
+    weight = getattr(output, "weight", None)
+    if not isinstance(weight, Tensor) or trunk_of(model) is None:
+        raise InputError(f"{type(model).__name__} is no causal language model with a plain LM head")
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return LmHead(
+        weight=weight,
+        bias=getattr(output, "bias", None),
+        scale=scale * divisor if config.model_type == "hyperclovax" else scale / divisor,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
+    """Split a causal model into its trunk (ids -> hidden states) and its LM head, and prove it on a small sample.
+
+    Raises:
+        InputError: the model has no such head, or its logits are not what the head makes of the hidden states.
+    """
+    head = read_head(model)
+    trunk = trunk_of(model)
+    assert trunk is not None
+    ids = to_device(_sample(model, 9)[None], head.weight.device)
+    with torch.inference_mode(), _refusals_of(model):
+        own = head.logits(trunk(input_ids=ids, use_cache=False).last_hidden_state)
+        logits = model(input_ids=ids, use_cache=False).logits
+    if (difference := _difference(own, logits)) is not None:
+        raise InputError(
+            f"{type(model).__name__} has an LM head that is more than a linear layer with a scale and a softcap "
+            f"({difference}); it cannot be scored"
+        )
+    return trunk, head
+
+
+# ------------------------------------------------------------------------------------------------------------ the proof
+
+
+@contextmanager
+def attending(model: Any, attention: str) -> Iterator[None]:
+    """Give a model an attention, and afterwards its own back.
+
+    Raises:
+        InputError: the model does not take it.
+    """
+    before = model.config._attn_implementation
+    set_attention(model, attention)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Give a model an attention, a name that transformers knows.
+
+    Raises:
+        InputError: the model does not take it.
+    """
+    if model.config._attn_implementation == attention:
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"attention {attention!r} does not work with {type(model).__name__}: {reason}") from None
+
+
+def plain_attention(model: Any) -> str:
+    """Return PyTorch's attention if the model takes it, else eager: what one sample by itself is right under."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+def packing_attention(model: Any, device: torch.device) -> str:
+    """Return the attention for packs of this model on ``device``, best first.
+
+    Raises:
+        InputError: nothing there keeps the samples of a pack apart.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    # Flash attention knows no chunks, and counts them along the pack.
+    return ATTENTION if "chunked_attention" in kinds else isolating_attention(device)
+
+
+def prove_isolation(
+    model: PreTrainedModel, attention: str, longest: int, rule: PassRule | None = None, otherwise: str = ""
+) -> None:
+    """Prove that a sample gets the same logits in a pass with others as by itself.
+
+    Samples are run through the whole model in the passes that ``rule`` allows, with ``attention``, and one by one with
+    PyTorch's. This catches an attention that lets samples see each other or that forgets a window, a recurrent state
+    carried from one to the next, and whatever follows from the number or the length of the samples of a pass. Besides
+    short samples there is one of either side of every length that the configuration names and ``longest`` reaches.
+
+    Args:
+        model: in evaluation mode.
+        attention: what packs will be run with.
+        longest: tokens of the longest sample that there will be.
+        rule: by default ``PassRule.of(model)``.
+        otherwise: what the user can do where no attention helps; the end of the message.
+
+    Raises:
+        InputError: they do not agree. The message names the attention that does, if there is one.
+    """
+    forget_longest(model)
+    round_row_by_row(model)
+    rule = rule or PassRule.of(model)
+    reason = _leak(model, attention, longest, rule)
+    if reason is None:
+        return
+    others = [name for name in ("sdpa", "eager", ATTENTION) if name != attention]
+    helping = [name for name in others if _leak(model, name, longest, rule) is None]
+    remedy = f"say --attention {helping[0]}, which keeps them apart" if helping else otherwise
+    raise InputError(f"{type(model).__name__} cannot be packed with {attention}: {reason}{'; ' * bool(remedy)}{remedy}")
+
+
+def _leak(model: PreTrainedModel, attention: str, longest: int, rule: PassRule) -> str | None:
+    """Why samples of a pass are not apart, or None: they are."""
+    for lengths, layers in ((list(_SHORT), None), (_long_samples(model, longest, rule), _few_layers(model))):
+        if not lengths:
+            continue
+        samples = [_sample(model, length, seed) for seed, length in enumerate(lengths)]
+        passes = _passes(rule, lengths)
+        order = list(itertools.chain.from_iterable(passes))
+        try:
+            with torch.inference_mode(), _refusals_of(model), _layers(model, layers):
+                with attending(model, plain_attention(model)):
+                    alone = torch.cat([_logits(model, [samples[number]]) for number in order])
+                with attending(model, attention):
+                    packed = torch.cat([_logits(model, [samples[n] for n in members], True) for members in passes])
+        except InputError as error:
+            return str(error)
+        if (difference := _difference(packed, alone)) is not None:
+            sizes = "/".join(map(str, lengths))
+            return f"in a pack, samples of {sizes} tokens get other logits than alone ({difference})"
+    return None
+
+
+def _long_samples(model: Any, longest: int, rule: PassRule) -> list[int]:
+    config = model.config.get_text_config()
+    named = {value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int) and value > 0}
+    named |= {*rule.switches, *([] if rule.shared is None else [rule.shared])}
+    # Below the short samples' lengths nothing is left to see.
+    edges = sorted(edge for edge in named if edge < longest)
+    return [*_SHORT[:2], *itertools.chain.from_iterable((edge + 1, edge + 2) for edge in edges)] if edges else []
+
+
+def _sample(model: Any, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.get_input_embeddings().weight.shape[0], (length,), generator=generator)
+
+
+def _logits(model: Any, samples: list[Tensor], packed: bool = False) -> Tensor:
+    """Logits (T, V) of the first and last tokens of every sample of one pass."""
+    batch = PackedBatch.from_samples([sample.numpy() for sample in samples])
+    device = model.get_input_embeddings().weight.device
+    inputs = (
+        batch.model_inputs(device) if packed else {"input_ids": to_device(batch.input_ids, device), "use_cache": False}
+    )
+    position, last = batch.position_ids[0], torch.tensor([len(sample) - 1 for sample in samples])
+    last = last.repeat_interleave(torch.tensor([len(sample) for sample in samples]))
+    kept = ((position < _EDGE) | (last - position < _EDGE)).nonzero().flatten()
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=to_device(kept, device)).logits[0]  # type: ignore[no-any-return]
+    return model(**inputs).logits[0, to_device(kept, device)]  # type: ignore[no-any-return]
+
+
+def _few_layers(model: Any) -> int:
+    """So many layers hold one of every kind; two where there is one kind only."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    return max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+
+
+@contextmanager
+def _layers(model: Any, count: int | None) -> Iterator[None]:
+    """Let the models that run as many layers as their configuration says run the first few only."""
+    config = model.config.get_text_config()
+    before = getattr(config, "num_hidden_layers", None)
+    if count is None or not isinstance(before, int) or count >= before:
+        yield
+        return
+    config.num_hidden_layers = count
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = before
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> str | None:
+    """How far logits are apart, or None: no further than rounding."""
+    # bfloat16 keeps 8 bits and the two runs round in another order; a leak changes logits by much more than that.
+    tolerance = (1e-3 if ours.dtype == torch.float32 else 5e-2) * float(theirs.float().abs().max())
+    difference = float((ours.float() - theirs.float()).abs().max())
+    return None if difference <= tolerance else f"they differ by {difference:.2g} of {float(theirs.abs().max()):.2g}"
+
+
+@contextmanager
+def _refusals_of(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model or an attention refuses (a dtype, a softcap, sinks) into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{type(model).__name__} in {model.dtype} does not run: {reason}") from None

@@ -1,0 +1,159 @@
+"""What stands on the page and where: the sentence on top, the figures, the sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from codeact.base.console import counted, percent, visible
+from codeact.base.errors import MissingExtraError
+from codeact.base.files import atomic_path
+from codeact.report import plots, tables
+from codeact.report.data import Run, moved, proper_name, read_run
+from codeact.report.rows import Example
+from codeact.report.svg import page_style
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """Examples under a heading."""
+
+    kind: ClassVar[str] = "examples"
+    title: str
+    intro: str
+    examples: Sequence[Example]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run folder; the same folder gives the same bytes.
+
+    Args:
+        folder: what ``codeact run`` made. Stages may be missing: their sections say so.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: the folder is no run folder, or a file in it is damaged.
+        MissingExtraError: matplotlib or jinja2 is absent.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingExtraError("jinja2", "report", "the report") from None
+    with page_style():
+        run = read_run(folder)
+        sections = _sections(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"unbroken": _unbroken, "counted": counted}
+    sentence, tiles = _head(run)
+    page = environment.get_template("page.html").render(
+        title=f"codeact run {folder.resolve().name}",
+        sentence=sentence,
+        tiles=tiles,
+        sections=sections,
+        codeact=run.record.codeact,
+    )
+    target = folder / "report.html"
+    with atomic_path(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return target
+
+
+def _text(value: Any) -> Any:
+    """How the page shows a value: what is trusted as it is, everything else as visible text."""
+    if value is None:
+        return "\N{EN DASH}"
+    if type(value) is int:
+        return f"{value:,}"
+    return visible(value) if type(value) is str else value
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep a number and its unit or noun on one line."""
+    return re.sub(r"(?<=\d) (?=[A-Za-z%])", "\N{NO-BREAK SPACE}", value) if isinstance(value, str) else value
+
+
+def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
+    """Id, title, stage and parts of each; one with no parts says that its stage was not run."""
+    rows, packs, cost, training = run.rows, run.packs, run.cost, run.training
+    modes: list[Any] = []
+    if packs is not None:
+        used = training.strategy if training else ""
+        modes = [run.lengths is not None and plots.packs(run.lengths, packs, used)]
+        modes += tables.mode_tables(packs, cost, training)
+    solved = [
+        part
+        for name, evaluations in run.evaluations.items()
+        for part in (tables.pass_table(name, evaluations), plots.outcomes(name, evaluations))
+    ]
+    record = run.record
+    stages = [tables.stage_table(record), *tables.line_tables(record)] if record.stages else []
+    origin = [tables.origin_table(record), tables.settings_table(record)]
+    fate = [run.ledger and tables.ledger_table(run.ledger), rows and tables.fate_table(rows)]
+    difficulty = [draw(rows) for draw in (plots.ifd_histogram, plots.ifd_by_cluster, plots.losses) if rows]
+    learning = [training and plots.training_loss(training), cost and tables.training_table(cost)]
+    sections: list[tuple[str, str, str, list[Any]]] = [
+        ("ledger", "What became of every row", "score", fate),
+        ("difficulty", "Difficulty", "score", difficulty),
+        ("diversity", "Map of the questions", "embed", [rows and rows.map and plots.cluster_map(rows, rows.map)]),
+        ("examples", "Examples of what was chosen", "select", _examples(run)),
+        ("lengths", "Lengths", "score", [rows and plots.length_histogram(rows)]),
+        ("packing", "Padding and packing", "select", modes),
+        ("training", "Training", "train", learning),
+        ("evaluation", "Programs solved", "evaluate", solved),
+        ("cost", "Time and memory", "score", stages),
+        ("origin", "Versions, machine and settings", "run", origin),
+    ]
+    return [(*section, list(filter(None, parts))) for *section, parts in sections]  # type: ignore[misc]
+
+
+def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
+    """The sentence on top, and the figures below it: name, value, what it is compared to."""
+    parts, tiles = [], []
+    total = None if run.rows is None else len(run.rows.ifd)
+    if run.ledger and run.ledger.entries:
+        total = run.ledger.entries[0].rows_in
+    kept = None if run.rows is None or run.rows.chosen is None else int(run.rows.chosen.sum())
+    if total is not None:
+        rows, tile = counted(total, "row"), ("rows in", f"{total:,}", "")
+        if kept is None:
+            parts, tiles = [f"{rows} read"], [tile]
+        else:
+            share = percent(kept / max(1, total))
+            parts, tiles = [f"{kept:,} of {rows} kept ({share})"], [tile, ("rows kept", f"{kept:,}", share)]
+    padding = {s.strategy: s.padding_share for s in run.packs.strategies} if run.packs else {}
+    used = padding.get(run.training.strategy if run.training else "dynamic_pack_epoch")  # packs, before training
+    padded = padding.get("dynamic_pad")
+    if used is not None and padded is not None:
+        parts.append(f"{percent(used) if used else 'no'} padding where padded batches have {percent(padded)}")
+        tiles.append(("padding", percent(used), f"{percent(padded)} if padded"))
+    for name, evaluations in run.evaluations.items():
+        for kind, plus in (("plus", "+"), ("base", "")):
+            before, after = evaluations.pass_at(kind, "pass@1")
+            if before is not None and after is not None:
+                tasks = min(side.tasks for side in (evaluations.before, evaluations.after) if side)
+                tests = f"{proper_name(name)}{plus}"
+                parts.append(f"pass@1 on {counted(tasks, 'task')} of {tests} {moved(before, after, percent)}")
+                tiles.append((f"pass@1, {tests}", percent(after), f"{percent(before)} before"))
+                return "; ".join(parts) + ".", tiles
+    return "; ".join(parts) + "." if parts else "No stage has run yet.", tiles
+
+
+def _examples(run: Run) -> list[Examples]:
+    if run.rows is None:
+        return []
+    hardest = "Highest IFD: the question helps least. Look for answers that do not follow from their question."
+    easiest = "Lowest IFD of the chosen: where the budget ended. Look for answers that the question gives away."
+    kinds = (("The hardest", hardest, run.rows.hardest), ("The easiest", easiest, run.rows.easiest))
+    return [Examples(title=title, intro=intro, examples=examples) for title, intro, examples in kinds if examples]

@@ -1,0 +1,366 @@
+"""Stage score: the data set's rows -> a table with the IFD of every one, or the reason why it has none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codeact.base.errors import InputError
+from codeact.base.ledger import Entry, changes
+from codeact.base.settings import Protocol, Settings, decisive, setting
+from codeact.base.stage import Lines, Run, Stage
+from codeact.data.settings import DataSettings
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from codeact.data.records import RecordSet
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.ifd import IfdScorer
+
+FOLDER, TABLE = "scores", "scores/scores.parquet"
+_NAMED_REFUSALS = 5
+
+
+class ScoreSettings(Settings):
+    """How rows are scored; see ``codeact.scoring.ifd.IfdScorer``."""
+
+    model: str = setting(..., "Causal language model: a folder or a hub name.")
+    template: str = setting("qa", "qa, alpaca, chat, a chat format, or text with {question}.")
+    max_length: int = setting(2048, "Tokens of a sequence; a longer answer is cut and marked.", ge=2)
+    dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
+    tokens_per_pack: int | None = setting(
+        None, "Tokens of a forward pass; default: by the device and the model.", place=True, ge=1
+    )
+    shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
+    protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """The rows, the folder their scores go to, and the model: all that scoring a shard takes."""
+
+    records: RecordSet
+    folder: ScoreFolder
+    scorer: IfdScorer
+
+
+def prepare(
+    data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
+) -> ScoreJob:
+    """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
+    from codeact.base.console import say
+    from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.data.records import BadRow
+    from codeact.data.sources import absolute_name
+    from codeact.models.loading import load_causal_lm, model_fingerprint, quiet_transformers
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.ifd import IfdScorer
+
+    records = data.open()
+    if strict:
+        for row in records:
+            if isinstance(row, BadRow):
+                raise InputError(f"{row.message} ({row.reason}); mend it, or leave out --strict to go on without it")
+    quiet_transformers()
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
+    model, tokenizer = load_causal_lm(settings.model, device, dtype)
+    scorer = IfdScorer(
+        model, tokenizer, settings.template, settings.max_length, settings.tokens_per_pack, settings.protocol
+    )
+    folder = ScoreFolder(
+        output,
+        {
+            "data": {
+                **data.model_dump(),
+                "source": absolute_name(data.source),
+                "rows": len(records),
+                "fingerprint": records.fingerprint,
+            },
+            "model": {"name": absolute_name(settings.model), "fingerprint": model_fingerprint(settings.model, model)},
+            "template": scorer.prompts.text,
+            "max_length": settings.max_length,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens_per_pack": scorer.tokens_per_pack,
+            "protocol": settings.protocol,
+            "shard_size": settings.shard_size,
+        },
+    )
+    folder.claim(overwrite)
+    return ScoreJob(records, folder, scorer)
+
+
+def score_data(
+    data: DataSettings,
+    settings: ScoreSettings,
+    output: str | Path,
+    *,
+    shard: tuple[int, int] | None = None,
+    processes: int = 1,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> dict[str, Any] | None:
+    """Score a data set into the folder ``output``, doing only the shards that are missing.
+
+    Args:
+        data: the data set.
+        settings: how.
+        output: the folder; see ``codeact.scoring.folder``.
+        shard: ``(i, n)``: do shards i, i + n, i + 2 n ... only, and leave the merge to ``codeact merge``. None: all,
+            but under torchrun or srun the share of this process.
+        processes: that score at the same time, one a GPU or an equal share of the CPUs each.
+        overwrite: discard scores made with other settings.
+        strict: stop at the first bad row instead of counting it.
+
+    Returns:
+        The totals of the merged table, or None where another process has shards to do.
+
+    Raises:
+        InputError: see the stages.
+    """
+    if shard is None and processes > 1:
+        return _score_in_processes(data, settings, output, processes)
+    if shard is None and (share := _launched_share()) is not None:
+        shard, settings = share, _on_own_gpu(settings, share[0])
+    from codeact.base.console import Progress
+
+    job = prepare(data, settings, output, overwrite=overwrite, strict=strict)
+    index, count = shard or (0, 1)
+    missing = [number for number in job.folder.missing() if number % count == index]
+    rows = sum(job.folder.shard_rows(number) for number in missing)
+    with Progress(rows, "rows", f"scoring {len(missing)} of {job.folder.shards} shards") as step:
+        job.folder.score(job.records, job.scorer, missing, step)
+    return job.folder.merge() if count == 1 else None
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``I/N``, I from 0 to N - 1.
+
+    Raises:
+        InputError: it is something else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard {text!r} must be I/N with I from 0 to N - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def _launched_share() -> tuple[int, int] | None:
+    """Which of how many processes this is under torchrun, accelerate or srun; they all were given the same command."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return None
+
+
+def _on_own_gpu(settings: ScoreSettings, index: int, processes: int = 1) -> ScoreSettings:
+    """Give process ``index`` of this machine a GPU of its own, or else its share of the threads."""
+    import torch
+
+    if torch.cuda.is_available() and settings.device == "auto":
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", index)))
+        return settings.model_copy(update={"device": f"cuda:{local % torch.cuda.device_count()}"})
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    return settings
+
+
+# --------------------------------------------------------------------------------------------- processes of one machine
+
+
+def _score_in_processes(
+    data: DataSettings, settings: ScoreSettings, output: str | Path, processes: int
+) -> dict[str, Any]:
+    """A task a shard, so that whoever is free takes the next; the first error, and ^C, end all of them at once."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import active_children, get_context
+
+    from codeact.base.console import Progress
+    from codeact.scoring.folder import ScoreFolder
+
+    rows = len(data.open())
+    shards = -(-rows // settings.shard_size)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_worker, (data, settings, str(output), processes)) as pool:
+        try:
+            with Progress(rows, "rows", f"scoring in {processes} processes") as step:
+                for task in as_completed([pool.submit(_score_shard, number) for number in range(shards)]):
+                    step(*task.result())
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(
+                    f"one of {processes} scoring processes was killed, perhaps for want of memory; lower "
+                    "tokens_per_pack or processes and run again: finished shards are kept"
+                ) from None
+            raise
+    return ScoreFolder.open(output).merge()
+
+
+_job: ScoreJob
+"""Of a worker process."""
+
+
+def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, processes: int) -> None:
+    import multiprocessing
+    import signal
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is terminated leaks it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for all of its processes: the parent acts on it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()  # a pool's workers outlive a parent that is killed (CPython issue 111873)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    number = int(multiprocessing.current_process().name.rpartition("-")[2])  # SpawnProcess-1, -2 ...
+    global _job  # noqa: PLW0603 - how a pool's initializer hands on what its tasks share
+    _job = prepare(data, _on_own_gpu(settings, number - 1, processes), output)
+
+
+def _score_shard(number: int) -> tuple[float, int]:
+    """Do the shard if it is missing; returns its rows, and the tokens that were computed."""
+    rows, tokens = _job.folder.shard_rows(number), 0
+
+    def count(_: float, more: int) -> None:
+        nonlocal tokens
+        tokens += more
+
+    if number in _job.folder.missing():
+        _job.folder.score(_job.records, _job.scorer, [number], count)
+    return float(rows), tokens
+
+
+# --------------------------------------------------------------------------------------------------- what is told of it
+
+
+def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
+    """Lines of the summary table about the scores."""
+    import pyarrow.compute as pc
+
+    from codeact.scoring.folder import ScoreFolder
+
+    table = ScoreFolder.open(folder).read()
+    ok = totals["status"].get("ok", 0)
+    refused = totals["rows"] - ok
+    reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(totals["refused"].items())) or "none"
+    lines = [
+        ("rows in", f"{totals['rows']:,}"),
+        ("tokens in", f"{totals['prompt_tokens']:,} question + {totals['answer_tokens']:,} answer"),
+        ("rows scored", f"{ok:,} ({totals['truncated']:,} with a truncated answer)"),
+        ("rows refused", f"{refused:,} ({reasons})"),
+    ]
+    if totals["seconds"] and totals["tokens"]:
+        rate = totals["tokens"] / totals["seconds"]
+        lines += [
+            ("scoring", f"{totals['seconds']:.1f} s, {rate:,.0f} tokens/s, {ok / totals['seconds']:.2f} rows/s"),
+            ("packs", f"{totals['packs']:,}, {totals['tokens'] / totals['capacity_tokens']:.1%} full on average"),
+            ("padding", f"0 tokens (batches of 16 in input order would be {_batch_padding(table, 16):.1%} padding)"),
+        ]
+    named = table.filter(pc.is_valid(table["reason"]))["reason"]
+    lines += [("refused", reason.as_py()) for reason in named[:_NAMED_REFUSALS]]
+    if len(named) > _NAMED_REFUSALS:
+        more = f"and {len(named) - _NAMED_REFUSALS:,} more, each with its reason in {Path(folder) / 'scores.parquet'}"
+        lines.append(("", more))
+    return lines
+
+
+def _batch_padding(table: pa.Table, batch: int) -> float:
+    """Share of padding tokens, were the scored rows padded in batches in input order."""
+    import numpy as np
+
+    ok = np.asarray(table["status"]) == "ok"
+    lengths = (np.asarray(table["prompt_tokens"], dtype=np.int64) + np.asarray(table["answer_tokens"]))[ok]
+    if not len(lengths):
+        return 0.0
+    firsts = np.arange(0, len(lengths), batch)
+    sizes = np.diff(firsts, append=len(lengths))
+    padded = int((np.maximum.reduceat(lengths, firsts) * sizes).sum())
+    return 1 - int(lengths.sum()) / padded
+
+
+class Score(Stage):
+    """In a run."""
+
+    name = section = "score"
+    settings, default = ScoreSettings, ...
+    outputs, products = (FOLDER,), (TABLE,)
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Data, model, and how."""
+        settings = run.of(ScoreSettings)
+        return {
+            "data": run.data_fingerprint(),
+            "model": run.identity(settings.model),
+            **decisive(settings, "model"),
+        }
+
+    def work(self, run: Run) -> Lines:
+        """Score what is missing."""
+        folder = run.output / FOLDER
+        totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
+        assert totals is not None, "a run's processes share the shards, so all are done"
+        return score_lines(totals, folder)
+
+    def account(self, output: Path) -> Iterator[Entry]:
+        """Rows of the data set -> records -> scored ones. Tokens are question + answer, by the model's tokenizer."""
+        if not (output / TABLE).exists():
+            return
+        import numpy as np
+        import pyarrow.compute as pc
+
+        from codeact.scoring.folder import ScoreFolder
+
+        folder = ScoreFolder.open(output / FOLDER)
+        table = folder.read()
+        tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+        scored = np.asarray(pc.is_valid(table["ifd"]))
+        # Of a row that held no record reading made no tokens; a template may refuse one that did.
+        refused = pc.fill_null(pc.starts_with(table["reason"], "template_refused"), False)
+        record = np.asarray((tokens > 0) | np.asarray(refused))
+        yield Entry(
+            stage="read",
+            what="rows",
+            after=None,
+            rows_in=folder.rows,
+            rows_out=int(record.sum()),
+            lost=_refusals(table, ~record, None),
+        )
+        yield Entry(
+            stage="score",
+            what="rows",
+            after="read",
+            rows_in=int(record.sum()),
+            rows_out=int(scored.sum()),
+            tokens_in=int(tokens.sum()),
+            tokens_out=int(tokens[scored].sum()),
+            lost=_refusals(table, record & (np.asarray(table["status"]) != "ok"), tokens),
+        )
+
+
+def _refusals(table: pa.Table, rows: Any, tokens: Any) -> Any:
+    """The losses among ``rows``, by the code that a reason begins with."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    codes = pc.list_element(pc.split_pattern(table["reason"].filter(pa.array(rows)), ":", max_splits=1), 0)
+    lost: dict[str, tuple[int, int | None]] = {}
+    for code in sorted(pc.unique(codes).to_pylist()):
+        these = np.asarray(pc.equal(codes, code))
+        lost[code] = (int(these.sum()), None if tokens is None else int(tokens[rows][these].sum()))
+    return changes(lost)

@@ -1,0 +1,140 @@
+"""Whether memory and disk are enough for a training run, said before it begins. Estimates, on the careful side."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from codeact.base.errors import InputError
+from codeact.ops.flops import ModelShape
+
+GIB = 2.0**30
+FUSED_LOSS_BYTES = 4 * 4 * 2**25
+"""The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
+
+
+def pass_memory(
+    shape: ModelShape,
+    tokens: int,
+    *,
+    element_bytes: int,
+    checkpointing: bool = False,
+    fused_loss: bool = True,
+    adapted_inputs: int = 0,
+) -> dict[str, float]:
+    """Estimate the bytes that one forward and backward pass takes beside the model, by what holds them.
+
+    Args:
+        shape: of the model.
+        tokens: of the pass, padding included.
+        element_bytes: of an activation: 2 under autocast, else the weights'.
+        checkpointing: whether layers are computed again in the backward pass.
+        fused_loss: whether the loss holds no logits.
+        adapted_inputs: widths of the inputs of all layers with LoRA adapters, added up; they are kept in float32 too.
+    """
+    everything = float(shape.activation_bytes(tokens, element_bytes))
+    if checkpointing:  # a layer's input each, and one layer's rest
+        everything = tokens * shape.layers * shape.hidden * element_bytes + everything / shape.layers
+    logits = float(shape.logit_bytes(tokens))
+    inputs = adapted_inputs / (shape.layers if checkpointing else 1)
+    return {
+        "activations": everything,
+        "adapters' inputs": tokens * inputs * 8.0,
+        **({"blocks of the loss": min(FUSED_LOSS_BYTES, logits)} if fused_loss else {"logits": logits}),
+    }
+
+
+def state_memory(model: Any, optimizer: str) -> float:
+    """Bytes of gradients and optimizer states that a model's training adds to its weights."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    states = 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
+    return float(trained * (4.0 + states))
+
+
+def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: str) -> None:
+    """Refuse a step that takes more memory than there is.
+
+    Args:
+        needs: bytes by what holds them.
+        free: bytes that are left where it will run.
+        tokens: of a pass.
+        where: what that place is called.
+
+    Raises:
+        InputError: it does not fit; says what to lower.
+    """
+    total = sum(needs.values())
+    if total <= free:
+        return
+    largest = max(needs, key=lambda name: needs[name])
+    lower = {
+        "gradients and optimizer": "--lora True, or --optim adafactor",
+        "logits": "--fused_loss True, or a lower --max_seq_len",
+    }.get(largest, "lower --per_device_train_batch_size or --max_seq_len, or add --activation_checkpointing True")
+    raise InputError(
+        f"a step of {tokens:,} tokens needs about {total / GIB:.1f} GiB beside the model, most of it for {largest}; "
+        f"{free / GIB:.1f} GiB are left on {where}: {lower}"
+    )
+
+
+def check_room(flags: Any, parameters: int | None = None, steps: int | None = None) -> None:
+    """Refuse checkpoints that will not fit on the disk.
+
+    Args:
+        flags: of the command, by name; ``output_dir`` may be missing.
+        parameters: that are trained and saved; None: as many as the weights of the model's folder, if it is one.
+        steps: of the run; None: not known yet, and then as few checkpoints count as there will be for certain.
+
+    Raises:
+        InputError: they do not fit; says how much there is and what to change.
+    """
+    if not flags.output_dir:
+        return
+    if parameters is None and not flags.lora:
+        parameters = _parameters_in(Path(str(flags.model_name_or_path or "")).expanduser())
+    if not parameters:
+        return
+    saves = _saves(flags, steps)
+    # Weights in float32 and AdamW's two moments; a new checkpoint is written before the oldest goes.
+    one = parameters * (4.0 if flags.save_only_model else 12.0)
+    kept = min(saves, (flags.save_total_limit or saves) + 1)
+    needed = kept * one + 4.0 * parameters
+    folder = Path(str(flags.output_dir)).expanduser().absolute()
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    already = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
+    free = shutil.disk_usage(place).free + already
+    if needed > free:
+        raise InputError(
+            f"{kept} checkpoints of about {one / GIB:,.1f} GiB and the model need {needed / GIB:,.1f} GiB, and "
+            f"{place} has {free / GIB:,.1f} GiB left: lower --save_total_limit (now {flags.save_total_limit}), say "
+            "--save_only_model True (a third; no resume) or --save_strategy no, or take another --output_dir"
+        )
+
+
+def _saves(flags: Any, steps: int | None) -> int:
+    """How many checkpoints there will be; for certain, where the number of steps is not known."""
+    strategy = str(getattr(flags.save_strategy, "value", flags.save_strategy))
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return max(1, math.ceil(float(flags.num_train_epochs)))
+    if steps is None:
+        steps = flags.max_steps if flags.max_steps > 0 else 1
+    every = float(flags.save_steps if flags.save_steps >= 1 else max(1.0, flags.save_steps * steps))
+    return 1 + math.floor((steps - 1) / every)  # the last step is saved as well
+
+
+def _parameters_in(folder: Path) -> int | None:
+    """Of a model's folder, by the headers of its weights; None where it has none."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    with suppress(OSError, SafetensorError):
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "numpy") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count or None

@@ -1,0 +1,277 @@
+"""``codeact train``: conversations and a model -> a trained model, its costs, and what became of every conversation.
+
+output_dir/     the model (or its adapters) and the tokenizer, as `from_pretrained` reads them
+  merged/       the full model, after --merge
+  cost.json     tokens, padding, time, memory of every step
+  training.json the settings, counts of the conversations, losses, and under "log" the loss by step
+  checkpoint-N/ what a killed run goes on from when the same command is given again
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, set_seed
+
+from codeact.base.devices import resolve_dtype
+from codeact.base.errors import InputError
+from codeact.base.machine import free_memory
+from codeact.models.adapters import add_lora, merge_adapters, quantization_config
+from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
+from codeact.ops.flops import ModelShape
+from codeact.text.conversations import Sample
+from codeact.training.arguments import TrainerArguments
+from codeact.training.cost import CostMonitor, aligned
+from codeact.training.data import TrainingData
+from codeact.training.flags import TrainSettings
+from codeact.training.folder import TrainResult, claim, finished, write_result
+from codeact.training.room import GIB, check_memory, check_room, pass_memory, state_memory
+from codeact.training.trainer import PackTrainer, sharding_asked_for
+
+
+def train(settings: TrainSettings) -> TrainResult:
+    """Train, evaluate and save; a run that was killed goes on from its last checkpoint, a finished one stays.
+
+    Under torchrun or accelerate every rank calls this; the first one prints and writes.
+
+    Raises:
+        InputError: data, model or settings do not fit together, or ``output_dir`` holds a run with other settings.
+    """
+    arguments = settings.trainer
+    quiet_transformers()
+    set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
+    tokenizer = load_tokenizer(settings.model.model_name_or_path or "")
+    data = TrainingData.read(settings, tokenizer)
+    done = finished(settings, data)
+    if done is not None:
+        _say(arguments, aligned([*data.lines(), ("done already", "the output folder holds this run's result")]))
+        _say(arguments, aligned(_result_lines(settings, done)))
+        return done
+    resume = claim(settings, data)
+    model = _model(settings)
+    options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
+    monitor = CostMonitor(
+        model,
+        arguments.output_dir,
+        peak_flops="measure" if arguments.device.type == "cpu" else "auto",
+        print_summary=False,  # in the middle of the bar
+    )
+    cached = model.config.use_cache
+    trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress())
+    needs, tokens = _step_memory(trainer)
+    _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
+    _check_fits(trainer, needs, tokens)
+    if resume:
+        _say(arguments, f"going on from {resume}")
+    trainer.train(resume_from_checkpoint=resume)
+    losses = _held_out_losses(trainer) if data.held_out else (None, None)
+    if monitor.report is not None:
+        _say(arguments, aligned(monitor.report.lines()))
+
+    model.config.use_cache = cached
+    _stop_where_answers_end(model, data.samples)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    output = Path(arguments.output_dir)
+    if settings.model.lora and arguments.should_save:
+        model.generation_config.save_pretrained(output)
+        if settings.model.merge:
+            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", _weight_dtype(settings))
+    result = TrainResult(
+        output=output,
+        steps=trainer.state.global_step,
+        train_loss=trainer.mean_loss(),
+        held_out_loss_before=losses[0],
+        held_out_loss_after=losses[1],
+    )
+    if arguments.should_save:
+        write_result(settings, data, result, trainer.state.log_history)
+    _say(arguments, aligned(_result_lines(settings, result)))
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def _model(settings: TrainSettings) -> Any:
+    """The model that is trained, adapters on."""
+    wanted, arguments = settings.model, settings.trainer
+    name = wanted.model_name_or_path or ""
+    quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
+    model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and settings.packs.max_seq_len > positions:
+        raise InputError(
+            f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
+        )
+    if not wanted.lora:
+        return model
+    return add_lora(
+        model,
+        wanted.lora_r,
+        wanted.lora_alpha,
+        wanted.lora_dropout,
+        wanted.lora_target_modules,
+        bool(arguments.activation_checkpointing),
+    )
+
+
+def _autocast_dtype(arguments: TrainerArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def _weight_dtype(settings: TrainSettings) -> torch.dtype:
+    if settings.model.dtype != "auto":
+        return resolve_dtype(settings.model.dtype, settings.trainer.device)
+    # What is trained is kept in float32, or steps smaller than its rounding would be lost.
+    return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
+
+
+def _step_memory(trainer: PackTrainer) -> tuple[dict[str, float], int]:
+    """Bytes that a step takes beside the model, by what holds them (none where the widths are not known); its tokens.
+
+    Sharded models are not estimated: what a rank holds is the business of DeepSpeed and FSDP.
+    """
+    arguments, model = trainer.args, trainer.model
+    tokens = trainer.largest_pass()
+    shape = ModelShape.from_config(model.config)
+    if shape is None or sharding_asked_for(arguments):
+        return {}, tokens
+    adapted = (module for module in model.modules() if hasattr(module, "lora_A"))
+    wide = _autocast_dtype(arguments) == torch.float32 and model.dtype == torch.float32
+    needs = pass_memory(
+        shape,
+        tokens,
+        element_bytes=4 if wide else 2,
+        checkpointing=bool(arguments.activation_checkpointing or arguments.gradient_checkpointing),
+        fused_loss=trainer.fused,
+        adapted_inputs=sum(module.in_features for module in adapted),
+    )
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    return {**needs, "gradients and optimizer": state_memory(model, optimizer)}, tokens
+
+
+def _check_fits(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> None:
+    arguments = trainer.args
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
+    place = "this machine" if arguments.device.type == "cpu" else str(arguments.device)
+    check_memory(needs, free_memory(arguments.device) / sharing, tokens, place)
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    steps = arguments.max_steps
+    if steps <= 0:
+        packs = len(trainer.train_dataset) / (trainer.train_dataset.items_per_batch * arguments.world_size)
+        steps = math.ceil(math.ceil(packs / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+    check_room(arguments, trained, steps)
+
+
+def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
+    """Make generation stop at the token that the model has learnt to end an answer with."""
+    last = next((int(sample.labels[-1]) for sample in samples if not sample.truncated), None)
+    generation = model.generation_config
+    known = generation.eos_token_id
+    ends = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
+    if last is not None and last not in ends:
+        generation.eos_token_id = [*ends, last]
+
+
+# -------------------------------------------------------------------------------------------------------- what is shown
+
+
+def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> list[tuple[str, str]]:
+    arguments, dataset, options = trainer.args, trainer.train_dataset, trainer.options
+    items, count = len(dataset), len(dataset.samples)
+    attention = trainer.model.config._attn_implementation
+    if options.packs and options.pack_scope == "epoch":
+        fill = int(dataset.lengths.sum()) / (items * options.max_seq_len)
+        rows = f"{items:,} packs of {options.max_seq_len:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
+    else:
+        rows = f"{options.pad_mode}, batches of {arguments.per_device_train_batch_size} samples"
+    in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    unit = "packs" if options.packs and options.pack_scope == "epoch" else "samples"
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    dtype = str(_autocast_dtype(arguments)).removeprefix("torch.")
+    return [
+        ("rows", rows),
+        ("a step", f"{in_step:,} {unit} on {arguments.world_size} x {arguments.device.type}, {dtype}, {attention}"),
+        ("a pass", f"up to {tokens:,} tokens" + (f", about {sum(needs.values()) / GIB:.2f} GiB" if needs else "")),
+        ("trained", f"{trained:,} of {trainer.model.num_parameters():,} parameters"),
+    ]
+
+
+def _result_lines(settings: TrainSettings, result: TrainResult) -> list[tuple[str, str]]:
+    lines = [("training loss", f"{result.train_loss:.4f} on average")]
+    if result.held_out_loss_after is not None:
+        before = result.held_out_loss_before
+        text = f"{result.held_out_loss_after:.4f}"
+        lines.append(("held-out loss", text if before is None else f"{before:.4f} before, {text} after"))
+    what = "adapters" if settings.model.lora else "model"
+    lines.append((f"the {what}", str(result.output)))
+    if settings.model.merge:
+        lines.append(("the merged model", str(result.output / "merged")))
+    return lines
+
+
+def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
+    """Before training, if it was asked for (--eval_on_start), and after it."""
+    logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    last = logged.get(trainer.state.global_step)
+    return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
+
+
+class _Progress(ProgressCallback):  # type: ignore[misc]
+    """Trainer's bar, and a log as one short line instead of a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Open the bar."""
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **more)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Move the bar."""
+        if not args.disable_tqdm:
+            super().on_step_end(args, state, control, **more)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Show no second bar."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Close the bar."""
+        if not args.disable_tqdm:
+            super().on_train_end(args, state, control, **more)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        """Print what a person looks at; the loggers get everything."""
+        line = _log_line(logs or {}, state)
+        if state.is_world_process_zero and line:
+            tqdm.write(line)
+
+
+def _log_line(logs: dict[str, Any], state: Any) -> str:
+    step = f"step {state.global_step}/{state.max_steps}"
+    if "eval_loss" in logs:
+        return f"{step}  held-out loss {logs['eval_loss']:.4f}"
+    if "loss" not in logs:
+        return ""
+    parts = [step, f"loss {float(logs['loss']):.4f}", f"learning rate {float(logs['learning_rate']):.2e}"]
+    if "cost/tokens_per_second" in logs:
+        parts.append(f"{logs['cost/tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{logs['cost/padding_share']:.1%} padding")
+    return "  ".join(parts)
+
+
+def _say(arguments: TrainerArguments, text: str) -> None:
+    if arguments.process_index == 0:
+        print(text, flush=True)

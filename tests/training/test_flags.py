@@ -1,0 +1,179 @@
+"""The flags of ``codeact train``: what is filled in, and what is refused before there is data or a model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from codeact.base.errors import InputError
+from codeact.training import room
+from codeact.training.flags import check_flags, parse
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_loads_neither_pytorch_nor_transformers(argument):
+    code = (
+        "import sys; from codeact.training.flags import parse; print(parse([sys.argv[1]])); "
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for word in ("--lora_r", "Rank of the adapters. (default: 8)", "--save_total_limit", "main_classes/trainer"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "train", "evaluate"),
+    [
+        ({}, 1, 1),
+        ({"per_device_train_batch_size": 4}, 4, 4),
+        ({"pack_scope": "batch"}, 8, 1),
+        ({"pad_mode": "dynamic_pad"}, 8, 8),
+        ({"pad_mode": "max_length", "per_device_eval_batch_size": 3}, 8, 3),
+    ],
+)
+def test_a_forward_pass_has_one_pack_unless_more_are_asked_for(tmp_path, flags, train, evaluate):
+    checked = check_flags(flags, "train")
+    assert (checked.per_device_train_batch_size, checked.per_device_eval_batch_size) == (train, evaluate)
+    given = {"model_name_or_path": "m", "data_path": "d", "output_dir": str(tmp_path), **flags}
+    settings = parse([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    arguments = settings.trainer
+    assert (arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size) == (train, evaluate)
+    assert (arguments.train_batch_size, arguments.save_total_limit) == (train, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"report_to": "tensorbord"}, "--report_to 'tensorbord' is unknown; choose one of: tensorboard"),
+        ({"report_to": "wandb"}, "--report_to wandb: wandb is not installed; pip install wandb"),
+        ({"report_to": "mlflow"}, "mlflow is not installed"),
+        ({"report_to": ["wandb", "mlflow"]}, "--report_to takes one value, not 2"),
+        ({"eval_strategy": "epoch"}, "--eval_strategy needs held-out conversations: add --eval_ratio"),
+        ({"eval_on_start": True}, "--eval_on_start needs held-out conversations"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end needs held-out"),
+        ({"load_best_model_at_end": True, "eval_ratio": 0.1}, "needs an --eval_strategy that is the --save_strategy"),
+        ({"quantize": "nf4"}, "add --lora True"),
+        ({"eval_ratio": 0.1, "eval_path": "x"}, "give one of the two"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel True needs liger_kernel: pip install liger-kernel"),
+        ({"lora": True}, "--lora True needs peft"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit needs bitsandbytes"),
+        ({"deepspeed": "zero2"}, "--deepspeed needs deepspeed"),
+        ({"output_dir": "x"}, "output_dir follows from the other settings"),
+    ],
+)
+def test_what_would_stop_a_run_late_stops_it_at_once(monkeypatch, flags, message):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: [])
+    with pytest.raises(InputError, match=message) as caught:
+        check_flags(flags, "train", taken=("output_dir",))
+    assert str(caught.value).startswith("train: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_libraries_of_another_machine_are_not_asked_for(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_flags({"report_to": "wandb", "lora": True, "deepspeed": "zero2"}, "train", here=False)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """100 GiB free, wherever one looks."""
+    usage = type("Usage", (), {"free": 100 << 30})
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: usage)
+
+
+@pytest.fixture
+def big_model(tmp_path):
+    """A folder whose weights say that they are 2e9 parameters; there is nothing behind the header but zeros."""
+    import json
+    import struct
+
+    folder = tmp_path / "big"
+    folder.mkdir()
+    header = json.dumps(
+        {"w": {"dtype": "BF16", "shape": [2000, 1_000_000], "data_offsets": [0, 4_000_000_000]}}
+    ).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4_000_000_000)  # a hole: takes no room
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "fits"),
+    [
+        ({}, True),  # one checkpoint for certain: 22 GiB, and the model
+        ({"save_strategy": "epoch"}, True),  # three
+        ({"save_strategy": "epoch", "num_train_epochs": 9, "save_total_limit": 8}, False),
+        ({"max_steps": 3000, "save_total_limit": 5}, False),
+        ({"max_steps": 3000, "save_total_limit": 5, "save_only_model": True}, True),
+        ({"max_steps": 3000, "save_total_limit": 5, "save_strategy": "no"}, True),
+        ({"max_steps": 3000, "save_total_limit": 5, "lora": True}, True),
+    ],
+)
+def test_checkpoints_are_compared_with_the_disk(tmp_path, small_disk, big_model, flags, fits):
+    taken = {"model_name_or_path": str(big_model), "output_dir": str(tmp_path / "run" / "model")}
+    if fits:
+        check_flags(flags, "train", taken=taken)
+        return
+    message = (
+        r"train: \d checkpoints of about 22.4 GiB and the model need [12]\d\d.\d GiB, and .* has 100.0 GiB left: lower"
+    )
+    with pytest.raises(InputError, match=message):
+        check_flags(flags, "train", taken=taken)
+
+
+def test_steps_that_are_known_count_exactly(tmp_path, small_disk):
+    flags = check_flags({"save_total_limit": 9}, "train", taken={"output_dir": str(tmp_path)})
+    room.check_room(flags, 2_000_000_000, 500)
+    room.check_room(flags, 2_000_000_000, 1500)
+    with pytest.raises(InputError, match="5 checkpoints"):
+        room.check_room(flags, 2_000_000_000, 2001)
+
+
+@pytest.mark.parametrize(
+    ("needs", "remedy"),
+    [
+        ({"activations": 3e9, "logits": 1e9}, "lower --per_device_train_batch_size or --max_seq_len"),
+        ({"activations": 1e9, "logits": 3e9}, "--fused_loss True"),
+        ({"activations": 1e9, "gradients and optimizer": 3e9}, "--lora True"),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_lower(needs, remedy):
+    room.check_memory(needs, 5e9, 2048, "this machine")
+    with pytest.raises(InputError, match=r"2,048 tokens needs about 3.7 GiB .* 2.8 GiB are left on cuda:0") as caught:
+        room.check_memory(needs, 3e9, 2048, "cuda:0")
+    assert remedy in str(caught.value)
+
+
+def test_the_estimate_of_a_pass_is_near_what_pytorch_keeps():
+    """Saved tensors of a plain Llama, counted by autograd."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from codeact.ops.flops import ModelShape
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    model, tokens = LlamaForCausalLM(config), 256
+    weights = {weight.data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(torch.randint(64, (1, tokens)), use_cache=False).last_hidden_state
+    estimate = room.pass_memory(ModelShape.from_config(config), tokens, element_bytes=4)["activations"]
+    assert hidden.requires_grad
+    assert 0.6 < estimate / sum(kept.values()) < 1.6
