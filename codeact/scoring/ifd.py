@@ -94,7 +94,7 @@ class IfdScorer:
         if attention == "auto":
             attention = plain_attention(model) if alone else packing_attention(model, self.device)
         self.attention = attention
-        remedy = "" if alone else "set tokens_per_pack to 1, which gives every sequence a pass of its own"
+        remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))

@@ -44,7 +44,7 @@ class Kernels:
         kernels = (attention.ATTENTION, "flash_attention_2")
         for module in (attention, trainer):
             monkeypatch.setattr(module, "computes_16_bits_only", lambda name, device: name in kernels)
-        monkeypatch.setattr(trainer, "isolating_attention", lambda device: self.name)
+        monkeypatch.setattr(trainer, "packing_attention", lambda model, device: self.name)
         if self.kind == "flash-attn 2":
             from transformers import PreTrainedModel
             from transformers import modeling_flash_attention_utils as flash

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from codeact.models.isolation import set_attention
 from codeact.ops import attention as varlen
 from codeact.ops import nll
 from codeact.ops.attention import ATTENTION, PackedBatch
@@ -42,11 +43,14 @@ def make_scorer(monkeypatch, tokenizer):
         if device == "cuda":
             # Making a scorer runs the model alone and packed, and compares on the host: that is once, not per pack.
             monkeypatch.setattr(ifd, "split_head", split_without_check)
+            monkeypatch.setattr(ifd, "prove_isolation", lambda *_: None)
             move_module(model)
-        return IfdScorer(model, tokenizer, max_length=64, tokens_per_pack=64)
+        scorer = IfdScorer(model, tokenizer, max_length=64, tokens_per_pack=64)
+        set_attention(model, scorer.attention)  # as while it scores
+        return scorer
 
     def split_without_check(model):
-        from codeact.models.loading import LmHead
+        from codeact.models.isolation import LmHead
 
         return model.model, LmHead(weight=model.lm_head.weight, bias=None, softcap=None)
 
