@@ -145,6 +145,7 @@ def _counted(
     scored = [
         item for item in tokenize(drawn, tokenizer, prompts, score.max_length, score.protocol) if item.conditional
     ]
+    conditional = [len(item.conditional) for item in scored]
     good = [row for row in drawn if isinstance(row, Record)]
     question_tokens = _lengths([row.question for row in good], embedder, tokenizer, embedder_length)
     samples: list[Sample] = []
@@ -154,7 +155,8 @@ def _counted(
         among = drawn if conversations is None else _draw(conversations)
         results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]
-        whole = rows * settings.select.ratio if conversations is None else len(conversations)
+        mean = float(np.mean(conditional or [0]))
+        whole = settings.select.rows_of(rows, mean) if conversations is None else len(conversations)
         stands_for = whole * len(samples) / len(among)
     source = f"{records.source}: {rows:,} rows"
     source += (
@@ -162,7 +164,7 @@ def _counted(
     )
     return DataFacts(
         rows=rows,
-        conditional=_sampled([len(item.conditional) for item in scored], len(scored) * share),
+        conditional=_sampled(conditional, len(scored) * share),
         unconditional=_sampled([len(item.unconditional) for item in scored], len(scored) * share),
         scored=_sampled(
             [
@@ -210,7 +212,7 @@ def _assumed(settings: RunSettings, rows: int, flags: Any, embedder_length: int,
     kept = np.minimum(answers, most - prompts)
     longest = most if flags is None else flags.max_seq_len
     conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, longest)
-    chosen = rows * settings.select.ratio if flags is not None else 0
+    chosen = settings.select.rows_of(rows, float(np.mean(prompts + kept))) if flags is not None else 0
     return DataFacts(
         rows=rows,
         conditional=Sampled(values=prompts + kept, rows=rows, counted=False),

@@ -217,7 +217,8 @@ class Plan:
         )
 
     def select(self, name: str, state: str) -> StepForecast:
-        rows, ratio = self.data.rows, self.settings.select.ratio
+        rows, lengths = self.data.rows, self.data.conditional
+        chosen = self.settings.select.rows_of(rows, lengths.total / max(1.0, lengths.rows))
         vectors = 4.0 * rows * self.embedder.shape.hidden
         return StepForecast(
             name=name,
@@ -225,7 +226,7 @@ class Plan:
             rows=rows,
             seconds=SELECT_SECONDS + rows * SELECT_SECONDS_PER_ROW,
             memory=Memory(parts={"the process": self.machine.base, "vectors": 2 * vectors}),
-            disk=rows * (ratio * (self.data.row_bytes + 150) + 40),
+            disk=chosen * (self.data.row_bytes + 150) + 60 * rows,
         )
 
     def train(self, name: str, state: str) -> StepForecast:

@@ -65,7 +65,7 @@ class Rows:
 
     All arrays are (rows,), in the order of the data. ``ifd``, ``cond`` and ``uncond`` (mean loss of a token in nats,
     with and without the question) are NaN where there is no score. ``chosen`` and ``cluster`` (-1: none) are None
-    before selection; ``reasons``: how many rows were not chosen, by why.
+    before selection; ``reasons``: how many rows were not chosen, by why; ``length``: a line about the answers' length.
     """
 
     status: Counter[str]
@@ -76,6 +76,7 @@ class Rows:
     chosen: NDArray[np.bool_] | None
     cluster: NDArray[np.int32] | None
     reasons: Counter[str]
+    length: str
     map: Map | None
     hardest: tuple[Example, ...]
     easiest: tuple[Example, ...]
@@ -114,6 +115,7 @@ def _read(folder: Path, path: Path) -> Rows:
                 mean[part] = _numpy(table[f"{prefix}cond_nll_sum"], pa.float64()) / _numpy(scored, pa.int64())
     selected = folder / "selected.rows.parquet"
     chosen, cluster, reasons = _read_selected(selected, count) if selected.exists() else (None, None, Counter())
+    metadata = (pq.read_schema(selected).metadata or {}) if selected.exists() else {}
     hardest, easiest = ((), ()) if chosen is None else _examples(folder / "selected.jsonl", ifd, chosen)
     return Rows(
         status=status,
@@ -124,6 +126,7 @@ def _read(folder: Path, path: Path) -> Rows:
         chosen=chosen,
         cluster=cluster,
         reasons=reasons,
+        length=metadata.get(b"length", b"").decode("utf-8", "replace"),
         map=_read_map(folder / "embeddings.npy", count),
         hardest=hardest,
         easiest=easiest,
