@@ -98,16 +98,22 @@ class IfdScorer:
         remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
+        self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
 
     def score(
-        self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
+        self,
+        rows: Sequence[Record | BadRow],
+        progress: Callable[[float, int], object] | None = None,
+        losses: list[np.ndarray] | None = None,
     ) -> tuple[pa.Table, ScoreCost]:
         """Score rows; the table has one row for each of them, in order.
 
         Args:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
+            losses: if given, it gets of every row with scored tokens an array (2, scored tokens) float16, nats: the
+                losses of the answer's tokens with the question and without it.
         """
         tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
         scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
@@ -117,9 +123,15 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
+        self._kept = None if losses is None else []
         with attending(self.model, self.attention):
             sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+        if losses is not None and self._kept:
+            order = np.concatenate(self._plan(np.array([*map(len, sequences)])))
+            pieces = np.split(torch.cat(self._kept).cpu().numpy(), np.cumsum(counts[order])[:-1])
+            by_sequence = [pieces[place] for place in np.argsort(order)]
+            losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
     def _nll_sums(
@@ -182,6 +194,8 @@ class IfdScorer:
         hidden = hidden[to_device(scored - 1, self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
+        if self._kept is not None:
+            self._kept.append(nll.half())
         return _sums(nll, to_device(bounds, self.device))
 
     def _table(

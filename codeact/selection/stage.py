@@ -14,6 +14,7 @@ from codeact.data.settings import DataSettings
 from codeact.embedding.stage import FILE as EMBEDDINGS
 from codeact.scoring.stage import FOLDER as SCORES
 from codeact.scoring.stage import TABLE as SCORE_TABLE
+from codeact.scoring.stage import ScoreSettings
 from codeact.selection.settings import BY_CLUSTER, SelectSettings
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def select_rows(
     folder = ScoreFolder.open(scores)
     table = folder.read()
     records = open_scored_data(folder, source)
+    if settings.difficulty == "s_ifd":
+        table = table.append_column("s_ifd", [folder.selective_ifd()])
     choice = settings.choice()
     labels = None
     if embeddings is not None:
@@ -131,6 +134,11 @@ class Select(Stage):
     settings, default = SelectSettings, SelectSettings()
     needs = ("score", "embed")
     outputs, products = (FILE, "selected.rows.parquet"), (FILE,)
+
+    def check(self, run: Run) -> None:
+        """A difficulty whose numbers the scoring of this run does not keep."""
+        if run.of(SelectSettings).difficulty == "s_ifd" and not run.of(ScoreSettings).keep_token_nll:
+            raise InputError("select: difficulty s_ifd needs score: keep_token_nll: true")
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""
