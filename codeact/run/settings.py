@@ -85,8 +85,13 @@ def settings_class(stages: Sequence[Stage]) -> type[RunSettings]:
     return create_model("RunSettings", __base__=RunSettings, __validators__={"follow": check}, **sections)
 
 
-def read_settings(path: str | Path, kind: type[RunSettings]) -> RunSettings:
+def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[str] = ()) -> RunSettings:
     """Read a run's YAML file, or one that codeact brings, by its name without ``.yaml``.
+
+    Args:
+        path: the file or the name.
+        kind: of the settings; see ``settings_class``.
+        changes: ``section.key=value`` each, the value in YAML; they win over the file.
 
     Raises:
         InputError: it cannot be read, or a key is unknown, missing, there twice or of a wrong type; the message names
@@ -96,11 +101,28 @@ def read_settings(path: str | Path, kind: type[RunSettings]) -> RunSettings:
     content, tree = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it needs output, data and score")
+    for change in changes:
+        _change(content, change)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         complaints = [_complaint(item, tree, kind) for item in error.errors()]
         raise InputError(f"{path}{'; '.join(complaints).replace('; , ', '; ')}") from None
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    name, given, text = change.partition("=")
+    *parents, key = name.split(".")
+    if not (given and key and all(parents)):
+        raise InputError(f"--set {change}: write section.key=value, such as select.ratio=0.5")
+    for parent in parents:
+        if not isinstance(content.setdefault(parent, {}), dict):
+            content[parent] = {}
+        content = content[parent]
+    try:
+        content[key] = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content[key] = text
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:
