@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("importlinter", reason="import-linter is in the extra dev")
 ROOT = Path(__file__).parents[2]
+SHARED_NAMES = {"main", "logger"}  # a program's door, and what every module calls its own
+
+
+def shared_names(package: Path) -> dict[str, list[str]]:
+    """Public names that several modules define (not: import) -> these modules.
+
+    A command is named as what it does, so functions of ``cli.py`` are left out, and so are type variables.
+    """
+    homes = defaultdict(set)
+    for path in package.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = []
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names = [node.name] if path != package / "cli.py" else []
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            for name in names:
+                if len(name) > 1 and not name.startswith("_") and name not in SHARED_NAMES:
+                    homes[name].add(path.relative_to(package).as_posix())
+    return {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1}
+
+
+def test_a_public_name_is_defined_once():
+    assert shared_names(ROOT / "codeact") == {}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("def clean(): ...", "def clean(): ...", "clean"),
+        ("class Plan: ...", "Plan = object", "Plan"),
+        ("LIMIT: int = 3", "FIRST, LIMIT = 1, 2", "LIMIT"),
+        ("async def fetch(): ...", "fetch = None", "fetch"),
+        ("def clean(): ...", "from base.one import clean", None),
+        ("def _clean(): ...", "def _clean(): ...", None),
+    ],
+)
+def test_a_name_defined_twice_is_seen(tmp_path, one, other, name):
+    for module, text in (("base", one), ("text", other)):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "one.py").write_text(text)
+    assert shared_names(tmp_path) == ({name: ["base/one.py", "text/one.py"]} if name else {})
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -27,6 +71,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """The packages' Python files, with what checks them."""
+    pytest.importorskip("importlinter", reason="import-linter is in the extra dev")
     python_only = shutil.ignore_patterns("__pycache__", "*.so", "configs")
     shutil.copytree(ROOT / "codeact", tmp_path / "codeact", ignore=python_only)
     (tmp_path / "tests" / "package").mkdir(parents=True)
@@ -36,6 +81,7 @@ def tree(tmp_path) -> Path:
 
 
 def test_imports_follow_the_flow():
+    pytest.importorskip("importlinter", reason="import-linter is in the extra dev")
     result = lint(ROOT)
     assert result.returncode == 0, result.stdout
 
