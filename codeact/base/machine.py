@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "datasets", "sentence-transformers", "scikit-learn", "pyarrow", "numpy", "peft")
 """Those that decide results."""
+GIB = 2.0**30
 
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")

@@ -149,7 +149,7 @@ PROBES: dict[str, Callable[[], str]] = {
 }
 
 
-def run(name: str) -> dict[str, str]:
+def run_probe(name: str) -> dict[str, str]:
     """Run one probe; whatever it raises is its result."""
     try:
         detail = PROBES[name]()
@@ -206,7 +206,7 @@ def main() -> None:
     os.dup2(nothing, 2)
     for name in sys.argv[1:]:
         report.write(json.dumps({"begin": name}) + "\n")
-        report.write(json.dumps(run(name)) + "\n")
+        report.write(json.dumps(run_probe(name)) + "\n")
     report.flush()
     os._exit(0)  # a library's own clean-up may hang or crash
 

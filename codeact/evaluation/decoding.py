@@ -83,7 +83,7 @@ class Manner:
 
 
 @torch.inference_mode()
-def decode(
+def decode_batches(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     ends: Callable[[int, list[int]], bool],

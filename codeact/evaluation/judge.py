@@ -22,7 +22,7 @@ from codeact.evaluation.sandbox.sandbox import Sandbox
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-FORMAT = 1
+VERDICT_FORMAT = 1
 """Of the cached truth and of verdicts: both are made anew where it differs."""
 
 _REFERENCE_SECONDS = 60.0
@@ -75,7 +75,7 @@ class GroundTruth:
 
     def __init__(self, problems: ProblemSet, sandbox: Sandbox) -> None:
         cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
-        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{FORMAT}"
+        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{VERDICT_FORMAT}"
         self._sandbox = sandbox
 
     def _compute(self, problem: Problem) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
-from codeact.evaluation.judge import FORMAT, GroundTruth, Verdict, judge_program
+from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.programs import Program, SampleLog
 from codeact.evaluation.sandbox.sandbox import Sandbox
@@ -202,7 +202,9 @@ class _Run:
         self._progress = progress
         self._lock = threading.Lock()
         self._late: list[tuple[Problem, Program]] = []
-        self._settings = json.dumps([FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only])
+        self._settings = json.dumps(
+            [VERDICT_FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only]
+        )
         self.verdicts = {row["key"]: Verdict(**row["verdict"]) for row in log.rows if "key" in row}
         self.reused = 0
 

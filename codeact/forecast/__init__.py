@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from codeact.base.console import aligned, duration, short, size
 from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.machine import GIB
 from codeact.base.stage import Stage
-from codeact.forecast.cost import GIB
 from codeact.forecast.models import hub_if_reached, weight_bytes
-from codeact.forecast.steps import TO_DO, Plan, StepForecast
+from codeact.forecast.steps import TO_DO, RunPlan, StepForecast
 from codeact.run.flow import Flow
 from codeact.training.stage import TAKEN_FLAGS
 
@@ -77,7 +77,7 @@ def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> F
         if not to_do:  # so nothing has to be known of data and machine
             steps = [StepForecast(name=stage.name, state=states[stage.name]) for stage, _ in planned]
             return Forecast(output=str(flow.output), steps=steps, sources=[], assumptions=[], warnings=warnings)
-        plan = Plan(settings, flags, states, to_do)
+        plan = RunPlan(settings, flags, states, to_do)
         steps = plan.steps([(stage, states[stage.name]) for stage, _ in planned])
     return Forecast(
         output=str(flow.output),

@@ -176,7 +176,7 @@ def _run_model(
 
 
 def _decoding(found: Calibration, settings: RunSettings, model: Any, device: torch.device, ids: Sequence[int]) -> None:
-    from codeact.evaluation.decoding import Manner, Sampling, decode
+    from codeact.evaluation.decoding import Manner, Sampling, decode_batches
 
     wanted = settings.generate
     assert wanted is not None
@@ -190,7 +190,7 @@ def _decoding(found: Calibration, settings: RunSettings, model: Any, device: tor
             times.append(time.perf_counter())
         return False
 
-    for _ in decode(
+    for _ in decode_batches(
         model,
         prompts,
         clock,

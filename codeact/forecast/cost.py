@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from codeact.base.machine import GIB
 from codeact.ops.flops import ModelShape
 
-GIB = 2.0**30
 CUDA_CONTEXT = 1.5 * GIB
 """What a process takes on a GPU before its first tensor, with the workspaces of its libraries."""
 

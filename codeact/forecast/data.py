@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, RecordSet
+from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
 from codeact.text.conversations import IGNORE, Sample, encode_conversations
 
 SAMPLE_ROWS = 400
 TEMPLATE_TOKENS = 20  # of a row, where no template is rendered
 LENGTH_SPREAD = 0.6  # standard deviation of the logarithm of a length, where lengths are assumed
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

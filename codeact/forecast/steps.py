@@ -10,11 +10,11 @@ from typing import Any
 
 from codeact.base.devices import GPUS, Gpu, default_tokens_per_pack, find_gpu, resolve_device
 from codeact.base.errors import one_of
-from codeact.base.machine import total_memory
+from codeact.base.machine import GIB, total_memory
 from codeact.base.stage import Stage
 from codeact.evaluation.generate import largest_batch
 from codeact.evaluation.results import default_parallel
-from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
+from codeact.forecast.cost import CUDA_CONTEXT, Memory, ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import DataFacts, data_facts
 from codeact.forecast.models import embedder_facts, model_facts
 from codeact.forecast.training import TrainingShape, training_memory, training_shape
@@ -120,7 +120,7 @@ def machine_of(
     )
 
 
-class Plan:
+class RunPlan:
     """Costs of steps; the methods are named as the stages."""
 
     def __init__(self, settings: RunSettings, flags: Any, states: dict[str, str], to_do: set[str]) -> None:

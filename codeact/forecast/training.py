@@ -12,9 +12,7 @@ from codeact.base.errors import InputError
 from codeact.forecast.cost import Memory, ModelFacts
 from codeact.ops.flops import ModelShape, ParameterCounts
 from codeact.run.settings import RunSettings
-
-FUSED_LOSS_BYTES = 4 * 4 * 2**25
-"""The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
+from codeact.training.room import FUSED_LOSS_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

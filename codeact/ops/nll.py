@@ -17,7 +17,7 @@ import codeact._native as _native
 from codeact.base.errors import InputError, one_of
 from codeact.ops import native
 
-BACKENDS = ("triton", "native", "torch")
+NLL_BACKENDS = ("triton", "native", "torch")
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def token_nll(
             machine or does not compute these operands.
     """
     check_operands(hidden, weight, targets, bias, softcap, ignore_index)
-    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
+    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *NLL_BACKENDS))
     if name == "auto":
         best = "triton" if hidden.device.type == "cuda" else "native"
         name = "torch" if _why_not(best, hidden) else best

@@ -14,7 +14,7 @@ from codeact.evaluation.judge import KINDS
 from codeact.padding.figure import draw_rows, first_batches
 from codeact.padding.strategies import STRATEGIES, plan
 from codeact.report.data import Evaluations, PackFigures, Training, moved, proper_name, signed
-from codeact.report.rows import DRAWN, Floats, Map, Rows, sample
+from codeact.report.rows import DRAWN, Floats, Map, Rows, draw_positions
 from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def losses(rows: Rows) -> Plot | None:
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(rows.ifd))
     if not len(usable):
         return None
-    drawn = sample(usable, DRAWN)
+    drawn = draw_positions(usable, DRAWN)
     highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
     step = _round_up(highest / 10)
     top = math.ceil(highest / step) * step

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from codeact.base.errors import InputError
 from codeact.data.records import Columns, RecordSet, open_records
 from codeact.text.conversations import (
+    IGNORE,
     EncodingCounts,
     Refused,
     Sample,
@@ -19,7 +20,6 @@ from codeact.text.conversations import (
     encode_conversations,
     open_conversations,
 )
-from codeact.training.dataset import IGNORE
 from codeact.training.flags import TrainSettings
 from codeact.training.options import DataArguments
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
+from codeact.base.machine import GIB
 from codeact.ops.flops import ModelShape
 
-GIB = 2.0**30
 FUSED_LOSS_BYTES = 4 * 4 * 2**25
+"""The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
 """The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
 
 

@@ -20,8 +20,9 @@ from codeact.base.errors import InputError, one_of
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
 from codeact.ops.attention import computes_16_bits_only
+from codeact.text.conversations import IGNORE
 from codeact.training.cost import CostMonitor
-from codeact.training.dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
+from codeact.training.dataset import EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
 from codeact.training.options import PackOptions
 
 _LOSSES = "codeact losses"  # their place in a checkpoint's trainer_state.json
