@@ -255,7 +255,13 @@ def _memory() -> Finding:
     details = [f"{machine.free_memory() / 2**30:.1f} of {machine.total_memory() / 2**30:.1f} GiB free"]
     if (limit := machine.memory_limit()) is not None:
         details.append(f"a control group limits it to {limit / 2**30:.1f} GiB")
-    details.append(f"{machine.usable_cpus()} of {os.cpu_count()} cores may be used")
+    cores = machine.usable_cpus()
+    details.append(f"{cores} of {os.cpu_count()} cores may be used")
+    if (load := machine.load()) > cores:
+        details.append(
+            f"the load, {load:.1f}, is above them: threads that wait for each other may take many times longer; "
+            "end other jobs, or set OMP_NUM_THREADS=1"
+        )
     return Finding(name="memory", state="yes", purpose="and cores", detail="; ".join(details))
 
 

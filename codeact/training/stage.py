@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.ledger import Entry, changes
+from codeact.base.machine import usable_cpus
 from codeact.base.stage import Lines, Run, Stage
 
 MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
@@ -75,7 +77,9 @@ class Train(Stage):
                 temporary.write_text(json.dumps(flags), encoding="utf-8")  # JSON is YAML
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(run.processes), "-m", "codeact", "train", str(path)]
-            code = subprocess.run(command, check=False).returncode
+            threads = int(os.environ.get("OMP_NUM_THREADS") or usable_cpus()) // run.processes
+            environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads))}
+            code = subprocess.run(command, env=environment, check=False).returncode
             if code:
                 raise InputError(f"training in {run.processes} processes ended with exit code {code}; see above")
         result = _record(run.output)["result"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,6 +145,41 @@ def test_threads_follow_the_usable_cpus(groups, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine.limit_threads()
     assert (os.environ.pop("OMP_NUM_THREADS"), told) == ("3", [3])
+
+
+def test_the_command_line_limits_threads_before_numpy_and_torch_load():
+    code = """if True:
+        import os, sys
+        from codeact.base import machine
+        machine.usable_cpus, os.cpu_count = (lambda: 3), (lambda: 64)
+        class Watch:
+            def find_spec(self, name, *_):
+                if name in ("numpy", "torch"):
+                    print(name, os.environ.get("OMP_NUM_THREADS"))
+        sys.meta_path.insert(0, Watch())
+        import codeact.__main__
+        sys.argv = ["codeact", "select", "--help"]
+        codeact.__main__.main()
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    loads = [line for line in result.stdout.splitlines() if line.startswith(("numpy ", "torch "))]
+    assert loads
+    assert {line.split()[1] for line in loads} == {"3"}
+
+
+@pytest.mark.parametrize(("load", "cores", "told"), [(3.0, 2, True), (2.0, 2, False), (1.5, 1, True), (0.0, 1, False)])
+def test_the_doctor_tells_of_a_load_above_the_cpus(monkeypatch, load, cores, told):
+    from codeact.doctor.examine import _memory
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(machine, "usable_cpus", lambda: cores)
+    assert (f"the load, {load:.1f}, is above them" in _memory().detail) == told
+
+
+def test_where_the_system_tells_no_load_there_is_none(monkeypatch):
+    monkeypatch.delattr(os, "getloadavg")
+    assert machine.load() == 0
 
 
 def test_peak_memory_of_a_device(monkeypatch):

@@ -337,12 +337,14 @@ def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
     flow, commands = open_flow(config), []
     (train,) = (stage for stage in flow.stages if stage.name == "train")
 
-    def launched(command, check):
+    def launched(command, env, check):
         commands.append(command)
+        assert env["OMP_NUM_THREADS"] == "2"
         return subprocess.CompletedProcess(command, 3)
 
     Path("run").mkdir()
     monkeypatch.setattr(training_stage.subprocess, "run", launched)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")  # what `limit_threads` set, or the user, is for all ranks together
     with pytest.raises(InputError, match="training in 8 processes ended with exit code 3"):
         train.work(flow)
     assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
