@@ -257,6 +257,32 @@ def packing_attention(model: Any, device: torch.device) -> str:
     return ATTENTION if "chunked_attention" in kinds else isolating_attention(device)
 
 
+def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
+    """Make a model fit for packs in whatever trains it: set an attention that keeps samples apart, and prove it.
+
+    Args:
+        model: a causal transformers model, on the device and in the dtype that it will compute in.
+        max_length: tokens of the longest sample that there will be.
+        attention: a name that transformers knows; "auto": the best one for packs on the model's device.
+
+    Returns:
+        The attention that was set.
+
+    Raises:
+        InputError: samples of a pack are not apart under it; the message names the attention that helps, if one does.
+    """
+    device = model.get_input_embeddings().weight.device
+    attention = packing_attention(model, device) if attention == "auto" else attention
+    was_training = model.training
+    model.eval()
+    try:
+        prove_isolation(model, attention, max_length, otherwise="its architecture looks across samples: do not pack")
+    finally:
+        model.train(was_training)
+    set_attention(model, attention)
+    return attention
+
+
 def prove_isolation(
     model: PreTrainedModel, attention: str, longest: int, rule: PassRule | None = None, otherwise: str = ""
 ) -> None:
