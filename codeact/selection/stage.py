@@ -31,7 +31,7 @@ class SelectSettings(Settings):
     strategy: Literal["cdas", "top_ifd", "random"] = setting("cdas", "cdas, top_ifd or random.")
     protocol: Protocol = setting("exact", "exact, or paper: the choice of the paper's scripts.")
     seed: int = setting(42, "Of k-means and of strategy random.", ge=0)
-    backend: Literal["auto", "sklearn", "cuml"] = setting("auto", "k-means of: auto, sklearn or cuml.")
+    backend: Literal["auto", "sklearn", "torch", "cuml"] = setting("auto", "k-means of: auto, sklearn, torch or cuml.")
 
 
 def select_rows(
