@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from codeact.ops.flops import ModelShape
 
@@ -42,11 +42,12 @@ class ModelFacts:
 
     def _adapted(self, targets: str) -> list[tuple[int, int]]:
         names = {name.strip() for name in targets.split(",")}
-        return [
-            (inputs, outputs)
-            for name, inputs, outputs in self.layers
-            if names == {"all-linear"} or name.rpartition(".")[2] in names
-        ]
+        every = names == {"all-linear"}
+        return [(i, o) for name, i, o in self.layers if every or name.rpartition(".")[2] in names]
+
+    def cache_bytes(self, weight_bytes: float) -> float:
+        """Keys and values of a token."""
+        return 2 * self.shape.layers * self.shape.key_width * weight_bytes
 
     def forward_flops(self, tokens: float, squared_lengths: float, head_tokens: float) -> float:
         """Of a forward pass: 2 a parameter and token, the head's only for the tokens whose logits are wanted."""
@@ -54,11 +55,11 @@ class ModelFacts:
         return 2 * self.trunk * tokens + 2 * self.head * head_tokens + attention
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes on one device, by what holds them."""
 
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float]
 
     @property
     def total(self) -> float:
@@ -74,9 +75,8 @@ def inference_memory(model: ModelFacts, weight_bytes: float, tokens: int, base: 
     """Estimate the peak of a forward pass over ``tokens``, with keys and values of ``cache_tokens`` kept."""
     a_layer = model.shape.activation_bytes(tokens, int(weight_bytes)) / model.shape.layers
     parts = {"the process": base, "weights": model.parameters * weight_bytes, "activations": a_layer}
-    if cache_tokens:
-        parts["keys and values"] = 2 * model.shape.layers * model.shape.key_width * cache_tokens * weight_bytes
-    return Memory(parts=parts)
+    cache = {"keys and values": model.cache_bytes(weight_bytes) * cache_tokens} if cache_tokens else {}
+    return Memory({**parts, **cache})
 
 
 def decoding_seconds(
@@ -86,7 +86,6 @@ def decoding_seconds(
 
     ``length``: tokens of a row on average while it grows; ``flops`` and ``bandwidth``: what the device reaches of each.
     """
-    cache = 2 * model.shape.layers * model.shape.key_width * length * rows * weight_bytes
-    reading = (model.parameters * weight_bytes + cache) / bandwidth
+    reading = (model.parameters * weight_bytes + model.cache_bytes(weight_bytes) * length * rows) / bandwidth
     computing = 2 * (model.trunk + model.head) * rows / flops
     return steps * max(reading, computing)

@@ -51,8 +51,12 @@ def pass_memory(
 def state_memory(model: Any, optimizer: str) -> float:
     """Bytes of gradients and optimizer states that a model's training adds to its weights."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    states = 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
-    return float(trained * (4.0 + states))
+    return float(trained * (4.0 + optimizer_bytes(optimizer)))
+
+
+def optimizer_bytes(optimizer: str) -> float:
+    """Bytes of an optimizer's states for each trained parameter; AdamW keeps two in float32."""
+    return 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
 
 
 def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: str) -> None:
@@ -98,10 +102,7 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
         parameters = _parameters_in(Path(str(flags.model_name_or_path or "")).expanduser())
     if not parameters:
         return
-    saves = _saves(flags, steps)
-    # Weights in float32 and AdamW's two moments; a new checkpoint is written before the oldest goes.
-    one = parameters * (4.0 if flags.save_only_model else 12.0)
-    kept = min(saves, (flags.save_total_limit or saves) + 1)
+    kept, one = checkpoints(flags, parameters, steps)
     needed = kept * one + 4.0 * parameters
     folder = Path(str(flags.output_dir)).expanduser().absolute()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -113,6 +114,13 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
             f"{place} has {free / GIB:,.1f} GiB left: lower --save_total_limit (now {flags.save_total_limit}), say "
             "--save_only_model True (a third; no resume) or --save_strategy no, or take another --output_dir"
         )
+
+
+def checkpoints(flags: Any, parameters: int, steps: int | None) -> tuple[int, float]:
+    """How many checkpoints lie on the disk at the same time, and the bytes of one; arguments of ``check_room``."""
+    saves = _saves(flags, steps)
+    # Weights in float32 and AdamW's two moments; a new checkpoint is written before the oldest goes.
+    return min(saves, (flags.save_total_limit or saves) + 1), parameters * (4.0 if flags.save_only_model else 12.0)
 
 
 def _saves(flags: Any, steps: int | None) -> int:
