@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from codeact.base.console import aligned, duration, if_known, short, size
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.base.stage import Stage
-from codeact.forecast.cost import GIB
 from codeact.forecast.models import hub_if_reached, weight_bytes
 from codeact.forecast.steps import TO_DO, Plan, StepForecast
 from codeact.models.loading import quiet_transformers
+from codeact.ops.flops import GIB
 from codeact.run.flow import Flow
 from codeact.training.flags import check_flags
 from codeact.training.stage import TAKEN_FLAGS

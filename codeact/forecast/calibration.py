@@ -6,7 +6,7 @@ Where the model is not here or is too large for that, the rate of a large matrix
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,16 @@ from codeact.base.machine import free_memory, peak_memory, total_memory
 from codeact.data.records import BadRow, Record
 from codeact.embedding.vectors import embed_texts, load_embedder
 from codeact.evaluation.decoding import Manner, Sampling, decode
-from codeact.forecast.cost import ModelFacts
-from codeact.forecast.training import Training
 from codeact.models.adapters import add_lora
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.loading import load_causal_lm
+from codeact.ops.flops import ModelFacts
 from codeact.run.settings import RunSettings
 from codeact.scoring.ifd import IfdScorer
 from codeact.scoring.tokens import tokenize
 from codeact.text.conversations import Sample, encode_conversations
 from codeact.training.options import PackOptions
+from codeact.training.room import PlannedTraining
 from codeact.training.trainer import collator
 
 UTILISATION = 0.6
@@ -74,7 +74,7 @@ def calibrate(
     settings: RunSettings,
     model: ModelFacts,
     embedder: ModelFacts,
-    training: Training | None,
+    training: PlannedTraining | None,
     records: Sequence[Record | BadRow],
     stages: set[str],
 ) -> Machine:
@@ -107,7 +107,15 @@ def calibrate(
         machine.lines.append(f"{settings.score.model} is too large to be tried here in a few seconds")
     elif folder is not None:
         trial = _Trial(machine, settings, model, rows, tokens, *load_causal_lm(str(folder), device, dtype))
-        trial.run(begin, training if "train" in stages else None, "generate" in stages)
+        prompt = trial.score(begin)
+        in_time = bool(prompt) and time.perf_counter() - begin < _BUDGET
+        if in_time and "generate" in stages:
+            trial.generate(prompt)
+        if in_time and "train" in stages and training and training.sharding in ("none", "ddp"):
+            try:
+                trial.train(training)
+            except (InputError, MissingExtraError) as error:
+                machine.lines.append(f"training was not tried: {error}")
     embedding = local_weights(settings.embed.model) if "embed" in stages else None
     if embedding is not None and time.perf_counter() - begin < _BUDGET:
         _embed(machine, settings, embedding, embedder, rows)
@@ -138,6 +146,12 @@ def _made_up() -> list[Record]:
     return [Record(id=str(n), row=n, question=line * 20, answer=line * 50) for n in range(16)]
 
 
+def _seconds(do: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    do()
+    return time.perf_counter() - begin
+
+
 @dataclass(slots=True)
 class _Trial:
     """The causal model, measured in what it is used for at about ``tokens`` tokens each."""
@@ -150,21 +164,8 @@ class _Trial:
     model: Any
     tokenizer: Any
 
-    def run(self, begin: float, training: Training | None, generate: bool) -> None:
-        """Score, generate, train; ``begin``: when its loading began."""
-        prompt = self.score(begin)
-        if not prompt or time.perf_counter() - begin > _BUDGET:
-            return
-        if generate:
-            self.generate(prompt)
-        if training is not None and training.sharding in ("none", "ddp"):
-            try:
-                self.train(training)
-            except (InputError, MissingExtraError) as error:
-                self.machine.lines.append(f"training was not tried: {error}")
-
     def score(self, begin: float) -> list[int]:
-        """Score some rows; returns the tokens of one, none where no row can be scored."""
+        """Score some rows; returns the tokens of one, none where no row can be scored. ``begin``: of loading."""
         score = self.settings.score
         scorer = IfdScorer(self.model, self.tokenizer, score.template, score.max_length, None, score.protocol)
         items = tokenize(self.rows, self.tokenizer, scorer.prompts, score.max_length, score.protocol)
@@ -178,9 +179,7 @@ class _Trial:
         some, lengths = [row for row, _ in usable], lengths[: 2 * len(usable)]
         scorer.score(some[:1])  # what is slow the first time only
         self.machine.start_seconds = time.perf_counter() - begin
-        begin = time.perf_counter()
-        scorer.score(some)
-        seconds = time.perf_counter() - begin
+        seconds = _seconds(lambda: scorer.score(some))
         head = sum(lengths) - sum(item.conditional_start + item.unconditional_start for _, item in usable)
         flops = self.facts.forward_flops(sum(lengths), float(np.square(lengths).sum()), head)
         self.machine.measured("score", sum(lengths), flops, seconds)
@@ -206,7 +205,7 @@ class _Trial:
         rate = f"{count / seconds:,.0f} tokens/s, measured here after 128 tokens"
         self.machine.lines.append(f"generate: {count} answers at once, {rate}")
 
-    def train(self, training: Training) -> None:
+    def train(self, training: PlannedTraining) -> None:
         """Forward, backward and optimizer step of one batch, as the Trainer would do them; the model is changed."""
         flags, device = training.flags, self.model.device
         if flags.quantize != "none":
@@ -228,18 +227,18 @@ class _Trial:
         batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         supervised = sum(int((sample.labels[1:] != -100).sum()) for sample in samples)
         inputs = {**batch, **fused, "use_cache": False, "num_items_in_batch": torch.tensor(supervised, device=device)}
-        seconds = 0.0
-        for _ in range(2):  # the first time is slow
-            if seconds > 2 * _SECONDS:
-                break
-            begin = time.perf_counter()
+
+        def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast):
                 loss = model(**inputs).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
-            seconds = time.perf_counter() - begin
+
+        seconds = _seconds(step)
+        if seconds <= 2 * _SECONDS:  # the first time is slow
+            seconds = _seconds(step)
         computed, width = int(batch["input_ids"].numel()), int(batch["input_ids"].shape[-1])
         squared = sum(len(sample.input_ids) ** 2 for sample in samples) if training.packs else computed * width
         head = supervised if training.packs and flags.supervised_only else computed
@@ -266,9 +265,6 @@ def _embed(machine: Machine, settings: RunSettings, folder: Path, facts: ModelFa
     with suppress(InputError):
         encoder = load_embedder(folder, device=settings.embed.device, dtype=settings.embed.dtype)
         texts = [row.question for row in rows[: 4 * _ROWS]]
-        embed_texts(texts[:1], encoder)
-        begin = time.perf_counter()
         tokens = embed_texts(texts, encoder, batch_size=_ROWS).tokens
-        seconds = time.perf_counter() - begin
-        # Not causal: every token sees all others.
-        machine.measured("embed", tokens, facts.forward_flops(tokens, 2 * tokens * tokens / len(texts), 0), seconds)
+        flops = facts.forward_flops(tokens, 2 * tokens * tokens / len(texts), 0)  # every token sees all others
+        machine.measured("embed", tokens, flops, _seconds(lambda: embed_texts(texts, encoder, batch_size=_ROWS)))

@@ -13,8 +13,11 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, RecordSet
+from codeact.models.loading import load_tokenizer
 from codeact.run.settings import ForecastSettings, RunSettings
-from codeact.text.conversations import IGNORE, Sample, encode_conversations
+from codeact.scoring.tokens import tokenize
+from codeact.text.conversations import IGNORE, Sample, encode_conversations, open_conversations
+from codeact.text.templates import PromptBuilder
 
 SAMPLE_ROWS = 400
 TEMPLATE_TOKENS = 20  # of a row, where no template is rendered
@@ -54,14 +57,9 @@ class Sampled:
 class DataFacts:
     """Rows, and the tokens that every stage makes of them.
 
-    Attributes:
-        rows: of the data.
-        conditional, unconditional, scored: tokens of the two passes of scoring, and what of both is scored.
-        questions: tokens for the embedder.
-        conversations, supervised: tokens of a training sample, and how many of them have a label.
-        row_bytes: of a row as UTF-8 text, on average.
-        records: the rows that were looked at; none where lengths are assumed.
-        source: where all this is known from.
+    ``conditional``, ``unconditional`` and ``scored`` are the two passes of scoring and what of both is scored;
+    ``questions`` go to the embedder; ``conversations`` are training samples, ``supervised`` those tokens of them that
+    have a label. ``row_bytes``: of a row as text, on average. ``records``: the rows that were looked at, if any.
     """
 
     rows: int
@@ -92,14 +90,13 @@ def data_facts(
         InputError: neither data nor section tells.
     """
     assumed = settings.forecast
-    tokenizer, no_tokenizer = _tried(_tokenizer, settings.score.model)
+    tokenizer, no_tokenizer = _tried(load_tokenizer, settings.score.model)
     records, no_data = _tried(settings.data.open)
-    rows = len(records) if records is not None else assumed.rows
+    rows, why = assumed.rows if records is None else len(records), no_data or no_tokenizer
     if rows is None:
         raise InputError(f"{no_data}; or say what it holds, in the settings: {_section(assumed)}")
-    if records is not None and tokenizer is not None:
+    if not why:
         return _counted(settings, records, tokenizer, flags, embedder, embedder_length, chosen)
-    why = no_data or no_tokenizer
     if assumed.question_tokens is None or assumed.answer_tokens is None:
         raise InputError(f"{why}; or say how long its rows are, in the settings: {_section(assumed)}")
     return _assumed(settings, rows, assumed.question_tokens, assumed.answer_tokens, flags, embedder_length, why)
@@ -117,12 +114,6 @@ def _tried(make: Any, *arguments: Any) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _tokenizer(name: str) -> Any:
-    from codeact.models.loading import load_tokenizer
-
-    return load_tokenizer(name)
-
-
 def _counted(
     settings: RunSettings,
     records: RecordSet,
@@ -132,10 +123,6 @@ def _counted(
     embedder_length: int,
     chosen: Path | None,
 ) -> DataFacts:
-    from codeact.scoring.tokens import tokenize
-    from codeact.text.conversations import open_conversations
-    from codeact.text.templates import PromptBuilder
-
     score, rows = settings.score, len(records)
     drawn = _draw(records)
     prompts = PromptBuilder(tokenizer, score.template)
@@ -144,7 +131,7 @@ def _counted(
     starts = [item.conditional_start + item.unconditional_start for item in items]
     good = [row for row in drawn if isinstance(row, Record)]
     texts = [row.question.encode("utf-8", "replace").decode("utf-8") for row in good]
-    embeds, _ = _tried(_tokenizer, embedder) if embedder else (None, "")
+    embeds, _ = _tried(load_tokenizer, embedder) if embedder else (None, "")
     questions = (embeds or tokenizer)(texts, verbose=False)["input_ids"] if texts else []
     samples: list[Sample] = []
     stands_for = 0.0
@@ -190,6 +177,7 @@ def _assumed(
     kept = np.minimum(answers, most - prompts)
     conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, most if flags is None else flags.max_seq_len)
     chosen = rows * settings.select.ratio if flags is not None else 0
+    averages = f"{rows:,} rows of {question:g} + {answer:g} tokens on average, as the section forecast says"
     return DataFacts(
         rows=rows,
         conditional=Sampled(prompts + kept, rows, counted=False),
@@ -200,10 +188,7 @@ def _assumed(
         supervised=Sampled(np.minimum(answers, conversations - 1), chosen, counted=False),
         row_bytes=3.5 * (question + answer),
         records=(),
-        source=(
-            f"{rows:,} rows of {question:g} + {answer:g} tokens on average, as the section forecast says, spread "
-            f"lognormally (not looked at: {why})"
-        ),
+        source=f"{averages}, spread lognormally (not looked at: {why})",
     )
 
 

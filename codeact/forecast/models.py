@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import datasets
+import huggingface_hub.constants as hub
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
+
 from codeact.base.errors import InputError
-from codeact.forecast.cost import ModelFacts
-from codeact.ops.flops import ModelShape, ParameterCounts
+from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts
 
 
 def model_facts(name: str, assumed: float | None) -> ModelFacts:
@@ -22,8 +26,6 @@ def model_facts(name: str, assumed: float | None) -> ModelFacts:
     Raises:
         InputError: neither is there.
     """
-    from transformers import LlamaConfig
-
     config, source = _config(name), f"{name}: its config.json"
     if config is None and assumed is None:
         raise InputError(
@@ -45,8 +47,6 @@ def model_facts(name: str, assumed: float | None) -> ModelFacts:
 
 def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
     """The same of an embedding model, the tokens it takes, and a name to load its tokenizer by ("": there is none)."""
-    from transformers import BertConfig
-
     config = _config(name)
     if config is None:  # as all-mpnet-base-v2: 12 layers of 768
         source = f"{name} is not here: 12 layers of width 768 are assumed"
@@ -59,8 +59,6 @@ def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
     with suppress(OSError, ValueError, ImportError):
         name = str(Path(name).expanduser()) if name.startswith("~") else name
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -69,9 +67,6 @@ def _config(name: str) -> Any:
 
 def _facts_of(name: str, config: Any, source: str, causal: bool = True) -> ModelFacts:
     """Build the model without memory for its weights, and count."""
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM
-
     shape = ModelShape.from_config(config)
     if shape is None:
         why = "lacks a width, or is a mixture of experts, whose cost is not known here"
@@ -99,9 +94,6 @@ def weight_bytes(name: str) -> int:
 @contextmanager
 def hub_if_reached() -> Iterator[None]:
     """Let hub clients look into their caches only while the hub does not answer; they would try again for a minute."""
-    import datasets
-    import huggingface_hub.constants as hub
-
     places: tuple[Any, ...] = (hub, datasets.config)
     before = [module.HF_HUB_OFFLINE for module in places]
     try:

@@ -12,14 +12,15 @@ from codeact.base.errors import one_of
 from codeact.evaluation.generate import largest_batch
 from codeact.evaluation.results import default_parallel
 from codeact.forecast.calibration import LOAD_BYTES_PER_SECOND, Machine, calibrate
-from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import data_facts
 from codeact.forecast.models import embedder_facts, model_facts
-from codeact.forecast.training import Training
-from codeact.padding.strategies import StrategyStats, strategy_stats
+from codeact.ops.flops import GIB, Memory, ModelFacts, decoding_seconds, inference_memory
+from codeact.padding.strategies import StrategyStats, strategy_of, strategy_stats
 from codeact.run.settings import ForecastSettings, RunSettings
-from codeact.training.room import checkpoints
+from codeact.training.room import PlannedTraining, checkpoints
 
+CUDA_CONTEXT = 1.5 * GIB
+"""What a process takes on a GPU before its first tensor, with the workspaces of its libraries."""
 GPU_UTILISATION = 0.4
 """Assumed share of a GPU's peak FLOP/s."""
 BANDWIDTH_UTILISATION = 0.6
@@ -82,7 +83,7 @@ class Plan:
     def __init__(self, settings: RunSettings, flags: Any, states: dict[str, str], to_do: set[str]) -> None:
         """Look at data, models and machine; ``states``: of the steps by name, ``to_do``: sections."""
         self.settings = settings
-        self.training = None if flags is None else Training(flags, settings.processes)
+        self.training = None if flags is None else PlannedTraining(flags, settings.processes)
         self.model = model_facts(settings.score.model, settings.forecast.parameters)
         self.embedder, length, tokenizer = embedder_facts(settings.embed.model)
         done = states.get("select") in ("done already", "left as it is")
@@ -190,7 +191,7 @@ class Plan:
             "disk": saved + TOKENIZER_BYTES + kept * bytes_of_one,
         }
 
-    def _epoch(self, training: Training) -> StrategyStats | None:
+    def _epoch(self, training: PlannedTraining) -> StrategyStats | None:
         """The strategy's figures on the sampled conversations, which stand for all."""
         data, flags = self.data, training.flags
         lengths, supervised = data.conversations.values, data.supervised.values
@@ -199,7 +200,15 @@ class Plan:
         # As many as there are, up to so many that a pack is filled as it will be.
         count = max(1, min(round(data.conversations.rows * (1 - flags.eval_ratio)), len(lengths)))
         batch = flags.per_device_train_batch_size
-        return strategy_stats(training.strategy, lengths[:count], supervised[:count], flags.max_seq_len, batch, None, 0)
+        return strategy_stats(
+            strategy_of(flags.pad_mode, flags.pack_scope),
+            lengths[:count],
+            supervised[:count],
+            flags.max_seq_len,
+            batch,
+            None,
+            0,
+        )
 
     def generate(self) -> dict[str, Any]:
         """Programs for every task."""
@@ -208,7 +217,7 @@ class Plan:
         count, new, weight = self._programs(), settings.max_new_tokens, self._bytes(settings.dtype)
         length, rate = PROMPT_TOKENS + new, machine.flops["score"]
         room = max(0.0, machine.memory - machine.base - model.parameters * weight)
-        batch = settings.batch_size or largest_batch(model.cache_bytes(weight) * length, room, self._kind)
+        batch = settings.batch_size or largest_batch(model.shape.cache_bytes(length, weight), room, self._kind)
         batches, batch = math.ceil(count / batch), min(batch, count)
         if machine.decoding is not None:
             step, measured = machine.decoding

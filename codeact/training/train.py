@@ -24,14 +24,14 @@ from codeact.base.errors import InputError
 from codeact.base.machine import free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
 from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
-from codeact.ops.flops import ModelShape
+from codeact.ops.flops import GIB, ModelShape
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
 from codeact.training.cost import CostMonitor, aligned
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.room import GIB, check_memory, check_room, pass_memory, state_memory
+from codeact.training.room import check_memory, check_room, pass_memory, state_memory
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 

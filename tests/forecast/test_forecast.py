@@ -8,15 +8,13 @@ from codeact import cli
 from codeact import forecast as forecasting
 from codeact.base.devices import GPUS, find_gpu
 from codeact.base.errors import InputError
-from codeact.forecast.cost import ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import Sampled, data_facts
 from codeact.forecast.models import model_facts
-from codeact.forecast.training import Training
-from codeact.ops.flops import ModelShape, ParameterCounts
+from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts, decoding_seconds, inference_memory
 from codeact.run.flow import STAGES, Flow, open_flow
 from codeact.run.settings import RunSettings, settings_class, shipped_configs
 from codeact.training.flags import check_flags
-from codeact.training.room import pass_memory
+from codeact.training.room import PlannedTraining, pass_memory
 
 # Two layers of width 8: attention 4 * 64, gated MLP 3 * 8 * 16; 10 words.
 SHAPE = ModelShape(layers=2, hidden=8, intermediate=16, query_width=8, key_width=8, vocabulary=10)
@@ -26,8 +24,8 @@ LORA = {"lora": True, "lora_r": 2, "lora_target_modules": "q_proj"}
 SEVEN = "a model of 7e9 parameters that is not here"
 
 
-def training(processes: int = 1, **flags: object) -> Training:
-    return Training(check_flags({"lora_dropout": 0.0, **flags}, "train", here=False), processes)
+def training(processes: int = 1, **flags: object) -> PlannedTraining:
+    return PlannedTraining(check_flags({"lora_dropout": 0.0, **flags}, "train", here=False), processes)
 
 
 @pytest.fixture
@@ -280,6 +278,17 @@ def test_slower_devices_take_longer_and_too_small_ones_are_named(elsewhere):
     assert any("6 of 8 devices stand idle" in line for line in idle.warnings)
 
 
+def test_checkpoints_count_as_codeact_train_counts_them(elsewhere):
+    """Every epoch one of 12 bytes a parameter, two kept and one being written; of weights alone a third."""
+    kinds = ({"save_strategy": "no"}, {"save_strategy": "epoch", "num_train_epochs": 5})
+    kinds = (*kinds, {**kinds[1], "save_total_limit": 1}, {**kinds[1], "save_only_model": True})
+    settings = (changed(elsewhere, train={**elsewhere.train, "save_total_limit": 2, **kind}) for kind in kinds)
+    none, three, two, light = (forecast(each, last="train").steps[-1].disk for each in settings)
+    assert three - none == pytest.approx(3 * 12 * 6.7e9, rel=0.1)
+    assert (two - none) / (three - none) == pytest.approx(2 / 3)
+    assert (light - none) / (three - none) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("missing", ["rows", "answer_tokens", "parameters"])
 def test_what_cannot_be_known_is_one_line_that_says_what_to_add(elsewhere, missing):
     assumed = {key: value for key, value in elsewhere.forecast.model_dump().items() if key != missing}
@@ -367,7 +376,7 @@ def test_the_recipes_are_the_papers():
     assert len(recipes) == 4
     for settings in recipes:
         flags = check_flags(settings.train, "train")
-        cost = Training(flags, settings.processes)
+        cost = PlannedTraining(flags, settings.processes)
         assert flags.per_device_train_batch_size * flags.gradient_accumulation_steps * settings.processes == 512
         assert (flags.max_seq_len, flags.num_train_epochs, cost.checkpointing, cost.sharding) == (
             2048,
