@@ -25,6 +25,11 @@ STRATEGIES: Mapping[str, str] = {
 """Names, and how they are shown."""
 
 
+def strategy_of(pad_mode: str, pack_scope: str) -> str:
+    """The name of what these flags of training ask for."""
+    return f"dynamic_pack_{pack_scope}" if pad_mode == "dynamic_pack" else pad_mode
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Samples -> rows -> forward passes.

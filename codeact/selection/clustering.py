@@ -137,7 +137,7 @@ def _fit_sklearn(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init
 def _fit_torch(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init: int, lloyd: Any = None) -> _Fitted:
     from codeact.selection.kmeans import fit
 
-    labels, assign = fit(_to_device(vectors), k, seed, n_init, lloyd)
+    labels, assign = fit(_to_device(vectors), k, seed, n_init, MAX_ITERATIONS, lloyd)
 
     def to_host(labels: torch.Tensor) -> _Labels:
         return labels.to("cpu").numpy().astype(np.int32)
