@@ -31,8 +31,7 @@ import numpy.typing as npt
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 
-_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}  # of `datasets`
-_SUFFIXES = (".json", ".jsonl", ".ndjson", *_LOADERS)
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
 _OTHER_SUFFIXES = (".txt", ".zip", ".yaml", ".md", ".npy", ".pkl")  # never a hub name
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -126,8 +125,8 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
 
 
 def _open_file(file: _File) -> Part:
-    if file.suffix in _LOADERS:
-        dataset = _load([file])
+    if file.suffix in (".csv", ".tsv", ".arrow"):
+        dataset = _load("arrow", [file]) if file.suffix == ".arrow" else _read_csv(file)
         return _TablePart(dataset, 0, len(dataset), file.name)
     part = _JsonPart(file)
     rows = None if part.is_array or file.suffix != ".json" else _document(file, part)
@@ -159,41 +158,25 @@ def _of_split(folder: Path, names: list[str], split: str | None, config_name: st
     """The files of one split, as `datasets` finds them: by the folder's README.md, else by the files' names."""
     card = folder / "README.md"
     configured = card.is_file() and "configs:" in card.read_text(errors="replace")
-    if not configured and not re.search("train|test|val|dev|eval", " ".join(names), re.IGNORECASE):
-        if split not in (None, "train") or config_name is not None:
-            raise refusal(f"{folder} has no splits or configurations; leave these options out")
+    named = re.search("train|test|val|dev", " ".join(names), re.IGNORECASE)
+    if not configured and (config_name is not None or (not named and split not in (None, "train"))):
+        raise refusal(f"{folder} has no splits or configurations of its own; leave these options out")
+    if not configured and not named:
         return names
-    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
-    from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
+    import datasets
 
     try:
-        metadata = re.match(r"\s*---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL) if configured else None
-        configs: dict[str, Any] = {}
-        if metadata:
-            import yaml
+        found = datasets.load_dataset_builder(str(folder), name=config_name).config.data_files
+    except Exception as error:  # no such configuration, several, a broken card: each with types of its own
+        raise refusal(f"{folder}: {error}".partition("Example of usage")[0]) from None
 
-            configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**yaml.safe_load(metadata[1])))
-        if len(configs) > 1 or config_name is not None:
-            default = next((name for name in configs if configs[name].get("default") or name == "default"), None)
-            config_name = config_name or default
-            if config_name not in configs:
-                known = listing(configs) or "none"
-                raise refusal(f"{folder} has other configurations than {config_name}; choose one of: {known}")
-            configs = {config_name: configs[config_name]}
-        files = next((config["data_files"] for config in configs.values() if "data_files" in config), None)
-        patterns = get_data_patterns(str(folder)) if files is None else sanitize_patterns(files)
-        found = DataFilesDict.from_patterns(patterns, base_path=str(folder))
-    except InputError:
-        raise
-    except Exception as error:  # of three libraries, each with types of its own
-        raise refusal(f"{folder}: the splits of this folder cannot be told: {error}; give its files alone") from None
-    splits = {
-        str(name): [path for path in names if str(folder / path) in set(map(str, files))]
-        for name, files in found.items()
-    }
-    splits = {name: paths for name, paths in splits.items() if paths}
-    if len(splits) < 2 and split in (None, *splits) and files is None:
+    def place(file: object) -> str:  # but not where a link leads: two files of the hub's cache can be one
+        return os.path.join(os.path.realpath(os.path.dirname(str(file))), os.path.basename(str(file)))
+
+    paths = {place(folder / name): name for name in names}
+    splits = {str(key): [paths[file] for file in map(place, files) if file in paths] for key, files in found.items()}
+    splits = {key: chosen for key, chosen in splits.items() if chosen}
+    if len(splits) < 2 and split in (None, "train", *splits) and not configured:
         return names  # one split, with whatever lies beside it
     return splits[_choose(split, list(splits), str(folder))]
 
@@ -491,8 +474,8 @@ class _ListPart:
 
     uniform = False
 
-    def __init__(self, rows: Sequence[Any], name: str) -> None:
-        self._rows, self._name = rows, name
+    def __init__(self, rows: Iterable[object], name: str) -> None:
+        self._rows, self._name = list(map(_checked, rows)), name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -500,8 +483,8 @@ class _ListPart:
     def where(self, index: int) -> str:
         return f"{self._name} row {index}"
 
-    def raw(self, start: int, stop: int, only: str | None) -> Iterator[Raw]:
-        return map(_checked, self._rows[start:stop])
+    def raw(self, start: int, stop: int, only: str | None) -> Sequence[Raw]:
+        return self._rows[start:stop]
 
 
 def _checked(row: object) -> Raw:
@@ -572,22 +555,40 @@ def _open_parquet(files: Sequence[_File]) -> dict[Path, _TablePart]:
     parts: dict[Path, _TablePart] = {}
     for schema, group in groups.items():
         filled = [file for file, rows in group.items() if rows]  # `datasets` cannot read a Parquet file without rows
-        dataset, base = _load(filled) if filled else datasets.Dataset(schema.empty_table()), 0
+        dataset, base = _load("parquet", filled) if filled else datasets.Dataset(schema.empty_table()), 0
         for file, rows in group.items():
             parts[file.path] = _TablePart(dataset, base, rows, file.name)
             base += rows
     return parts
 
 
-def _load(files: Sequence[_File]) -> Any:
+def _read_csv(file: _File) -> Any:
+    """All columns as text, as they stand: "NA" is an answer and "007" an id."""
+    import csv
+
+    import datasets
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    separator = "\t" if file.suffix == ".tsv" else ","
+    try:
+        with file.plain.open(newline="", encoding="utf-8-sig") as handle:
+            names = next(csv.reader(handle, delimiter=separator), [])
+        table = arrow_csv.read_csv(
+            file.plain,
+            arrow_csv.ReadOptions(block_size=min(max(file.plain.stat().st_size, 1), 2**31 - 1)),  # a row lies in one
+            arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False),
+        )
+        return datasets.Dataset(table)
+    except (pa.ArrowException, csv.Error, ValueError) as error:
+        raise refusal(f"{file.path}: no readable CSV: {error}; mend it, or save it as JSON lines") from None
+
+
+def _load(loader: str, files: Sequence[_File]) -> Any:
     """Files of one kind as one data set, each in the order of its rows."""
     import datasets
 
-    loader = _LOADERS[files[0].suffix]
-    # Text stays text: "NA" is an answer and "007" an id.
-    options: dict[str, Any] = {"dtype": "str", "keep_default_na": False} if loader == "csv" else {}
-    if files[0].suffix == ".tsv":
-        options["sep"] = "\t"
     shown = not datasets.are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -597,11 +598,11 @@ def _load(files: Sequence[_File]) -> Any:
         # its content, a changed file is read again. A path is taken for a pattern, hence the escape.
         patterns = [glob.escape(str(file.plain.resolve())) for file in files]
         name = _digest(file.plain for file in files)[:32]
-        return datasets.load_dataset(loader, name=name, data_files=patterns, split="train", **options)
+        return datasets.load_dataset(loader, name=name, data_files=patterns, split="train")
     except Exception as error:  # `datasets` wraps its causes in many types
         cause = error.__cause__ or error
-        kind_name = {"csv": "CSV"}.get(loader, loader.capitalize())
-        raise refusal(f"{files[0].path}{' and others' * (len(files) > 1)}: no readable {kind_name}: {cause}") from None
+        others = " and others" * (len(files) > 1)
+        raise refusal(f"{files[0].path}{others}: no readable {loader.capitalize()}: {cause}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if shown:
@@ -636,9 +637,11 @@ def open_memory(data: Any, split: str | None) -> Source:
     """A list of dictionaries, a ``datasets.Dataset``, or a table of Arrow, pandas or polars."""
     name = "rows" if isinstance(data, Sequence) else type(data).__name__
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
-        text = json.dumps(list(data), ensure_ascii=False, default=str, sort_keys=True)
-        identity = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-        return Source(name, [_ListPart(data, name)], identity)
+        part = _ListPart(data, name)
+        digest = hashlib.sha256()
+        for row in part.raw(0, len(part), None):
+            digest.update(json.dumps(row, default=str).encode())  # of a row that cannot be read: why
+        return Source(name, [part], digest.hexdigest())
     if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):  # a DatasetDict
         data = data[_choose(split, list(data), name)]
     if hasattr(data, "__arrow_c_stream__") and not hasattr(data, "with_format"):
