@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from codeact.base.errors import InputError as InputError
-    from codeact.data.records import Columns as Columns
+    from codeact.data.forms import Columns as Columns
     from codeact.data.records import Record as Record
     from codeact.data.records import open_records as open_records
     from codeact.embedding.vectors import embed as embed
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Columns": "data.records",
+    "Columns": "data.forms",
     "InputError": "base.errors",
     "PackCollator": "training.dataset",
     "PackDataset": "training.dataset",

@@ -143,7 +143,9 @@ def _find(target: str) -> list[tuple[Path, str, str]]:
     files, prefix = [], name.replace(".", "/") + "/" if name else ""
     for place in places:
         # pyvenv.cfg marks a virtual environment inside a project.
-        for file in walk(place, {".py"}, lambda inner: inner.name in excluded or (inner / "pyvenv.cfg").exists()):
+        for file in walk(place, lambda inner: inner.name in excluded or (inner / "pyvenv.cfg").exists()):
+            if file.suffix.lower() != ".py":
+                continue
             relative = prefix + file.relative_to(place).as_posix()
             files.append((file, relative, relative[:-3].removesuffix("/__init__").replace("/", ".")))
     return sorted(files, key=lambda found: found[1])
@@ -186,6 +188,8 @@ def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: Ha
     for file, relative, module in files:
         summary.files += 1
         try:
+            if not file.is_file():  # opening a pipe would wait for ever
+                raise OSError("no regular file")
             with tokenize.open(file) as handle:  # honours a coding comment, as Python does
                 source = handle.read()
             tree = _parse(source)

@@ -284,10 +284,12 @@ def _conversations(
                     f"row {rows[index]} is {record.id!r} in the data and {scored_id!r} in the scores; "
                     "pass the file that was scored"
                 )
-            turns = (*record.history, ("user", record.question), ("assistant", record.answer))
             yield {
                 "id": record.id,
-                "conversation": [{"role": role, "content": content} for role, content in turns],
+                "conversation": [
+                    {"role": role, "content": text, **({"weight": 0} if number in record.context else {})}
+                    for number, (role, text) in enumerate(record.turns)
+                ],
                 "ifd": float(ifd[index]),
                 "cluster": None if clusters is None else int(clusters[index]),
                 "extra": jsonable(record.extra),
