@@ -221,7 +221,7 @@ class _Run:
         tests = self._truth.tests(problem)
         for sample in new.values():
             verdict = judge_program(sample.solution, tests, self._sandbox, self._base_only)
-            if verdict.timed_out:
+            if verdict.of_machine:
                 self._late.append((problem, sample))
             else:
                 self._note(sample, verdict)

@@ -23,7 +23,7 @@ FILES = {
     "write to the root": "open('/a', 'w').write('x'); return 'escaped'",
     "write to the libraries": "open('/usr/lib/a', 'w').write('x'); return 'escaped'",
     "write to the interpreter": "import os; open(os.__file__, 'a').write('x'); return 'escaped'",
-    "write to the runner": "open('/runner.py', 'a').write('x'); return 'escaped'",
+    "write to the runner": "open('/runner.pyc', 'ab').write(b'x'); return 'escaped'",
     "write to numpy": "open('/packages/numpy/__init__.py', 'a').write('x'); return 'escaped'",
     "write to /dev": "open('/dev/a', 'w').write('x'); return 'escaped'",
     "write to /dev/shm": "open('/dev/shm/a', 'w').write('x'); return 'escaped'",
@@ -151,8 +151,8 @@ FORGERIES = {
     + "forge(b'{{\"value\":{{\"ratio\":[\"0x' + b'f' * 500000 + b'\",\"0x' + b'e' * 400001 + b'\"]}}}}\\n'); os._exit(0)",
     "write colliding keys": _FORGE + "m = (1 << 61) - 1\n"
     "forge(json.dumps({{'value': {{'dict': [[n * m, 0] for n in range(30000)]}}}}).encode() + b'\\n'); os._exit(0)",
-    "change the encoder": "import __main__; __main__.encode = lambda *a: a; return None",
-    "change the results": "import __main__\n__main__._Results.add_value = lambda self, value: self.add({{'value': True}})\n"
+    "change the encoder": "import sys; sys._getframe(1).f_globals['encode'] = lambda *a: a; return None",
+    "change the results": "import sys\nsys._getframe(1).f_globals['_Results'].add_value = lambda self, value: self.add({{'value': True}})\n"
     "return None",
     "change json": "import json; json.dumps = lambda *a, **k: '{{\"done\":true}}'; return None",
     "change the comparison": "import builtins; builtins.all = lambda *a: True; builtins.bool = lambda *a: True; return 1",

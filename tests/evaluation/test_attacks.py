@@ -117,12 +117,12 @@ class Witness:
         self.limits = sandbox.limits
         self.lines: list[bytes] = []
 
-    def run(self, request, silence, total, consume, most_bytes=1 << 20):
+    def run(self, request, consume, **limits):
         def keep(line: bytes) -> bool:
             self.lines.append(line[:300])
             return consume(line)
 
-        return self._sandbox.run(request, silence, total, keep, most_bytes)
+        return self._sandbox.run(request, keep, **limits)
 
 
 @pytest.fixture(scope="module")
