@@ -23,7 +23,7 @@ from codeact.evaluation.sandbox.sandbox import Sandbox
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the cached truth and of verdicts: both are made anew where it differs."""
 
 _REFERENCE_SECONDS = 60.0
@@ -56,9 +56,14 @@ class Verdict:
     message: str = ""
 
     @property
-    def of_machine(self) -> bool:
-        """Whether a machine that is busy or short of memory can have been the reason."""
-        return bool({"time", "memory"} & {self.base, self.plus}) or self.message.endswith(f"exit code {_KILLED}")
+    def late(self) -> bool:
+        """Whether it failed by a time-out."""
+        return "time" in (self.base, self.plus)
+
+    @property
+    def starved(self) -> bool:
+        """Whether it failed for want of memory, or was killed: a machine that is short of it can be the reason."""
+        return "memory" in (self.base, self.plus) or self.message.endswith(f"exit code {_KILLED}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

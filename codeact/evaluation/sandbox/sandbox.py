@@ -116,7 +116,7 @@ class Ended:
 
 
 class StoppedError(Exception):
-    """``Sandbox.stop`` was called: nothing more is run, and what ran has no result."""
+    """``Sandbox.stop`` was called: what ran has no result."""
 
 
 class Sandbox:
@@ -196,11 +196,15 @@ class Sandbox:
         return visible(lines[0].decode(errors="replace"))[:200] if lines else f"it ended by {ended.how}, {ended.status}"
 
     def stop(self) -> None:
-        """End whatever runs, at once; from now on a run is a ``StoppedError``."""
+        """End whatever runs, at once; until ``resume`` every run is a ``StoppedError``."""
         with self._lock:
             self._stopped = True
             for process in self._running:
                 _kill(process)
+
+    def resume(self) -> None:
+        """Run programs again."""
+        self._stopped = False
 
     def run(
         self,
