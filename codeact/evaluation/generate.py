@@ -18,7 +18,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
-from codeact.evaluation.programs import SampleLog
+from codeact.evaluation.programs import SampleLog, discard_samples
 from codeact.evaluation.prompts import Prompt, PromptWriter
 from codeact.evaluation.settings import GenerationSettings
 
@@ -275,7 +275,7 @@ def _claim(
             )
         return int(known["batch_size"])
     size = wanted or by_memory()
-    output.unlink(missing_ok=True)
+    discard_samples(output)
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size

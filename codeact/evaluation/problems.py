@@ -94,7 +94,7 @@ def load_problems(
     path = Path(data).expanduser() if data is not None else _find(dataset)
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; {_remedy(dataset)}") from None
     problems = []
@@ -103,7 +103,7 @@ def load_problems(
             continue
         try:
             problems.append(_problem(dataset, json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {_remedy(dataset)}"
             ) from None
