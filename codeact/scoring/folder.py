@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import time
@@ -50,6 +51,8 @@ SCHEMA = pa.schema(
     ]
 )
 """The score table: one row for each row of the data set, whatever became of it."""
+
+logger = logging.getLogger(__name__)
 
 _METADATA_KEY = b"codeact"
 
@@ -173,6 +176,8 @@ class ScoreFolder:
                 "tokens": cost.tokens,
                 "packs": cost.packs,
                 "capacity_tokens": cost.capacity_tokens,
+                "tokens_per_pack": scorer.tokens_per_pack,
+                "route": scorer.route,
                 "versions": _versions(),
             }
             table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
@@ -195,6 +200,7 @@ class ScoreFolder:
         totals: Counter[str] = Counter()
         refused: Counter[str] = Counter()
         statuses: Counter[str] = Counter()
+        routes: Counter[str] = Counter()
         with (
             atomic_path(self.folder / "scores.parquet") as temporary,
             pq.ParquetWriter(temporary, SCHEMA) as writer,
@@ -208,6 +214,7 @@ class ScoreFolder:
                 if table["row"].to_pylist() != list(expected):
                     raise InputError(f"{path} does not hold rows {first} to {expected[-1]}: delete it and score again")
                 writer.write_table(table)
+                routes[facts.get("route", "an older version, which did not note it")] += 1
                 refused += refusals(table)
                 statuses.update(table["status"].to_pylist())
                 totals["rows"] += table.num_rows
@@ -216,7 +223,13 @@ class ScoreFolder:
                     totals[name] += pc.sum(table[name]).as_py()
                 for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
                     totals[name] += facts[name]
-        summary = {**totals, "status": dict(statuses), "refused": dict(refused)}
+        if len(routes) > 1:
+            logger.warning(
+                "%s: shards were not all scored in one way, and different ways agree to rounding only: %s",
+                self.folder,
+                "; ".join(f"{count} by {route}" for route, count in routes.most_common()),
+            )
+        summary = {**totals, "status": dict(statuses), "refused": dict(refused), "routes": dict(routes)}
         self._write_manifest({"totals": summary})
         for folder in (self.folder, self.folder / "shards"):
             remove_leftovers(folder)

@@ -7,8 +7,11 @@ IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quant
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +34,13 @@ from codeact.models.isolation import (
 )
 from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
-from codeact.ops.nll import token_nll
+from codeact.ops.nll import nll_backend, token_nll
 from codeact.packing.packs import pack
 from codeact.scoring.folder import SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,8 @@ class IfdScorer:
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
         tokens_per_pack: tokens of one forward pass; None: ``default_tokens_per_pack``. A longer sequence has a pack of
-            its own; with 1 every sequence has, and any causal model can be scored.
+            its own; with 1 every sequence has, and any causal model can be scored. Where packs of so many do not fit in
+            the device's memory, the attribute of this name is halved and scoring goes on.
         attention: an implementation of transformers, or "auto" for the best one for packs that is here.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
 
@@ -98,6 +104,13 @@ class IfdScorer:
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
+        self._halved = False
+
+    @property
+    def route(self) -> str:
+        """What computes the scores: device, attention and backend of the NLL; another one rounds in another way."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {self.attention}, {nll_backend(self.head.weight)}"
 
     def score(
         self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
@@ -128,20 +141,28 @@ class IfdScorer:
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
-        packs = self._plan(lengths)
-        total, done = int(lengths.sum()), 0
-        parts = []
-        for indices in packs:
-            members = [int(index) for index in indices]
-            parts.append(self._pack_sums([sequences[i] for i in members], [starts[i] for i in members]))
-            tokens = int(lengths[indices].sum())
+        waiting = deque(self._plan(lengths))
+        total, done, capacity = int(lengths.sum()), 0, 0
+        packs: list[np.ndarray] = []
+        parts: list[torch.Tensor] = []
+        while waiting:
+            indices = waiting.popleft()
+            members, tokens = indices.tolist(), int(lengths[indices].sum())
+            part = self._pack_sums([sequences[i] for i in members], [starts[i] for i in members])
+            if part is None:  # from here on packs of half the size, in this call and those after it
+                self.tokens_per_pack = min(self.tokens_per_pack, tokens) // 2
+                rest = np.concatenate([indices, *waiting])
+                waiting = deque(rest[some] for some in self._plan(lengths[rest]))
+                continue
+            packs.append(indices)
+            parts.append(part)
             done += tokens
+            capacity += max(self.tokens_per_pack, tokens)
             if progress is not None:
                 progress(done / total, tokens)
         sums = np.empty(len(sequences))
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
         sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
-        capacity = sum(max(self.tokens_per_pack, int(lengths[indices].sum())) for indices in packs)
         return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -157,16 +178,26 @@ class IfdScorer:
             packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
         return packs
 
-    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
-        """Run one pack; float64 (N,) on the model's device."""
-        try:
+    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor | None:
+        """Run one pack; float64 (N,) on the model's device, or None: several samples do not fit in its memory."""
+        with suppress(torch.OutOfMemoryError):
             return self._run_pack(samples, starts)
-        except torch.OutOfMemoryError:
-            tokens = sum(map(len, samples))
+        tokens = sum(map(len, samples))
+        if len(samples) == 1:
             raise InputError(
-                f"a pack of {tokens:,} tokens does not fit on {self.device}: lower --tokens-per-pack (now "
-                f"{self.tokens_per_pack:,}) or --max-length (now {self.max_length:,})"
-            ) from None
+                f"a sequence of {tokens:,} tokens does not fit on {self.device}: lower --max-length (now "
+                f"{self.max_length:,})"
+            )
+        torch.cuda.empty_cache()  # a smaller pack does not fit in the pieces that are kept for a larger one
+        if not self._halved:
+            self._halved = True
+            logger.warning(
+                "a pack of %s tokens does not fit on %s: packs are halved until they do, and scoring goes on; "
+                "--tokens-per-pack starts lower",
+                f"{tokens:,}",
+                self.device,
+            )
+        return None
 
     @torch.inference_mode()
     def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:

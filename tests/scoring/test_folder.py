@@ -152,6 +152,31 @@ def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tm
     assert_same_table(folder, uninterrupted)
 
 
+@pytest.mark.parametrize("change", ["device", "attention", "nll"])
+def test_shards_scored_in_different_ways_are_told(data_path, tiny_model_path, tmp_path, monkeypatch, caplog, change):
+    from codeact.scoring.ifd import IfdScorer
+
+    folder = tmp_path / "scores"
+    score(data_path, tiny_model_path, folder, shard=(0, 2))
+    route = IfdScorer.route.fget
+    other = {"device": ("cpu", "NVIDIA H100"), "attention": (", ", ", flash_"), "nll": ("native", "triton")}[change]
+    monkeypatch.setenv("CODEACT_BACKEND", "torch") if change == "nll" else monkeypatch.setattr(
+        IfdScorer, "route", property(lambda scorer: route(scorer).replace(*other, 1))
+    )
+    score(data_path, tiny_model_path, folder, shard=(1, 2))
+    totals = ScoreFolder.open(folder).merge()
+    assert sorted(totals["routes"].values()) == [12, 12]
+    (message,) = [m for m in caplog.messages if "shards were not all scored in one way" in m]
+    assert all(f"12 by {name}" in message for name in totals["routes"])
+
+
+def test_shards_scored_in_one_way_are_not(uninterrupted, caplog):
+    totals = ScoreFolder.open(uninterrupted).merge()
+    assert list(totals["routes"].values()) == [24]
+    assert next(iter(totals["routes"])).startswith("cpu, ")
+    assert "in one way" not in caplog.text
+
+
 def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
     folder = tmp_path / "scores"
     both = [subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1")) for _ in range(2)]
