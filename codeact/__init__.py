@@ -47,6 +47,9 @@ _HOMES = {
     "token_nll": "ops.nll",
 }
 
+# What a package needs beyond numpy.
+_EXTRAS = {"data": "score", "ops": "score", "scoring": "score", "embedding": "select", "selection": "select"}
+
 __all__ = [  # noqa: RUF022 - in the order of the flow
     "open_records",
     "Columns",
@@ -71,7 +74,15 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'codeact' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"codeact.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"codeact.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from codeact.base.errors import MissingExtraError
+
+        package = _HOMES[name].partition(".")[0]
+        if package not in _EXTRAS or str(error.name).startswith("codeact"):
+            raise
+        raise MissingExtraError(str(error.name), _EXTRAS[package], f"codeact.{name}") from error
     globals()[name] = value
     return value
 

@@ -315,7 +315,7 @@ def run(
 @command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact run.")]) -> None:
     """Write one HTML page about a run; it needs nothing but itself."""
-    from codeact.report import write_report
+    from codeact.report.page import write_report
 
     print(f"the report is {write_report(folder)}")
 

@@ -121,7 +121,7 @@ def test_without_native_module_it_still_speaks_and_fails(tmp_path):
     assert lines["native module"]["state"] == "broken"
     assert "_native" in lines["native module"]["detail"]
     assert "pip install" in lines["native module"]["command"]
-    assert lines["libraries"]["detail"].startswith("ImportError: libarrow.so")
+    assert lines["transformers"]["detail"].startswith("ImportError: libarrow.so")
     assert lines["PyTorch"]["state"] == "yes"
 
 

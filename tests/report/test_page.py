@@ -16,7 +16,7 @@ import pytest
 
 from codeact.base.console import percent, visible
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.report import write_report
+from codeact.report.page import write_report
 from codeact.report.rows import draw_positions, read_report_rows
 from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
