@@ -305,18 +305,13 @@ def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
 
 
 def _prove(model: Any, proof: Callable[[], object]) -> None:
-    """Run a proof over a model as it computes outside of training; where there are no weights yet, do nothing.
+    """Run a proof over a model; where there are no weights yet, do nothing.
 
     With DeepSpeed ZeRO-3, and on most ranks of FSDP, they come later.
     """
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
-    was_training = model.training
-    model.eval()
-    try:
-        proof()
-    finally:
-        model.train(was_training)
+    proof()
 
 
 def _has_plain_head(model: Any) -> bool:
