@@ -26,7 +26,7 @@ from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 from codeact.run.flow import LedgerError, open_flow
 from codeact.scoring.stage import ScoreSettings
-from codeact.selection.stage import SelectSettings
+from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
     help=(
@@ -198,7 +198,7 @@ def select(
     from codeact.selection.stage import select_rows, selection_lines
 
     selection = select_rows(scores, embeddings, output, settings, data)
-    _print_lines(selection_lines(selection))
+    _print_lines(selection_lines(selection, settings))
     print(f"{len(selection.positions):,} conversations in {output}")
 
 

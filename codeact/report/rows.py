@@ -30,7 +30,7 @@ _PART = 1 << 20  # rows of a table that are in memory at a time
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,7 +52,7 @@ class Map:
     ``total``: embedded rows; ``fitted``: how many the axes were found from.
     """
 
-    xy: Floats
+    xy: _Floats
     rows: NDArray[np.int64]
     explained: tuple[float, float]
     total: int
@@ -65,17 +65,18 @@ class Rows:
 
     All arrays are (rows,), in the order of the data. ``ifd``, ``cond`` and ``uncond`` (mean loss of a token in nats,
     with and without the question) are NaN where there is no score. ``chosen`` and ``cluster`` (-1: none) are None
-    before selection; ``reasons``: how many rows were not chosen, by why.
+    before selection; ``reasons``: how many rows were not chosen, by why; ``length``: a line about the answers' length.
     """
 
     status: Counter[str]
-    ifd: Floats
+    ifd: _Floats
     cond: NDArray[np.float32]
     uncond: NDArray[np.float32]
     tokens: NDArray[np.int32]
     chosen: NDArray[np.bool_] | None
     cluster: NDArray[np.int32] | None
     reasons: Counter[str]
+    length: str
     map: Map | None
     hardest: tuple[Example, ...]
     easiest: tuple[Example, ...]
@@ -114,6 +115,7 @@ def _read(folder: Path, path: Path) -> Rows:
                 mean[part] = _numpy(table[f"{prefix}cond_nll_sum"], pa.float64()) / _numpy(scored, pa.int64())
     selected = folder / "selected.rows.parquet"
     chosen, cluster, reasons = _read_selected(selected, count) if selected.exists() else (None, None, Counter())
+    metadata = (pq.read_schema(selected).metadata or {}) if selected.exists() else {}
     hardest, easiest = ((), ()) if chosen is None else _examples(folder / "selected.jsonl", ifd, chosen)
     return Rows(
         status=status,
@@ -124,6 +126,7 @@ def _read(folder: Path, path: Path) -> Rows:
         chosen=chosen,
         cluster=cluster,
         reasons=reasons,
+        length=metadata.get(b"length", b"").decode("utf-8", "replace"),
         map=_read_map(folder / "embeddings.npy", count),
         hardest=hardest,
         easiest=easiest,
@@ -189,7 +192,7 @@ def _read_selected(path: Path, rows: int) -> tuple[NDArray[np.bool_], NDArray[np
     return chosen, cluster, reasons
 
 
-def _examples(path: Path, ifd: Floats, chosen: NDArray[np.bool_]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _examples(path: Path, ifd: _Floats, chosen: NDArray[np.bool_]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The chosen conversations of highest and of lowest IFD; no conversation is in both."""
     rows = np.flatnonzero(chosen)
     ranked = np.flatnonzero(np.isfinite(ifd[rows]))

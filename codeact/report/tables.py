@@ -83,7 +83,7 @@ def fate_table(rows: Rows) -> Table:
         fates = [("chosen", int(rows.chosen.sum())), *rows.reasons.most_common()]
     shares = [number / max(1, total) for _, number in fates]
     return Table(
-        caption=f"What became of the {counted(total, 'row')}.",
+        caption=f"What became of the {counted(total, 'row')}.{rows.length and f' {rows.length}.'}",
         columns=["fate", "rows", "share"],
         rows=[[_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)],
         numbers=(1, 2),

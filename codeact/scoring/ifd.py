@@ -1,7 +1,8 @@
 """Instruction-Following Difficulty: how much a question helps a model to predict its answer.
 
-IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quantity to Quality", arXiv 2308.12032. Near
-0 the question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
+IFD = perplexity(answer | question) / perplexity(answer), as in Li et al., "Superfiltering", arXiv 2402.00530; the code
+of their "From Quantity to Quality" (arXiv 2308.12032) divides mean losses, which orders differently. Near 0 the
+question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
 """
 
 from __future__ import annotations

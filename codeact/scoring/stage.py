@@ -253,8 +253,10 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
     import pyarrow.compute as pc
 
     from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.length import correlation_text, rank_correlation
 
     table = ScoreFolder.open(folder).read()
+    ifd = pc.fill_null(table["ifd"], float("nan"))
     ok = totals["status"].get("ok", 0)
     refused = totals["rows"] - ok
     reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(totals["refused"].items())) or "none"
@@ -263,6 +265,7 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
         ("tokens in", f"{totals['prompt_tokens']:,} question + {totals['answer_tokens']:,} answer"),
         ("rows scored", f"{ok:,} ({totals['truncated']:,} with a truncated answer)"),
         ("rows refused", f"{refused:,} ({reasons})"),
+        ("length", correlation_text("ifd", rank_correlation(ifd, table["answer_tokens"]))),
     ]
     if totals["seconds"] and totals["tokens"]:
         rate = totals["tokens"] / totals["seconds"]
