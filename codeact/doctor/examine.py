@@ -251,7 +251,7 @@ def _sandbox() -> Finding:
     reason = result.stdout.strip() if result.returncode == 0 else (result.stderr.strip().splitlines() or ["?"])[-1]
     if not reason:
         return Finding(name="sandbox", state="yes", purpose=purpose, detail="bubblewrap isolates here (tried)")
-    if shutil.which("bwrap") is None:
+    if reason.endswith("is not installed"):
         if sys.platform != "linux":
             command = "none on this system: evaluate on Linux"
         return Finding(name="sandbox", state="no", purpose=purpose, command=command)

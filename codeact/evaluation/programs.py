@@ -54,6 +54,15 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> tuple[lis
     return samples, left_out
 
 
+def left_out_note(tasks: Counter[str]) -> str:
+    """What is said of samples of tasks that the data set, or what is asked of it, has not."""
+    names = sorted(tasks)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return (
+        f"{counted(tasks.total(), 'sample')} left out, of tasks that the problems lack or that are not asked: {shown}"
+    )
+
+
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read JSON lines of samples as they are. A sample whose number is there twice counts once, which is told.
 

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeact.base.console import counted
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
 from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
-from codeact.evaluation.programs import Program, SampleLog
+from codeact.evaluation.programs import Program, SampleLog, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
 
 _KS = (1, 10, 100)
@@ -108,8 +107,7 @@ class Results:
         if self.missing:
             lines += ["", f"{len(self.missing)} tasks without a sample count as failed: {', '.join(self.missing)}"]
         if self.left_out:
-            tasks = ", ".join(sorted(self.left_out))
-            lines += ["", f"{counted(self.left_out.total(), 'sample')} left out, of tasks that are not asked: {tasks}"]
+            lines += ["", left_out_note(self.left_out)]
         if not self.isolated:
             lines += ["", "The programs were run WITHOUT isolation."]
         return "\n".join(lines)

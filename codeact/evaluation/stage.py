@@ -89,7 +89,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     """
     from codeact.base.console import say
     from codeact.evaluation.problems import DATASETS, load_problems
-    from codeact.evaluation.programs import read_rows, write_samples
+    from codeact.evaluation.programs import left_out_note, read_rows, write_samples
     from codeact.evaluation.sanitize import sanitize
 
     problems: dict[str, Problem] = {}
@@ -100,7 +100,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
             problems |= load_problems(dataset, data).by_id()
     unknown = Counter(task for task in incomplete if task not in problems and task.startswith(tuple(_PREFIXES)))
     if unknown:
-        say(f"{samples}: {_left_out(unknown)}")
+        say(f"{samples}: {left_out_note(unknown)}")
     cleaned, changed = [], 0
     for number, row in enumerate(rows, 1):
         problem = problems.get(row["task_id"])
@@ -137,7 +137,7 @@ def evaluate_file(
     """Judge a file of samples; returns the results and the files they were written to."""
     from codeact.base.console import Progress, say
     from codeact.evaluation.problems import load_problems
-    from codeact.evaluation.programs import read_samples
+    from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
     from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
@@ -152,7 +152,7 @@ def evaluate_file(
     if not programs:
         raise InputError(f"{samples} holds no sample of a task in {problems.source}; is it of another data set?")
     if left_out:
-        say(f"{samples}: {_left_out(left_out)}")
+        say(f"{samples}: {left_out_note(left_out)}")
     with Progress(len(programs), "samples", "judging") as step:
         results = evaluate(
             problems,
@@ -165,15 +165,6 @@ def evaluate_file(
         )
     results = replace(results, left_out=left_out)
     return results, list(write_results(results, samples))
-
-
-def _left_out(tasks: Counter[str]) -> str:
-    """What is said of samples of tasks that the data set, or what is asked of it, has not."""
-    from codeact.base.console import counted
-
-    names = sorted(tasks)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    return f"{counted(tasks.total(), 'sample')} left out, of tasks that are not among those asked: {shown}"
 
 
 # ------------------------------------------------------------------------------------------------------------- in a run

