@@ -292,12 +292,16 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages: a file, or a name.")],
     first: Annotated[str | None, flag("Take the stages before as they are.", "--from", metavar="STAGE")] = None,
     last: Annotated[str | None, flag("Leave out the stages after.", "--until", metavar="STAGE")] = None,
+    changes: Annotated[
+        list[str] | None,
+        flag("Instead of what the file says; may be repeated.", "--set", metavar="SECTION.KEY=VALUE"),
+    ] = None,
     dry_run: Annotated[
         bool, flag("Only say what it would do, and estimate tokens, time and memory.", "--dry-run")
     ] = False,
 ) -> None:
     """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
-    flow = open_flow(config)
+    flow = open_flow(config, changes=changes or ())
     if dry_run:
         from codeact.forecast import forecast
 
@@ -311,7 +315,7 @@ def run(
 @command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact run.")]) -> None:
     """Write one HTML page about a run; it needs nothing but itself."""
-    from codeact.report import write_report
+    from codeact.report.page import write_report
 
     print(f"the report is {write_report(folder)}")
 

@@ -9,9 +9,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing import Never
@@ -121,6 +121,11 @@ class Progress:
 
 
 # -------------------------------------------------------------------------------------------- numbers with their units
+
+
+def if_known(show: Callable[[Any], str], value: Any) -> str:
+    """A value as ``show`` writes it; nothing where it is None."""
+    return "" if value is None else show(value)
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -25,7 +25,7 @@ _OLDEST_PYTHON = (3, 11)
 # Two processes, as most of the time is that of one core; what imports the same libraries is in the same one.
 _GROUPS = (
     ("native", "torch", "gpu", "triton", "flash-attn", "cuml", "vllm", "bitsandbytes", "deepspeed", "evalplus"),
-    ("required", "accelerate", "peft", "matplotlib", "gguf"),
+    ("required", "transformers", "sentence-transformers", "accelerate", "peft", "matplotlib", "gguf"),
 )
 
 
@@ -33,7 +33,7 @@ _GROUPS = (
 class Finding:
     """One line. ``state``: "yes", "no", "idle" (installed, of no use here), "broken" (``detail`` says why), "unknown".
 
-    ``vital``: codeact cannot run where this is broken.
+    ``vital``: codeact cannot run where this is broken. Where a stage's libraries are not installed, it packs.
     """
 
     name: str
@@ -65,8 +65,17 @@ _LIBRARIES = {
         _Library(
             name="native module", probe="native", purpose="packing, NLL on the CPU", command=_REINSTALL, vital=True
         ),
-        _Library(name="libraries", probe="required", purpose="all stages", command="pip install codeact", vital=True),
-        _Library(name="PyTorch", probe="torch", purpose="all stages", command='pip install "torch>=2.13"', vital=True),
+        _Library(
+            name="libraries", probe="required", purpose="the command line", command="pip install codeact", vital=True
+        ),
+        _Library(name="PyTorch", probe="torch", purpose="all stages", command=_extra("score"), vital=True),
+        _Library(name="transformers", probe="transformers", purpose="all stages", command=_extra("score"), vital=True),
+        _Library(
+            name="sentence-transformers",
+            probe="sentence-transformers",
+            purpose="embed, select",
+            command=_extra("select"),
+        ),
         _Library(
             name="GPU",
             probe="gpu",
@@ -87,7 +96,7 @@ _LIBRARIES = {
         _Library(name="bitsandbytes", probe="bitsandbytes", purpose="QLoRA (--quantize)", command=_extra("train")),
         _Library(name="deepspeed", probe="deepspeed", purpose="train --deepspeed", command=_extra("deepspeed")),
         _Library(name="vllm", probe="vllm", purpose="generate --backend vllm", command=_extra("vllm"), gpu=True),
-        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("evalplus")),
+        _Library(name="evalplus", probe="evalplus", purpose="verdicts side by side", command=_extra("evalplus")),
         _Library(name="matplotlib", probe="matplotlib", purpose="pictures", command=_extra("report")),
         _Library(name="gguf", probe="gguf", purpose="demo", command=_extra("demo")),
     )
@@ -110,7 +119,7 @@ def examine(seconds: float = SECONDS) -> list[Finding]:
 
 def _finding(library: _Library, result: dict[str, str], has_gpu: bool) -> Finding:
     state, detail = result["state"], result["detail"]
-    if library.vital and state == "no":
+    if library.probe == "native" and state == "no":
         state, detail = "broken", "not installed"
     command = library.command if state in ("no", "broken") else ""
     if state == "no" and not has_gpu:
@@ -204,9 +213,9 @@ def _python() -> Finding:
 
 
 def _problems() -> Finding:
-    from codeact.evaluation.problems import DATASETS, find_in_folder
+    from codeact.evaluation.problems import DATASETS, downloaded_file, find_in_folder
 
-    purpose, command = "generate, evaluate", f"{_extra('evalplus')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
+    purpose, command = "generate, evaluate", "downloaded at the first use; or set CODEACT_EVAL_DATA=FOLDER"
     folder = os.environ.get("CODEACT_EVAL_DATA")
     if folder:
         found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}
@@ -216,10 +225,9 @@ def _problems() -> Finding:
             return Finding(name="problems", state="broken", purpose=purpose, detail=detail, command=command)
         missing = [f"no {dataset}" for dataset, path in found.items() if not path]
         return Finding(name="problems", state="yes", purpose=purpose, detail=", ".join([*here, *missing]))
-    cache = Path.home() / (".cache/evalplus" if sys.platform == "linux" else "Library/Caches/evalplus")
-    here = sorted(path.name for path in cache.glob("*Plus*.jsonl")) if cache.is_dir() else []
+    here = [path.name for path in map(downloaded_file, DATASETS) if path.is_file()]
     if here:
-        return Finding(name="problems", state="yes", purpose=purpose, detail=f"of evalplus: {', '.join(here)}")
+        return Finding(name="problems", state="yes", purpose=purpose, detail=", ".join(here))
     return Finding(name="problems", state="no", purpose=purpose, command=command)
 
 
@@ -279,7 +287,7 @@ def _temporary() -> str:
 
 
 def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # pathlib raises where there is none
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-REQUIRED = "numpy pyarrow pydantic yaml typer tqdm safetensors sklearn datasets transformers".split()
+BASE = "numpy pydantic yaml typer tqdm".split()
 IDLE = "; no device"
 
 
@@ -38,12 +38,25 @@ def native() -> str:
 
 
 def required() -> str:
-    """Import what every stage needs."""
-    for name in REQUIRED:
+    """Import what the command line needs."""
+    for name in BASE:
         _import(name)
+    return ", ".join(f"{name} {_version(name)}" for name in ("numpy", "pydantic", "typer"))
+
+
+def transformers() -> str:
+    """Import what all stages share."""
+    for name in ("transformers", "pyarrow", "safetensors", "datasets"):
+        _import(name)
+    return f"{_version('transformers')}, datasets {_version('datasets')}, pyarrow {_version('pyarrow')}"
+
+
+def sentence_transformers() -> str:
+    """Import what embeds and clusters."""
     from sentence_transformers import SentenceTransformer  # noqa: F401
 
-    return f"transformers {_version('transformers')}, numpy {_version('numpy')}, datasets {_version('datasets')}"
+    _import("sklearn")
+    return f"{_version('sentence-transformers')}, scikit-learn {_version('scikit-learn')}"
 
 
 def torch() -> str:
@@ -137,6 +150,8 @@ def module(name: str) -> Callable[[], str]:
 PROBES: dict[str, Callable[[], str]] = {
     "native": native,
     "required": required,
+    "transformers": transformers,
+    "sentence-transformers": sentence_transformers,
     "torch": torch,
     "gpu": gpu,
     "triton": triton,
@@ -149,12 +164,12 @@ PROBES: dict[str, Callable[[], str]] = {
 }
 
 
-def run(name: str) -> dict[str, str]:
+def run_probe(name: str) -> dict[str, str]:
     """Run one probe; whatever it raises is its result."""
     try:
         detail = PROBES[name]()
     except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as error:
-        own = {name, name.replace("-", "_")}
+        own = {name, name.replace("-", "_"), "torch"}  # that has a line of its own
         missing = str(error.name or "")
         if missing.partition(".")[0] in own:
             return {"probe": name, "state": "no", "detail": ""}
@@ -206,7 +221,7 @@ def main() -> None:
     os.dup2(nothing, 2)
     for name in sys.argv[1:]:
         report.write(json.dumps({"begin": name}) + "\n")
-        report.write(json.dumps(run(name)) + "\n")
+        report.write(json.dumps(run_probe(name)) + "\n")
     report.flush()
     os._exit(0)  # a library's own clean-up may hang or crash
 

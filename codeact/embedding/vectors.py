@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from codeact.data.records import RecordSet
 
 DEFAULT_MODEL = "sentence-transformers/all-mpnet-base-v2"
-BLOCK_ROWS = 10_000  # rows of a data set that are in memory at a time
+_BLOCK_ROWS = 10_000  # rows of a data set that are in memory at a time
 FORMAT_VERSION = 1
 
 _TOKENIZE_TEXTS = 1_000  # texts whose token ids are in memory at a time, only to be counted
@@ -206,7 +206,7 @@ def embed_records(
 ) -> EmbeddingMetadata:
     """Embed the questions of all readable records and write them to ``path`` as `write_embeddings` does.
 
-    Reads, embeds and writes `BLOCK_ROWS` rows at a time, so memory does not grow with the data.
+    Reads, embeds and writes `_BLOCK_ROWS` rows at a time, so memory does not grow with the data.
 
     Returns:
         What was written: how many rows, how many were skipped because they hold no record, how many were truncated.
@@ -222,8 +222,8 @@ def embed_records(
         nonlocal rows_done, skipped, truncated, tokens
         with Progress(len(record_set), "rows", "embedding", show=progress) as bar:
             # the block of no rows gives the file its number of dimensions where no record is readable
-            for start in range(0, max(len(record_set), 1), BLOCK_ROWS):
-                block = record_set.rows(start, min(start + BLOCK_ROWS, len(record_set)))
+            for start in range(0, max(len(record_set), 1), _BLOCK_ROWS):
+                block = record_set.rows(start, min(start + _BLOCK_ROWS, len(record_set)))
                 records = [record for record in block if isinstance(record, Record)]
                 result = embed_texts(
                     [record.question for record in records],

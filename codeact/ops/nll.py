@@ -17,7 +17,7 @@ import codeact._native as _native
 from codeact.base.errors import InputError, one_of
 from codeact.ops import native
 
-BACKENDS = ("triton", "native", "torch")
+NLL_BACKENDS = ("triton", "native", "torch")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def nll_backend(operand: Tensor, backend: str = "auto") -> str:
     Raises:
         InputError: the backend is unknown, is not on this machine or does not compute such operands.
     """
-    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
+    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *NLL_BACKENDS))
     if name == "auto":
         best = "triton" if operand.device.type == "cuda" else "native"
         name = "torch" if _why_not(best, operand) else best

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
 from codeact.padding.strategies import StrategyStats
-from codeact.report.rows import Rows, read_rows
+from codeact.report.rows import Rows, read_report_rows
 
 
 class _Record(BaseModel):
@@ -93,7 +93,7 @@ class Training(_Record):
         return f"{mode}_{self.settings.get('pack_scope')}" if mode == "dynamic_pack" else mode
 
 
-class Verdict(_Record):
+class ProgramVerdict(_Record):
     """Of one program."""
 
     base: str
@@ -108,7 +108,7 @@ class Evaluation(_Record):
     tasks: int
     pass_at: dict[str, dict[str, float]]
     outcomes: dict[str, int]
-    samples: dict[str, list[Verdict]]
+    samples: dict[str, list[ProgramVerdict]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class Evaluations:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
+class RunData:
     """Everything in the folder that the report shows. ``lengths``: (conversations,), tokens of each chosen one."""
 
     folder: Path
@@ -140,7 +140,7 @@ class Run:
     evaluations: dict[str, Evaluations]
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunData:
     """Read a run folder.
 
     Raises:
@@ -152,11 +152,11 @@ def read_run(folder: str | Path) -> Run:
         raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
     sides, suffix = ("before", "after"), "-sanitized_eval.json"
     paths = [path for side in sides for path in (folder / "evaluation" / side).glob(f"*{suffix}")]
-    return Run(
+    return RunData(
         folder=folder,
         record=record,
         ledger=Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None,
-        rows=read_rows(folder),
+        rows=read_report_rows(folder),
         packs=_read(folder / "pack_stats.json", PackFigures),
         lengths=_read_lengths(folder / "pack_lengths.npy"),
         cost=_read(folder / "model" / "cost.json", Cost),

@@ -12,7 +12,7 @@ from codeact.base.console import counted, percent, visible
 from codeact.base.errors import MissingExtraError
 from codeact.base.files import atomic_path
 from codeact.report import plots, tables
-from codeact.report.data import Run, moved, proper_name, read_run
+from codeact.report.data import RunData, moved, proper_name, read_run
 from codeact.report.rows import Example
 from codeact.report.svg import page_style
 
@@ -84,7 +84,7 @@ def _unbroken(value: Any) -> Any:
     return re.sub(r"(?<=\d) (?=[A-Za-z%])", "\N{NO-BREAK SPACE}", value) if isinstance(value, str) else value
 
 
-def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
+def _sections(run: RunData) -> list[tuple[str, str, str, list[Any]]]:
     """Id, title, stage and parts of each; one with no parts says that its stage was not run."""
     rows, packs, cost, training = run.rows, run.packs, run.cost, run.training
     modes: list[Any] = []
@@ -118,7 +118,7 @@ def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
     return [(*section, list(filter(None, parts))) for *section, parts in sections]  # type: ignore[misc]
 
 
-def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
+def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     """The sentence on top, and the figures below it: name, value, what it is compared to."""
     parts, tiles = [], []
     total = None if run.rows is None else len(run.rows.ifd)
@@ -150,7 +150,7 @@ def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
     return "; ".join(parts) + "." if parts else "No stage has run yet.", tiles
 
 
-def _examples(run: Run) -> list[Examples]:
+def _examples(run: RunData) -> list[Examples]:
     if run.rows is None:
         return []
     hardest = "Highest IFD: the question helps least. Look for answers that do not follow from their question."

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from codeact.base.console import counted, percent, short
 from codeact.evaluation.judge import KINDS
-from codeact.padding.figure import draw_rows, first_batches
+from codeact.padding.figure import draw_rows, first_batches, length_ranks
 from codeact.padding.strategies import STRATEGIES, plan
 from codeact.report.data import Evaluations, PackFigures, Training, moved, proper_name, signed
-from codeact.report.rows import DRAWN, Floats, Map, Rows, sample
+from codeact.report.rows import DRAWN, Floats, Map, Rows, draw_positions
 from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def losses(rows: Rows) -> Plot | None:
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(rows.ifd))
     if not len(usable):
         return None
-    drawn = sample(usable, DRAWN)
+    drawn = draw_positions(usable, DRAWN)
     highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
     step = _round_up(highest / 10)
     top = math.ceil(highest / step) * step
@@ -243,8 +243,7 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
     rows = [len(each.row_offsets) - 1 for each in plans]
     figure = new_figure(0.7 + 0.055 * sum(rows) + 0.3 * len(rows))  # axis and labels, rows, titles
     panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": rows})
-    ranks = np.argsort(np.argsort(drawn, kind="stable"), kind="stable")
-    colours = [COLOURS[f"s{rank * _SHADES // len(drawn)}"] for rank in ranks]
+    colours = [COLOURS[f"s{rank * _SHADES // len(drawn)}"] for rank in length_ranks(drawn)]
     padding, edge = {"color": COLOURS["waste"], "linewidth": 0}, {"edgecolor": COLOURS["paper"], "linewidth": 0.7}
     shares = []
     for axes, name, each, count in zip(panels, names, plans, rows, strict=True):

@@ -81,7 +81,7 @@ class Rows:
     easiest: tuple[Example, ...]
 
 
-def read_rows(folder: Path) -> Rows | None:
+def read_report_rows(folder: Path) -> Rows | None:
     """Read what the stages score, embed and select wrote; None before the first.
 
     Raises:
@@ -130,7 +130,7 @@ def _read(folder: Path, path: Path) -> Rows:
     )
 
 
-def sample(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
+def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
     """At most ``size`` of ``positions``, drawn without replacement, in their order; the same ones every time."""
     if len(positions) <= size:
         return positions
@@ -239,7 +239,7 @@ def _read_map(path: Path, rows: int) -> Map | None:
         if len(table.rows) and not 0 <= table.rows[-1] < rows:
             raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage embed again")
         return None
-    fitted = sample(np.arange(len(table.rows)), _FITTED)
+    fitted = draw_positions(np.arange(len(table.rows)), _FITTED)
     vectors = np.asarray(table.vectors[fitted], dtype=np.float64)
     centre = vectors.mean(axis=0)
     variances, axes = np.linalg.eigh(np.cov(vectors - centre, rowvar=False, bias=True))
@@ -248,7 +248,7 @@ def _read_map(path: Path, rows: int) -> Map | None:
     total = float(variances.sum())
     if not total > 0:  # all questions are the same
         return None
-    drawn = sample(np.arange(len(fitted)), DRAWN, seed=1)
+    drawn = draw_positions(np.arange(len(fitted)), DRAWN, seed=1)
     return Map(
         xy=(vectors[drawn] - centre) @ axes,
         rows=table.rows[fitted[drawn]],

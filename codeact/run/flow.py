@@ -200,10 +200,10 @@ def ledger_of(output: Path, stages: Sequence[Stage] = STAGES) -> Ledger:
     )
 
 
-def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES) -> Flow:
-    """The run that a YAML file tells, or one that codeact brings.
+def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES, changes: Sequence[str] = ()) -> Flow:
+    """The run that a YAML file tells, or one that codeact brings, with changes such as ``select.ratio=0.5``.
 
     Raises:
         InputError: see ``codeact.run.settings.read_settings``.
     """
-    return Flow(read_settings(config, settings_class(stages)), stages)
+    return Flow(read_settings(config, settings_class(stages), changes), stages)

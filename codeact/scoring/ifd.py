@@ -26,7 +26,7 @@ from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
 from codeact.models.isolation import (
     PassRule,
-    attending,
+    computing,
     packing_attention,
     plain_attention,
     prove_isolation,
@@ -94,7 +94,7 @@ class IfdScorer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
-        self.model = model.eval()
+        self.model = model
         alone = self.tokens_per_pack == 1
         self.rule = PassRule(shared=1) if alone else PassRule.of(model)
         if attention == "auto":
@@ -129,7 +129,7 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
-        with attending(self.model, self.attention):
+        with computing(self.model, self.attention):
             sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
@@ -207,7 +207,7 @@ class IfdScorer:
         bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
         scored = torch.from_numpy(np.concatenate(spans))
         targets = to_device(batch.input_ids[0, scored], self.device)
-        hidden = self.trunk(**batch.model_inputs(self.device)).last_hidden_state[0]
+        hidden = self.trunk(**self.rule.inputs(batch, self.device)).last_hidden_state[0]
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
         hidden = hidden[to_device(scored - 1, self.device)]
         hidden, bias = self.head.scaled(hidden)

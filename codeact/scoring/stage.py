@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-FOLDER, TABLE = "scores", "scores/scores.parquet"
+SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
 _NAMED_REFUSALS = 5
 
 
@@ -298,7 +298,7 @@ class Score(Stage):
 
     name = section = "score"
     settings, default = ScoreSettings, ...
-    outputs, products = (FOLDER,), (TABLE,)
+    outputs, products = (SCORES_FOLDER,), (TABLE,)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Data, model, and how."""
@@ -311,7 +311,7 @@ class Score(Stage):
 
     def work(self, run: Run) -> Lines:
         """Score what is missing."""
-        folder = run.output / FOLDER
+        folder = run.output / SCORES_FOLDER
         totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
         assert totals is not None, "a run's processes share the shards, so all are done"
         return score_lines(totals, folder)
@@ -325,7 +325,7 @@ class Score(Stage):
 
         from codeact.scoring.folder import ScoreFolder
 
-        folder = ScoreFolder.open(output / FOLDER)
+        folder = ScoreFolder.open(output / SCORES_FOLDER)
         table = folder.read()
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from codeact.base.files import atomic_path
 from codeact.selection.choose import UNCLUSTERED, Selection
 
-SCHEMA = pa.schema(
+AUDIT_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
@@ -36,7 +36,7 @@ def audit_path(selected: str | Path) -> Path:
 
 
 def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence[int] | None) -> pa.Table:
-    """The audit as a table of ``SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
+    """The audit as a table of ``AUDIT_SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
     chosen = np.zeros(table.num_rows, np.bool_)
     chosen[selection.positions] = True
     status = pc.fill_null(table["status"], "nonfinite")
@@ -56,7 +56,7 @@ def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence
             pa.array(chosen),
             reasons,
         ],
-        schema=SCHEMA,
+        schema=AUDIT_SCHEMA,
     )
 
 

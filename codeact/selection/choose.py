@@ -20,11 +20,11 @@ from codeact.data.records import BadRow, jsonable, write_jsonl
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet
 
-STRATEGIES = ("cdas", "top_ifd", "random")
+_STRATEGIES = ("cdas", "top_ifd", "random")
 UNCLUSTERED = -1  # the label of a row that has no embedding
-BLOCK_ROWS = 10_000  # records read at a time by write_selection
+_BLOCK_ROWS = 10_000  # records read at a time by write_selection
 
-Ints = NDArray[np.int64]
+_Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Selection:
     tokens, over all rows of the table and over the chosen ones.
     """
 
-    positions: Ints
+    positions: _Ints
     budget: int
     shortfall: int
     clusters: tuple[ClusterCount, ...]
@@ -109,7 +109,7 @@ def plan_selection(
     Raises:
         InputError: an argument or a column is not as described.
     """
-    one_of("strategy", strategy, STRATEGIES)
+    one_of("strategy", strategy, _STRATEGIES)
     protocol = resolve_protocol(protocol)
     if seed < 0:
         raise InputError(f"seed must be 0 or more, not {seed}")
@@ -272,7 +272,7 @@ def _conversations(
     start = 0
     while start < len(rows):
         first = int(rows[start])
-        stop = int(np.searchsorted(rows, first + BLOCK_ROWS))
+        stop = int(np.searchsorted(rows, first + _BLOCK_ROWS))
         records = record_set.rows(first, int(rows[stop - 1]) + 1)
         block_ids = ids.slice(start, stop - start).to_pylist()
         for index, scored_id in enumerate(block_ids, start):
@@ -284,10 +284,12 @@ def _conversations(
                     f"row {rows[index]} is {record.id!r} in the data and {scored_id!r} in the scores; "
                     "pass the file that was scored"
                 )
-            turns = (*record.history, ("user", record.question), ("assistant", record.answer))
             yield {
                 "id": record.id,
-                "conversation": [{"role": role, "content": content} for role, content in turns],
+                "conversation": [
+                    {"role": role, "content": text, **({"weight": 0} if number in record.context else {})}
+                    for number, (role, text) in enumerate(record.turns)
+                ],
                 "ifd": float(ifd[index]),
                 "cluster": None if clusters is None else int(clusters[index]),
                 "extra": jsonable(record.extra),
@@ -299,11 +301,11 @@ def _conversations(
 class _Scores:
     """The columns that selection needs, in ascending order of row; ``positions`` leads back to the table."""
 
-    positions: Ints
+    positions: _Ints
     ok: NDArray[np.bool_]
     ifd: NDArray[np.float64]
-    labels: Ints
-    tokens: Ints
+    labels: _Ints
+    tokens: _Ints
 
 
 def _read_scores(table: pa.Table, labels: NDArray[Any] | Sequence[int] | None, strategy: str) -> _Scores:
@@ -331,7 +333,7 @@ def _read_scores(table: pa.Table, labels: NDArray[Any] | Sequence[int] | None, s
     return _Scores(positions=order, ok=ok[order], ifd=ifd[order], labels=label_array[order], tokens=tokens[order])
 
 
-def _share_budget(budget: int, sizes: Ints, eligible: Ints) -> Ints:
+def _share_budget(budget: int, sizes: _Ints, eligible: _Ints) -> _Ints:
     """How many rows each cluster gives: largest remainder by size, then again among those with room for the rest."""
     taken = np.zeros_like(eligible)
     while budget > taken.sum() and (taken < eligible).any():
@@ -340,7 +342,7 @@ def _share_budget(budget: int, sizes: Ints, eligible: Ints) -> Ints:
     return taken
 
 
-def _largest_remainder(budget: int, weights: Ints) -> Ints:
+def _largest_remainder(budget: int, weights: _Ints) -> _Ints:
     """Share ``budget`` in proportion to ``weights``, in whole numbers; the rest goes to the largest remainders."""
     products = budget * weights  # exact in int64 up to three thousand million rows
     shares, remainders = np.divmod(products, weights.sum())
@@ -349,7 +351,7 @@ def _largest_remainder(budget: int, weights: Ints) -> Ints:
     return shares
 
 
-def _top_of_each_cluster(candidates: Ints, clusters: Ints, ifd: NDArray[np.float64], quotas: Ints) -> Ints:
+def _top_of_each_cluster(candidates: _Ints, clusters: _Ints, ifd: NDArray[np.float64], quotas: _Ints) -> _Ints:
     order = np.lexsort((-ifd, clusters))  # a stable sort: candidates come in row order, so ties stay in row order
     ranked_clusters = clusters[order]
     cluster_starts = np.searchsorted(ranked_clusters, np.arange(len(quotas)))
@@ -389,7 +391,7 @@ def _ok_rows(table: pa.Table) -> NDArray[np.bool_]:
     return ok
 
 
-def _row_order(rows: Ints) -> Ints:
+def _row_order(rows: _Ints) -> _Ints:
     """Positions in ascending order of row, which is the order a merged score table already has."""
     if (np.diff(rows) > 0).all():
         return np.arange(len(rows))

@@ -16,10 +16,10 @@ from codeact.base.errors import InputError, MissingExtraError, one_of
 if TYPE_CHECKING:
     import torch
 
-BACKENDS = ("auto", "sklearn", "torch", "cuml")
+KMEANS_BACKENDS = ("auto", "sklearn", "torch", "cuml")
 MIN_FIT_ROWS = 200_000
 FIT_ROWS_PER_CLUSTER = 256
-BLOCK_ROWS = 65_536  # rows checked or assigned at a time: 200 MB at 768 dimensions
+_BLOCK_ROWS = 65_536  # rows checked or assigned at a time: 200 MB at 768 dimensions
 MAX_ITERATIONS = 300
 
 logger = logging.getLogger("codeact")
@@ -61,7 +61,7 @@ def cluster(
             is no GPU for ``cuml``.
         MissingExtraError: ``cuml`` was asked for by name and is not installed.
     """
-    one_of("backend", backend, BACKENDS)
+    one_of("backend", backend, KMEANS_BACKENDS)
     if not hasattr(vectors, "is_cuda"):
         vectors = np.asarray(vectors)
     _check(vectors, k, seed, n_init)
@@ -77,7 +77,7 @@ def cluster(
     # sorted: a memory map is then read forwards
     sample = np.sort(np.random.default_rng(seed).choice(rows, size=fit_rows, replace=False))
     _, assign = fit(vectors[sample], k, seed, n_init)
-    return np.concatenate([assign(vectors[start : start + BLOCK_ROWS]) for start in range(0, rows, BLOCK_ROWS)])
+    return np.concatenate([assign(vectors[start : start + _BLOCK_ROWS]) for start in range(0, rows, _BLOCK_ROWS)])
 
 
 def _check(vectors: Any, k: int, seed: int, n_init: int) -> None:
@@ -97,8 +97,8 @@ def _check(vectors: Any, k: int, seed: int, n_init: int) -> None:
         raise InputError(f"n_init must be at least 1, not {n_init}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must be from 0 to 2^32 - 1, not {seed}")
-    for start in range(0, rows, BLOCK_ROWS):
-        block = vectors[start : start + BLOCK_ROWS]
+    for start in range(0, rows, _BLOCK_ROWS):
+        block = vectors[start : start + _BLOCK_ROWS]
         if isinstance(block, np.ndarray):
             finite = np.isfinite(_to_numpy(block)).all(axis=1)
         else:
@@ -137,7 +137,7 @@ def _fit_sklearn(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init
 def _fit_torch(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init: int, lloyd: Any = None) -> _Fitted:
     from codeact.selection.kmeans import fit
 
-    labels, assign = fit(_to_device(vectors), k, seed, n_init, lloyd)
+    labels, assign = fit(_to_device(vectors), k, seed, n_init, MAX_ITERATIONS, lloyd)
 
     def to_host(labels: torch.Tensor) -> _Labels:
         return labels.to("cpu").numpy().astype(np.int32)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codeact.selection.clustering import MAX_ITERATIONS
-
 TOLERANCE = 1e-4  # of the variance: a smaller shift of all centres together ends a run
 _BLOCK = 4096  # rows; 16 MiB of float32 products at 1,000 clusters, and a sum that loses nothing that matters
 _CANCELLED = 1e-3  # of |x|^2 + |c|^2: a smaller squared distance by products has lost its digits
@@ -31,11 +29,12 @@ Lloyd = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
 
 
 def fit(
-    vectors: Tensor, k: int, seed: int, n_init: int, lloyd: Lloyd | None = None
+    vectors: Tensor, k: int, seed: int, n_init: int, iterations: int, lloyd: Lloyd | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Cluster float32 (N, D) ``vectors`` where they are; the tightest of ``n_init`` runs.
 
     Args:
+        iterations: of a run at most.
         lloyd: another implementation of the iterations.
 
     Returns:
@@ -50,7 +49,7 @@ def fit(
         best: tuple[Tensor, Tensor, float] | None = None
         for _ in range(n_init):
             starts = _starts(rows, squares, k, random, each)
-            run = lloyd(rows, starts, stop) if lloyd else _lloyd(rows, starts, stop, each)
+            run = lloyd(rows, starts, stop) if lloyd else _lloyd(rows, starts, stop, iterations, each)
             if best is None or run[2] < _SAME * best[2]:
                 best = run
     assert best is not None
@@ -108,12 +107,12 @@ def _starts(rows: Tensor, squares: Tensor, k: int, random: np.random.RandomState
     return rows[torch.cat(chosen)]
 
 
-def _lloyd(rows: Tensor, centres: Tensor, stop: float, each: _Map) -> tuple[Tensor, Tensor, float]:
+def _lloyd(rows: Tensor, centres: Tensor, stop: float, iterations: int, each: _Map) -> tuple[Tensor, Tensor, float]:
     sums = torch.zeros(centres.shape, dtype=torch.float64, device=rows.device)
     counts = torch.zeros(len(centres), dtype=torch.int64, device=rows.device)
     labels = _nearest(rows, centres, each)
     _add(sums, counts, rows, labels, each)
-    for _ in range(MAX_ITERATIONS):
+    for _ in range(iterations):
         if not counts.all():
             _fill_empty(sums, counts, rows, labels, _distances(rows, centres, labels, each), each)
         means = (sums / counts.clamp(min=1)[:, None]).to(rows.dtype)

@@ -11,8 +11,8 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.settings import Protocol, Settings, decisive, setting
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
-from codeact.embedding.stage import FILE as EMBEDDINGS
-from codeact.scoring.stage import FOLDER as SCORES
+from codeact.embedding.stage import EMBEDDINGS_FILE
+from codeact.scoring.stage import SCORES_FOLDER
 from codeact.scoring.stage import TABLE as SCORE_TABLE
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.choose import Selection
 
-FILE = "selected.jsonl"
+SELECTED_FILE = "selected.jsonl"
 
 
 class SelectSettings(Settings):
@@ -126,7 +126,7 @@ class Select(Stage):
     name = section = "select"
     settings, default = SelectSettings, SelectSettings()
     needs = ("score", "embed")
-    outputs, products = (FILE, "selected.rows.parquet"), (FILE,)
+    outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""
@@ -134,12 +134,12 @@ class Select(Stage):
 
     def work(self, run: Run) -> Lines:
         """Choose and write."""
-        files = (run.output / SCORES, run.output / EMBEDDINGS, run.output / FILE)
+        files = (run.output / SCORES_FOLDER, run.output / EMBEDDINGS_FILE, run.output / SELECTED_FILE)
         return selection_lines(select_rows(*files, run.of(SelectSettings), run.data.source))
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Scored rows -> chosen ones: the losses by the audit, what is left by the file of chosen rows itself."""
-        if not (output / FILE).exists():
+        if not (output / SELECTED_FILE).exists():
             return
         import numpy as np
         import pyarrow.compute as pc
@@ -151,12 +151,12 @@ class Select(Stage):
         table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))
-        reasons = pq.read_table(audit_path(output / FILE), columns=["reason"])["reason"]
+        reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
         lost = {}
         for reason in sorted(set(pc.unique(reasons).to_pylist()) - {None}):
             rows = np.asarray(pc.fill_null(pc.equal(reasons, reason), False)) & scored
             lost[reason] = (int(rows.sum()), int(tokens[rows].sum()))
-        ids = chosen_ids(output / FILE)
+        ids = chosen_ids(output / SELECTED_FILE)
         yield Entry(
             stage="select",
             what="rows",

@@ -17,9 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from codeact.base.errors import InputError, one_of
+from codeact.base.yaml_files import read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
 from codeact.training.room import check_room
 
@@ -255,10 +254,7 @@ def _closest(parser: Any, name: str) -> str:
 
 
 def _flags_of_file(parser: Any, path: str) -> list[str]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    content, _ = read_yaml(Path(path))
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no flags; write one a line, such as learning_rate: 5e-5")
     return _flags(parser, content, path)

@@ -16,7 +16,7 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.machine import usable_cpus
 from codeact.base.stage import Lines, Run, Stage
 
-FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
+MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
 TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
 """Flags that follow from the rest of a run's settings."""
 
@@ -25,7 +25,7 @@ def train_command(argv: Sequence[str]) -> None:
     """Run ``codeact train`` with these flags.
 
     Raises:
-        InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train``.
+        InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train_from_settings``.
     """
     from codeact.training.flags import parse
 
@@ -35,10 +35,10 @@ def train_command(argv: Sequence[str]) -> None:
         return
     import torch
 
-    from codeact.training.train import train
+    from codeact.training.train import train_from_settings
 
     try:
-        train(settings)
+        train_from_settings(settings)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -50,7 +50,7 @@ class Train(Stage):
     name = section = "train"
     settings = dict[str, Any]
     needs = ("select",)
-    outputs, products = (FOLDER,), (f"{FOLDER}/*.safetensors", f"{FOLDER}/*config.json")
+    outputs, products = (MODEL_FOLDER,), (f"{MODEL_FOLDER}/*.safetensors", f"{MODEL_FOLDER}/*config.json")
     told = False
 
     def check(self, run: Run) -> None:
@@ -68,9 +68,9 @@ class Train(Stage):
         flags = {**run.section("train"), **self._taken(run)}
         if run.processes == 1:
             from codeact.training.flags import parse_mapping
-            from codeact.training.train import train
+            from codeact.training.train import train_from_settings
 
-            train(parse_mapping(flags, "train"))
+            train_from_settings(parse_mapping(flags, "train"))
         else:
             path = run.output / "train.yaml"
             with atomic_path(path) as temporary:
@@ -91,12 +91,12 @@ class Train(Stage):
 
     def _taken(self, run: Run) -> dict[str, str]:
         """Flags that follow from the rest of the run's settings."""
-        values = (run.model, str(run.output / SELECTED), str(run.output / FOLDER))
+        values = (run.model, str(run.output / SELECTED), str(run.output / MODEL_FOLDER))
         return dict(zip(TAKEN_FLAGS, values, strict=True))
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""
-        if not (output / FOLDER / "training.json").exists():
+        if not (output / MODEL_FOLDER / "training.json").exists():
             return
         from codeact.data.chosen import chosen_ids, chosen_tokens
 
@@ -123,5 +123,5 @@ class Train(Stage):
 
 
 def _record(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / FOLDER / "training.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((output / MODEL_FOLDER / "training.json").read_text(encoding="utf-8"))
     return content

@@ -76,18 +76,18 @@ def test_fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: "575.57.08")
-    result = doctor_probes.run("gpu")
+    result = doctor_probes.run_probe("gpu")
     assert result["state"] == "yes"
     assert result["detail"].startswith("0: NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0; 1: NVIDIA")
     assert result["detail"].endswith("; driver 575.57.08")
-    assert doctor_probes.run("triton")["state"] == "broken"  # it finds no driver here
+    assert doctor_probes.run_probe("triton")["state"] == "broken"  # it finds no driver here
 
 
 def test_driver_without_cuda_in_pytorch(monkeypatch):
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: "575.57.08")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = doctor_probes.run("gpu")
+    result = doctor_probes.run_probe("gpu")
     assert result["state"] == "broken"
     assert "not built for CUDA" in result["detail"]
 
@@ -95,7 +95,7 @@ def test_driver_without_cuda_in_pytorch(monkeypatch):
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor_probes.run("gpu") == {"probe": "gpu", "state": "no", "detail": ""}
+    assert doctor_probes.run_probe("gpu") == {"probe": "gpu", "state": "no", "detail": ""}
 
 
 def test_without_native_module_it_still_speaks_and_fails(tmp_path):
@@ -121,7 +121,7 @@ def test_without_native_module_it_still_speaks_and_fails(tmp_path):
     assert lines["native module"]["state"] == "broken"
     assert "_native" in lines["native module"]["detail"]
     assert "pip install" in lines["native module"]["command"]
-    assert lines["libraries"]["detail"].startswith("ImportError: libarrow.so")
+    assert lines["transformers"]["detail"].startswith("ImportError: libarrow.so")
     assert lines["PyTorch"]["state"] == "yes"
 
 

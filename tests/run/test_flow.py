@@ -231,7 +231,7 @@ def test_a_ledger_balances_or_says_where_not():
 def test_the_audit_names_a_reason_for_every_row(codeact, config):
     assert codeact("run", config, "--until", "select")[0] == 0
     table = pq.read_table("run/selected.rows.parquet")
-    assert table.schema.equals(selection_audit.SCHEMA)
+    assert table.schema.equals(selection_audit.AUDIT_SCHEMA)
     assert Ledger.read(Path("run/ledger.json")) == ledger_of(Path("run"))
     assert table["row"].to_pylist() == list(range(ROWS))
     chosen = [json.loads(line)["id"] for line in Path("run/selected.jsonl").read_text().splitlines()]

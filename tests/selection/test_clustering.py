@@ -76,7 +76,7 @@ def test_every_floating_type_and_a_torch_tensor(kind):
 def test_beyond_the_limit_centres_come_from_a_sample_and_every_row_gets_its_nearest(tmp_path, monkeypatch):
     monkeypatch.setattr(clustering, "MIN_FIT_ROWS", 300)
     monkeypatch.setattr(clustering, "FIT_ROWS_PER_CLUSTER", 10)
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 64)
     fitted = []
     real_fit = clustering._fit_sklearn
     monkeypatch.setattr(clustering, "_fit_sklearn", lambda v, *rest: fitted.append(len(v)) or real_fit(v, *rest))
@@ -119,7 +119,7 @@ def test_wrong_arguments_are_refused(vectors, k, options, message):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
 def test_the_first_vector_that_is_not_finite_is_named(bad, monkeypatch):
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 4)
     vectors = np.ones((20, 3))
     vectors[[13, 17], 1] = bad
     with pytest.raises(InputError, match="vector 13 is not finite"):
@@ -256,7 +256,7 @@ def test_cuml_gets_device_arrays_and_its_labels_become_int32(cuml_present, backe
 def test_rows_beyond_the_sample_are_assigned_on_the_device_in_blocks(cuml_present, monkeypatch, backend):
     monkeypatch.setattr(clustering, "MIN_FIT_ROWS", 40)
     monkeypatch.setattr(clustering, "FIT_ROWS_PER_CLUSTER", 10)
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 25)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 25)
     vectors, groups = blobs([40, 30, 20])
     assert same_partition(cluster(vectors, k=3, backend=backend), groups)
     assert [len(block) for block in cuml_present] == [40, 25, 25, 25, 15]
