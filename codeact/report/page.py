@@ -12,7 +12,7 @@ from codeact.base.console import counted, percent, visible
 from codeact.base.errors import MissingExtraError
 from codeact.base.files import atomic_path
 from codeact.report import plots, tables
-from codeact.report.data import Run, moved, proper_name, read_run
+from codeact.report.data import Run, moved, proper_name
 from codeact.report.rows import Example
 from codeact.report.svg import page_style
 
@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
     except ImportError:
         raise MissingExtraError("jinja2", "report", "the report") from None
     with page_style():
-        run = read_run(folder)
+        run = Run(folder)
         sections = _sections(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from codeact.base.console import counted, duration, percent, size
+from codeact.base.console import counted, duration, if_known, percent, size
 from codeact.base.ledger import Change, Ledger
 from codeact.padding.strategies import STRATEGIES
 from codeact.report.data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training, proper_name, signed
@@ -36,18 +36,11 @@ class Table:
     folded: bool = False
 
 
-def _if_known(show: Callable[[float], str], value: float | None) -> str | None:
-    return None if value is None else show(value)
-
-
 def ledger_table(ledger: Ledger) -> Table:
     """What went into and out of every stage."""
-    complaints = ledger.complaints()
-    verdict = (
-        "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
-        if not complaints
-        else f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
-    )
+    verdict = "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
+    if complaints := ledger.complaints():
+        verdict = f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
     return Table(
         caption=f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}",
         columns=["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"],
@@ -65,8 +58,7 @@ def _changes(changes: Iterable[Change], what: str) -> str | None:
     for change in changes:
         parts = [counted(change.rows, what.removesuffix("s"))] if change.rows else []
         parts += [counted(change.tokens, "token")] if change.tokens else []
-        if parts:
-            texts.append(f"{_reason(change.reason)}: {', '.join(parts)}")
+        texts += [f"{_reason(change.reason)}: {', '.join(parts)}"] if parts else []
     return "\n".join(texts) or None
 
 
@@ -103,46 +95,42 @@ def mode_tables(packs: PackFigures, cost: Cost | None, training: Training | None
     rate = None if cost is None or not cost.seconds else (cost.tokens + cost.padding) / cost.seconds
     for s in packs.strategies:
         name = STRATEGIES.get(s.strategy, s.strategy)
-        flops = _if_known(lambda value: f"{value / 1e12:,.2f}", s.attention_flops)
+        flops = if_known("{:,.2f}".format, s.attention_flops and s.attention_flops / 1e12)
         computed.append([name, s.rows, s.forwards, percent(s.fill), s.padding, percent(s.padding_share), flops])
         seconds = memory = None
-        if cost is not None and rate and s.strategy == used:
-            seconds = f"{duration(cost.seconds)} (measured)"
-            memory = size(cost.peak_cuda_allocated_bytes or cost.peak_resident_bytes)
-        elif cost is not None and rate:
-            seconds = f"{duration(cost.tokens / max(1e-9, 1 - s.padding_share) / rate)} (estimated)"
-            memory = "not run"
-        estimates = (_if_known(size, s.activation_bytes), _if_known(size, s.logit_bytes))
+        if cost is not None and rate:
+            own, estimate = s.strategy == used, cost.tokens / max(1e-9, 1 - s.padding_share) / rate
+            seconds = f"{duration(cost.seconds)} (measured)" if own else f"{duration(estimate)} (estimated)"
+            memory = size(cost.peak_cuda_allocated_bytes or cost.peak_resident_bytes) if own else "not run"
+        estimates = (if_known(size, s.activation_bytes), if_known(size, s.logit_bytes))
         taken.append([name, seconds, memory, s.largest_forward, *estimates])  # the largest is what memory grows with
-    caption = "Activations and logits are estimates for the largest forward pass, in 16 and 32 bits."
+    conversations = f"{counted(first.samples, 'chosen conversation')} ({first.tokens:,} tokens)"
+    counts = (
+        f"One epoch over the {conversations}, {packs.capacity:,} tokens a row, {packs.batch_size} samples a batch; "
+        "counted, not run. Attention is estimated from the lengths."
+    )
+    costs = "Activations and logits are estimates for the largest forward pass, in 16 and 32 bits."
     if cost is not None and rate:
         where = "of the GPU" if cost.peak_cuda_allocated_bytes else "resident set of the process, weights and all"
-        caption = (
+        costs = (
             f"Time for the {cost.tokens:,} tokens of the training. The mode used was measured; the others are "
             f"estimated from their padding share at the measured {rate:,.0f} computed tokens/s. Peak memory is the "
-            f"{where}. {caption}"
+            f"{where}. {costs}"
         )
+    columns = ["mode", "rows", "passes", "row fill", "padding (tokens)", "padding share", "attention (TFLOP)"]
+    shares = [s.padding_share for s in packs.strategies]
+    estimated = ["mode", "time", "peak memory", "largest pass (tokens)", "activations", "logits"]
     return [
         Table(
-            caption=(
-                f"One epoch over the {counted(first.samples, 'chosen conversation')} ({first.tokens:,} tokens), "
-                f"{packs.capacity:,} tokens a row, {packs.batch_size} samples a batch; counted, not run. Attention is "
-                "estimated from the lengths."
-            ),
-            columns=["mode", "rows", "passes", "row fill", "padding (tokens)", "padding share", "attention (TFLOP)"],
+            caption=counts,
+            columns=columns,
             rows=computed,
             numbers=range(1, 7),
-            bars=[s.padding_share for s in packs.strategies],
+            marked=marked,
+            bars=shares,
             bar_column=5,
-            marked=marked,
         ),
-        Table(
-            caption=caption,
-            columns=["mode", "time", "peak memory", "largest pass (tokens)", "activations", "logits"],
-            rows=taken,
-            numbers=range(1, 6),
-            marked=marked,
-        ),
+        Table(caption=costs, columns=estimated, rows=taken, numbers=range(1, 6), marked=marked),
     ]
 
 
@@ -158,10 +146,9 @@ def training_table(cost: Cost) -> Table:
         ["speed", f"{cost.tokens / max(1e-9, cost.seconds):,.0f} tokens/s"],
         ["peak resident set", size(cost.peak_resident_bytes)],
     ]
-    if cost.peak_cuda_allocated_bytes is not None:
-        rows.append(["peak GPU memory", size(cost.peak_cuda_allocated_bytes)])
-    if cost.model_utilisation is not None:
-        rows.append(["share of the peak speed (MFU)", percent(cost.model_utilisation)])
+    rows.append(["peak GPU memory", if_known(size, cost.peak_cuda_allocated_bytes)])
+    rows.append(["share of the peak speed (MFU)", if_known(percent, cost.model_utilisation)])
+    rows = [row for row in rows if row[1] is not None]
     return Table(caption="Cost of the training, measured.", columns=["quantity", "value"], rows=rows, numbers=(1,))
 
 
@@ -189,8 +176,8 @@ def stage_table(record: RunRecord) -> Table:
     shares = [(stage.seconds or 0) / total if total else 0.0 for stage in stages.values()]
     rows: list[list[Cell]] = []
     for (name, stage), share in zip(stages.items(), shares, strict=True):
-        time, started = _if_known(duration, stage.seconds), stage.started[:16].replace("T", " ")
-        rows.append([name, time or "unfinished", percent(share), _if_known(size, stage.peak_memory), started or None])
+        time, started = if_known(duration, stage.seconds), stage.started[:16].replace("T", " ")
+        rows.append([name, time or "unfinished", percent(share), if_known(size, stage.peak_memory), started or None])
     return Table(
         caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
         columns=["stage", "time", "share", "peak memory", "started (UTC)"],
@@ -227,8 +214,7 @@ def origin_table(record: RunRecord) -> Table:
 def settings_table(record: RunRecord) -> Table:
     """All settings, by their path."""
     rows = list(_flat(record.settings, ""))
-    caption = f"All {counted(len(rows), 'setting')}"
-    return Table(caption=caption, columns=["setting", "value"], rows=rows, folded=True)
+    return Table(caption=f"All {counted(len(rows), 'setting')}", columns=["setting", "value"], rows=rows, folded=True)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterable[list[Cell]]:
