@@ -108,6 +108,10 @@ class Evaluation(_Record):
     outcomes: dict[str, int]
     samples: dict[str, list[Verdict]]
 
+    def solved(self, kind: str) -> set[str]:
+        """Tasks whose first program passes the tests of a kind."""
+        return {task for task, verdicts in self.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
+
 
 class Evaluations(NamedTuple):
     """Of one data set, of the base model and of the trained one."""

@@ -17,7 +17,7 @@ from codeact.report.rows import Example
 from codeact.report.svg import page_style
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Examples:
     """Examples under a heading."""
 
@@ -57,13 +57,9 @@ def write_report(folder: Path) -> Path:
     )
     environment.filters |= {"unbroken": _unbroken, "counted": counted}
     sentence, tiles = _head(run)
-    page = environment.get_template("page.html").render(
-        title=f"codeact run {folder.resolve().name}",
-        sentence=sentence,
-        tiles=tiles,
-        sections=sections,
-        codeact=run.record.codeact,
-    )
+    title, version = f"codeact run {folder.resolve().name}", run.record.codeact
+    shown = {"title": title, "sentence": sentence, "tiles": tiles, "sections": sections, "codeact": version}
+    page = environment.get_template("page.html").render(shown)
     target = folder / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
@@ -95,7 +91,7 @@ def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
     solved = [
         part
         for name, evaluations in run.evaluations.items()
-        for part in (tables.pass_table(name, evaluations), plots.outcomes(name, evaluations))
+        for part in (tables.pass_table(name, evaluations), plots.outcome_bars(name, evaluations))
     ]
     record = run.record
     stages = [tables.stage_table(record), *tables.line_tables(record)] if record.stages else []
@@ -156,4 +152,4 @@ def _examples(run: Run) -> list[Examples]:
     hardest = "Highest IFD: the question helps least. Look for answers that do not follow from their question."
     easiest = "Lowest IFD of the chosen: where the budget ended. Look for answers that the question gives away."
     kinds = (("The hardest", hardest, run.rows.hardest), ("The easiest", easiest, run.rows.easiest))
-    return [Examples(title=title, intro=intro, examples=examples) for title, intro, examples in kinds if examples]
+    return [Examples(*kind) for kind in kinds if kind[2]]

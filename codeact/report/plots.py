@@ -113,8 +113,7 @@ def losses(rows: Rows) -> Plot | None:
         return None
     drawn = sample(usable, DRAWN)
     highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
-    step = _round_up(highest / 10)
-    top = math.ceil(highest / step) * step
+    top = math.ceil(highest / (step := _round_up(highest / 10))) * step
     inside = drawn[(x[drawn] <= top) & (y[drawn] <= top)]
     figure, axes = new_figure(4.2)
     axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
@@ -304,17 +303,17 @@ def _loss_caption(trained: Floats, held_out: Floats, drawn: int, rows: int) -> s
     return ". ".join(parts) + "."
 
 
-def outcomes(name: str, evaluations: Evaluations) -> Plot | None:
+def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
     """Programs solved before and after training, and how the others ended."""
-    sides = [(label, side) for label, side in (("before", evaluations.before), ("after", evaluations.after)) if side]
-    if not any(sum(side.outcomes.values()) for _, side in sides):
+    sides = {when: side.outcomes for when, side in evaluations._asdict().items() if side}
+    if not any(sum(outcomes.values()) for outcomes in sides.values()):
         return None
-    kinds = [kind for kind in KINDS if any(side.outcomes.get(kind) for _, side in sides)]
+    kinds = [kind for kind in KINDS if any(outcomes.get(kind) for outcomes in sides.values())]
     figure, axes = new_figure(1.05 + 0.42 * len(sides))
-    for at, (_, side) in enumerate(sides):
-        total, left = sum(side.outcomes.values()), 0.0
+    for at, outcomes in enumerate(sides.values()):
+        total, left = sum(outcomes.values()), 0.0
         for place, kind in enumerate(kinds):
-            count = side.outcomes.get(kind, 0)
+            count = outcomes.get(kind, 0)
             share = 100 * count / total
             axes.barh(
                 -at, share, left=left, height=0.62, color=COLOURS[_OUTCOMES[kind]], edgecolor=COLOURS["paper"],
@@ -324,7 +323,7 @@ def outcomes(name: str, evaluations: Evaluations) -> Plot | None:
                 number = axes.text(left + share / 2, -at, f"{count:,}", ha="center", va="center", size=9)
                 number.set_gid(f"class-onbar{at * 10 + place}")  # of the page's style sheet
             left += share
-    axes.set_yticks([-at for at in range(len(sides))], [label for label, _ in sides])
+    axes.set_yticks([-at for at in range(len(sides))], [*sides])
     _no_left_axis(axes)
     axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
     _legend(axes, 4, columnspacing=1.2)
@@ -344,21 +343,15 @@ def _outcomes_caption(evaluations: Evaluations) -> str:
         if first is not None and last is not None:
             texts.append(f"On {tests} pass@1 {moved(first, last, percent)}")
     kind = "plus" if "plus" in before.pass_at and "plus" in after.pass_at else "base"
-    solved = [
-        {task for task, verdicts in side.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
-        for side in (before, after)
-    ]
-    won, lost = len(solved[1] - solved[0]), len(solved[0] - solved[1])
+    first_solved, last_solved = (side.solved(kind) for side in (before, after))
+    won, lost = len(last_solved - first_solved), len(first_solved - last_solved)
     many = f"{counted(won, 'task')} {'are' if won > 1 else 'is'}" if won else "No task is"
     texts.append(f"{many} solved only after training, {lost} only before")
-    if changed := won + lost:
-        chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(won, lost) + 1)) / 2**changed)
-        word = "no evidence" if chance > 0.05 else "evidence"
-        texts.append(
-            f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test): {word} of a change"
-        )
-    else:
-        texts.append("No verdict changed")
+    changed = won + lost
+    chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(won, lost) + 1)) / 2**changed)
+    split = f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test)"
+    evidence = f"{split}: {'no ' if chance > 0.05 else ''}evidence of a change"
+    texts.append(evidence if changed else "No verdict changed")
     return ". ".join(texts) + "."
 
 

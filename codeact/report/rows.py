@@ -87,7 +87,9 @@ class Rows:
         if selected.exists():
             with _reading(selected):
                 self._read_selected(selected, count)
-            self.hardest, self.easiest = _examples(folder / "selected.jsonl", self.ifd, self.chosen)
+            conversations = folder / "selected.jsonl"
+            with _reading(conversations):
+                self.hardest, self.easiest = _examples(conversations, self.ifd, self.chosen)
         self.map = _read_map(folder / "embeddings.npy", count)
 
     def _read_scores(self, path: Path) -> None:
@@ -177,17 +179,14 @@ def _examples(path: Path, ifd: Floats, chosen: Any) -> tuple[tuple[Example, ...]
 
 def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
     """The lines of these numbers, ascending; of the others only the ends are looked for."""
-    try:
-        with path.open("rb") as file:
-            at = 0
-            for number in wanted:
-                line = next(islice(file, number - at, None), None)
-                if line is None:
-                    raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
-                at = number + 1
-                yield line
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; run stage select again") from None
+    at = 0
+    with path.open("rb") as file:
+        for number in wanted:
+            line = next(islice(file, number - at, None), None)
+            if line is None:
+                raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
+            at = number + 1
+            yield line
 
 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:

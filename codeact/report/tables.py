@@ -16,7 +16,7 @@ _LINES = 40  # of a stage's summary
 Cell = str | int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Table:
     """``columns``: heads; ``numbers`` are set to the right, ``texts`` are never narrow.
 
@@ -41,16 +41,13 @@ def ledger_table(ledger: Ledger) -> Table:
     verdict = "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
     if complaints := ledger.complaints():
         verdict = f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
-    return Table(
-        caption=f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}",
-        columns=["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"],
-        rows=[
-            [e.stage, e.what, e.rows_in, e.rows_out, e.tokens_in, e.tokens_out, *(_changes(c, e.what) for c in changes)]
-            for e, changes in ((entry, (entry.lost, entry.added)) for entry in ledger.entries)
-        ],
-        numbers=range(2, 6),
-        texts=(6, 7),
-    )
+    caption = f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}"
+    rows: list[list[Cell]] = []
+    for e in ledger.entries:
+        changes = (_changes(each, e.what) for each in (e.lost, e.added))
+        rows.append([e.stage, e.what, e.rows_in, e.rows_out, e.tokens_in, e.tokens_out, *changes])
+    columns = ["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"]
+    return Table(caption, columns, rows, numbers=range(2, 6), texts=(6, 7))
 
 
 def _changes(changes: Iterable[Change], what: str) -> str | None:
@@ -74,14 +71,11 @@ def fate_table(rows: Rows) -> Table:
     else:
         fates = [("chosen", int(rows.chosen.sum())), *rows.reasons.most_common()]
     shares = [number / max(1, total) for _, number in fates]
-    return Table(
-        caption=f"What became of the {counted(total, 'row')}.",
-        columns=["fate", "rows", "share"],
-        rows=[[_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)],
-        numbers=(1, 2),
-        bars=shares,
-        bar_column=2,
-    )
+    body: list[list[Cell]] = [
+        [_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)
+    ]
+    caption = f"What became of the {counted(total, 'row')}."
+    return Table(caption, ["fate", "rows", "share"], body, numbers=(1, 2), bars=shares, bar_column=2)
 
 
 def mode_tables(packs: PackFigures, cost: Cost | None, training: Training | None) -> list[Table]:
@@ -121,16 +115,8 @@ def mode_tables(packs: PackFigures, cost: Cost | None, training: Training | None
     shares = [s.padding_share for s in packs.strategies]
     estimated = ["mode", "time", "peak memory", "largest pass (tokens)", "activations", "logits"]
     return [
-        Table(
-            caption=counts,
-            columns=columns,
-            rows=computed,
-            numbers=range(1, 7),
-            marked=marked,
-            bars=shares,
-            bar_column=5,
-        ),
-        Table(caption=costs, columns=estimated, rows=taken, numbers=range(1, 6), marked=marked),
+        Table(counts, columns, computed, numbers=range(1, 7), marked=marked, bars=shares, bar_column=5),
+        Table(costs, estimated, taken, numbers=range(1, 6), marked=marked),
     ]
 
 
@@ -149,7 +135,7 @@ def training_table(cost: Cost) -> Table:
     rows.append(["peak GPU memory", if_known(size, cost.peak_cuda_allocated_bytes)])
     rows.append(["share of the peak speed (MFU)", if_known(percent, cost.model_utilisation)])
     rows = [row for row in rows if row[1] is not None]
-    return Table(caption="Cost of the training, measured.", columns=["quantity", "value"], rows=rows, numbers=(1,))
+    return Table("Cost of the training, measured.", ["quantity", "value"], rows, numbers=(1,))
 
 
 def pass_table(name: str, evaluations: Evaluations) -> Table:
@@ -166,7 +152,7 @@ def pass_table(name: str, evaluations: Evaluations) -> Table:
     caption = f"Of {counted(tasks, 'task')}; one task is {100 / max(1, tasks):.1f} points."
     if not all(side.isolated for side in sides):
         caption += " The programs were run WITHOUT isolation."
-    return Table(caption=caption, columns=["tests", "before", "after", "change (points)"], rows=body, numbers=(1, 2, 3))
+    return Table(caption, ["tests", "before", "after", "change (points)"], body, numbers=(1, 2, 3))
 
 
 def stage_table(record: RunRecord) -> Table:
@@ -178,23 +164,15 @@ def stage_table(record: RunRecord) -> Table:
     for (name, stage), share in zip(stages.items(), shares, strict=True):
         time, started = if_known(duration, stage.seconds), stage.started[:16].replace("T", " ")
         rows.append([name, time or "unfinished", percent(share), if_known(size, stage.peak_memory), started or None])
-    return Table(
-        caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
-        columns=["stage", "time", "share", "peak memory", "started (UTC)"],
-        rows=rows,
-        numbers=range(1, 5),
-        bars=shares,
-        bar_column=2,
-    )
+    caption = f"The stages took {duration(total)} together. Peak memory is the resident set of the process."
+    columns = ["stage", "time", "share", "peak memory", "started (UTC)"]
+    return Table(caption, columns, rows, numbers=range(1, 5), bars=shares, bar_column=2)
 
 
 def line_tables(record: RunRecord) -> list[Table]:
     """The lines that each stage printed."""
-    return [
-        Table(caption=f"What {name} printed", columns=["line", "value"], rows=stage.lines[:_LINES], folded=True)
-        for name, stage in _stages(record).items()
-        if stage.lines
-    ]
+    printed = ((name, stage.lines[:_LINES]) for name, stage in _stages(record).items() if stage.lines)
+    return [Table(f"What {name} printed", ["line", "value"], lines, folded=True) for name, lines in printed]
 
 
 def _stages(record: RunRecord) -> dict[str, StageRecord]:
@@ -208,13 +186,13 @@ def origin_table(record: RunRecord) -> Table:
     rows += [[name, value or None] for name, value in record.versions.items()]
     for name, value in record.machine.items():
         rows.append([name, size(value) if name == "memory" and isinstance(value, int) else _value(value)])
-    return Table(caption="Versions and machine.", columns=["what", "value"], rows=rows)
+    return Table("Versions and machine.", ["what", "value"], rows)
 
 
 def settings_table(record: RunRecord) -> Table:
     """All settings, by their path."""
     rows = list(_flat(record.settings, ""))
-    return Table(caption=f"All {counted(len(rows), 'setting')}", columns=["setting", "value"], rows=rows, folded=True)
+    return Table(f"All {counted(len(rows), 'setting')}", ["setting", "value"], rows, folded=True)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterable[list[Cell]]:
