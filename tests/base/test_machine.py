@@ -100,11 +100,11 @@ def test_a_device_has_its_own_memory(monkeypatch):
 
 def test_every_plan_sees_four_gibibytes(groups):
     """A container of 4 GiB on a machine of 32."""
-    from codeact.doctor.examine import _memory
+    from codeact.doctor.probes import memory
     from codeact.evaluation import generate
 
     groups("0::/\n", **{"memory.max": 4 * GIB, "memory.current": 0})
-    assert "4.0 of 4.0 GiB free" in _memory().detail
+    assert "4.00 GiB of 4.00 GiB free; a control group limits it to 4.00 GiB" in memory()
     assert generate.free_memory() == 4 * GIB
     assert machine.machine_facts()["memory"] == 4 * GIB
 
