@@ -506,8 +506,9 @@ def _file_system() -> list[str]:
     binds = {place: place for place in _LIBRARIES if os.path.exists(place)}
     prefix = os.path.realpath(sys.base_prefix)
     platform_library = sysconfig.get_path("platstdlib", vars={"platbase": os.path.realpath(sys.base_exec_prefix)})
-    own = [os.path.dirname(os.__file__), platform_library, _interpreter(), *sorted(glob.glob(f"{prefix}/lib/*.so*"))]
-    for place in filter(os.path.exists, map(os.path.realpath, own)):
+    own = [*map(os.path.realpath, (os.path.dirname(os.__file__), platform_library or "", _interpreter()))]
+    own += sorted(glob.glob(f"{prefix}/lib/*.so*"))  # by the names that they are asked for, which may be links
+    for place in filter(os.path.exists, own):
         if not any(Path(place).is_relative_to(other) for other in binds):
             binds[place] = place
     # What is installed for others lies in the same folders.
