@@ -264,6 +264,35 @@ def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> 
     assert not held
 
 
+def test_a_program_goes_first_when_memory_runs_out_and_has_a_group_of_its_own(sandbox: Sandbox) -> None:
+    states: list[tuple[str, str]] = []
+
+    def look(line: bytes) -> bool:
+        if b"value" in line:
+            (process,) = sandbox._running
+            inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+            for place in (Path("/proc", str(process.pid)), Path("/proc", inner)):
+                states.append(((place / "oom_score_adj").read_text().strip(), (place / "cgroup").read_text()))
+        return not states
+
+    program = "import time\ndef f(x):\n time.sleep(60 if x else 0.1)\n return x"
+    request = {
+        "program": program,
+        "entry_point": "f",
+        "inputs": [[0], [1]],
+        "seconds": [60.0] * 2,
+        "load_seconds": 60.0,
+    }
+    assert sandbox.run({**request, "form": "", "timed": False}, look, total=60.0).how == "stopped"
+    assert [score for score, _ in states] == ["1000"] * 2
+    if sandbox._groups._parent is None:
+        pytest.skip("no control group can be made here")
+    assert all("/codeact-" in groups for _, groups in states)
+    for group in sandbox._groups._free:
+        limit = next(path for name in ("memory.max", "memory.limit_in_bytes") if (path := group / name).exists())
+        assert int(limit.read_text()) == (LIMITS.memory_mb + LIMITS.disk_mb + 64) << 20
+
+
 def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
     for program in (
         "def f(x): return x + 1",
