@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -108,6 +109,17 @@ def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[s
     except ValidationError as error:
         complaints = [_complaint(item, tree, kind) for item in error.errors()]
         raise InputError(f"{path}{'; '.join(complaints).replace('; , ', '; ')}") from None
+
+
+def located(path: str | Path | None, section: str, message: str) -> str:
+    """``message``, which is about a section of the file, with the file and the line of the key that it names."""
+    tree = None if path is None else read_yaml(_shipped(Path(path)))[1]
+    node = next((value for key, value in getattr(tree, "value", ()) if key.value == section), None)
+    if node is None:  # told by --set, or not from a file
+        return message
+    keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    named = [key for key in keys if re.search(rf"(--|: ){re.escape(key)}\b", message)]
+    return f"{path}, line {line_of(tree, [section, *named[:1]])}: {message}"
 
 
 def _change(content: dict[str, Any], change: str) -> None:
