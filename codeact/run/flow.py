@@ -18,13 +18,14 @@ from codeact.base.errors import InputError, one_of
 from codeact.base.ledger import Entry, Ledger
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
+from codeact.base.yaml_files import located, read_yaml
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import Embed
 from codeact.evaluation.stage import Evaluate, Generate
 from codeact.padding.stage import Padding
 from codeact.report.stage import Report
 from codeact.run.folder import RunFolder, key_of
-from codeact.run.settings import RunSettings, located, read_settings, settings_class
+from codeact.run.settings import RunSettings, read_settings, settings_class, shipped
 from codeact.scoring.stage import Score, ScoreSettings
 from codeact.selection.stage import Select
 from codeact.training.stage import Train
@@ -146,7 +147,10 @@ class Flow:
         try:
             yield
         except InputError as error:
-            raise InputError(located(self.source, section, str(error))) from None
+            if self.source is None:
+                raise
+            path = shipped(Path(self.source))
+            raise InputError(located(str(error), path, read_yaml(path)[1], section)) from None
 
     def run(self, first: str | None = None, last: str | None = None) -> Ledger:
         """Do the stages; what is there already for the same inputs and settings is kept.

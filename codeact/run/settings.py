@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -98,7 +97,7 @@ def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[s
         InputError: it cannot be read, or a key is unknown, missing, there twice or of a wrong type; the message names
             the line, and the closest key there is.
     """
-    path = _shipped(Path(path))
+    path = shipped(Path(path))
     content, tree = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it needs output, data and score")
@@ -109,17 +108,6 @@ def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[s
     except ValidationError as error:
         complaints = [_complaint(item, tree, kind) for item in error.errors()]
         raise InputError(f"{path}{'; '.join(complaints).replace('; , ', '; ')}") from None
-
-
-def located(path: str | Path | None, section: str, message: str) -> str:
-    """``message``, which is about a section of the file, with the file and the line of the key that it names."""
-    tree = None if path is None else read_yaml(_shipped(Path(path)))[1]
-    node = next((value for key, value in getattr(tree, "value", ()) if key.value == section), None)
-    if node is None:  # told by --set, or not from a file
-        return message
-    keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    named = [key for key in keys if re.search(rf"(--|: ){re.escape(key)}\b", message)]
-    return f"{path}, line {line_of(tree, [section, *named[:1]])}: {message}"
 
 
 def _change(content: dict[str, Any], change: str) -> None:
@@ -154,7 +142,8 @@ def _is_run(entry: Any) -> bool:
     return entry.name.endswith(".yaml") and "\noutput:" in entry.read_text(encoding="utf-8")
 
 
-def _shipped(path: Path) -> Path:
+def shipped(path: Path) -> Path:
+    """The file of that path, or that codeact brings under that name."""
     names = shipped_configs()
     if path.exists() or (path.suffix and str(path) not in names):  # a name may hold a dot: 6.7b
         return path

@@ -206,7 +206,7 @@ def test_a_result_that_somebody_changed_is_not_overwritten(codeact, config):
             "report_to",
             "train: --report_to swanlab: swanlab is not inst",
         ),
-        ({"train": {}, "generate": {"data": "nowhere.jsonl"}}, "generate", "cannot read nowhere.jsonl"),
+        ({"train": {}, "generate": {"data": "nowhere.jsonl"}}, "data", "cannot read nowhere.jsonl"),
     ],
 )
 def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config, sections, key, message):
@@ -214,7 +214,7 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
     lines = [line.strip().partition(":")[0] for line in config.read_text().splitlines()]
     code, _, err = codeact("run", config)
     assert code == 2
-    assert f"error: {config}, line {lines.index(key) + 1}: {message}" in err
+    assert f"error: {config}, line {len(lines) - lines[::-1].index(key)}: {message}" in err
     assert did(err) == []
     assert "generate" in sections or message in codeact("run", config, "--dry-run")[2]
 
