@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def line_of(node: Any, keys: Sequence[str]) -> int:
             break
         line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
     return line
+
+
+def located(message: str, path: str | Path, tree: Any, *sections: str) -> str:
+    """Put the file and a line before ``message``: of the key in these nested sections that it names, or of the section.
+
+    A message that is about nothing in the file stays as it is.
+    """
+    node = tree
+    for name in sections:
+        node = next((value for key, value in getattr(node, "value", ()) if key.value == name), None)
+    keys = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    named = [key for key in keys if re.search(rf"(--|: ){re.escape(key)}\b", message)]
+    if node is None or not (sections or named):
+        return message
+    return f"{path}, line {line_of(tree, [*sections, *named[:1]])}: {message}"
 
 
 def _check(tree: Any, path: Path) -> None:

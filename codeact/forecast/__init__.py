@@ -76,7 +76,8 @@ def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> F
     quiet_transformers()
     settings = flow.settings
     here = settings.forecast.device is None
-    flags = None if settings.train is None else check_flags(settings.train, "train", TAKEN_FLAGS, here=here)
+    with flow.naming_the_line("train"):
+        flags = None if settings.train is None else check_flags(settings.train, "train", TAKEN_FLAGS, here=here)
     planned = flow.between(first, last)
     with hub_if_reached():
         states, warnings = _states(flow, planned)

@@ -97,7 +97,7 @@ def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[s
         InputError: it cannot be read, or a key is unknown, missing, there twice or of a wrong type; the message names
             the line, and the closest key there is.
     """
-    path = _shipped(Path(path))
+    path = shipped(Path(path))
     content, tree = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it needs output, data and score")
@@ -142,7 +142,8 @@ def _is_run(entry: Any) -> bool:
     return entry.name.endswith(".yaml") and "\noutput:" in entry.read_text(encoding="utf-8")
 
 
-def _shipped(path: Path) -> Path:
+def shipped(path: Path) -> Path:
+    """The file of that path, or that codeact brings under that name."""
     names = shipped_configs()
     if path.exists() or (path.suffix and str(path) not in names):  # a name may hold a dot: 6.7b
         return path
