@@ -161,7 +161,8 @@ def merge(
     data: Annotated[str | None, flag("Where the data lies now, for --paper-json.")] = None,
 ) -> None:
     """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
-    from codeact.scoring.folder import ScoreFolder, write_paper_json
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.table import write_paper_json
     from codeact.selection.stage import open_scored_data
 
     if seed_json is not None:

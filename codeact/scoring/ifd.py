@@ -37,7 +37,7 @@ from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll
 from codeact.packing.packs import pack
-from codeact.scoring.folder import SCHEMA
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
 
@@ -89,9 +89,11 @@ class IfdScorer:
         self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length < 2 or (limit is not None and max_length > limit):
-            raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
+            raise InputError(
+                f"max_length (--max-length) is {max_length}; this model takes 2 to {limit or 'any number of'} tokens"
+            )
         if self.tokens_per_pack < 1:
-            raise InputError(f"tokens_per_pack is {tokens_per_pack}; it must be at least 1")
+            raise InputError(f"tokens_per_pack (--tokens-per-pack) is {tokens_per_pack}; it must be at least 1")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
@@ -299,7 +301,7 @@ def score_ifd(
             its own again afterwards.
 
     Returns:
-        A table with the columns of ``codeact.scoring.folder.SCHEMA``, one row a record, in order. NLL sums are in nats.
+        A table with the columns of ``codeact.scoring.table.SCHEMA``, one row a record, in order. NLL sums are in nats.
 
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.

@@ -37,6 +37,9 @@ class ScoreSettings(Settings):
     tokens_per_pack: int | None = setting(
         None, "Tokens of a forward pass; default: by the device and the model.", place=True, ge=1
     )
+    attention: str = setting(
+        "auto", "Of transformers, such as sdpa or eager; auto: the best for packs that is here.", place=True
+    )
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
     protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
 
@@ -72,9 +75,8 @@ def prepare(
     dtype = resolve_dtype(settings.dtype, device)
     say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
     model, tokenizer = load_causal_lm(settings.model, device, dtype)
-    scorer = IfdScorer(
-        model, tokenizer, settings.template, settings.max_length, settings.tokens_per_pack, settings.protocol
-    )
+    how = settings.model_dump(include={"template", "max_length", "tokens_per_pack", "protocol", "attention"})
+    scorer = IfdScorer(model, tokenizer, **how)
     folder = ScoreFolder(
         output,
         {
@@ -89,6 +91,8 @@ def prepare(
             "max_length": settings.max_length,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens_per_pack": scorer.tokens_per_pack,
+            "device": str(device),
+            "attention": scorer.attention,
             "protocol": settings.protocol,
             "shard_size": settings.shard_size,
         },

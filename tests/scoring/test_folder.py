@@ -305,7 +305,7 @@ def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
 
 
 def test_paper_json(data_path, tiny_model_path, tmp_path):
-    from codeact.scoring.folder import write_paper_json
+    from codeact.scoring.table import write_paper_json
 
     score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
     folder = ScoreFolder.open(tmp_path / "s")
@@ -314,3 +314,19 @@ def test_paper_json(data_path, tiny_model_path, tmp_path):
     assert len(entries) == count == ROWS - 2
     assert set(entries[0]) == {"question", "answer", "IFD"}
     assert entries[0]["IFD"] == folder.read()["ifd"][0].as_py()
+
+
+def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, tiny_model_path, tmp_path):
+    """They are noted in the manifest and decide no score: what was done stays, the rest is done with the new ones."""
+    folder, same = tmp_path / "s", {"shard_size": 60, "dtype": "float32"}
+    score(data_path, tiny_model_path, folder, **same, shard=(0, 2), tokens_per_pack=4096)
+    done = stamps(folder)
+    others = {"tokens_per_pack": 1, "attention": "eager", "device": "cpu"}
+    score(data_path, tiny_model_path, folder, **same, **others)
+    assert {name: stamps(folder)[name] for name in done} == done != {}
+    score(data_path, tiny_model_path, tmp_path / "at once", **same)
+    assert_same_table(folder, tmp_path / "at once", rtol=1e-4)
+    noted = ScoreFolder.open(folder).settings
+    for more in (others, {"tokens_per_pack": 7}, {"device": "cuda:3"}, {"attention": "flash_attention_2"}):
+        assert settings_hash({**noted, **more}) == settings_hash(noted)
+    assert settings_hash({**noted, "max_length": 255}) != settings_hash(noted)

@@ -13,9 +13,9 @@ from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record
 from codeact.models.isolation import prove_isolation, split_head
 from codeact.models.loading import load_causal_lm
-from codeact.scoring.folder import SCHEMA
 from codeact.scoring.ifd import IfdScorer, score_ifd
 from codeact.scoring.reference import exact_ifd, paper_ifd
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import tokenize
 from codeact.text.templates import TEMPLATES, PromptBuilder
 from codeact.text.tokenizers import leading_bos
