@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
 from codeact.base.errors import InputError
 from codeact.base.protocols import resolve_protocol
-from codeact.data.records import BadRow, Record
+from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
     PassRule,
     computing,
@@ -275,7 +275,7 @@ def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 def score_ifd(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: Any = None,
-    records: Iterable[Record | BadRow] = (),
+    records: Any = (),
     template: str = "qa",
     max_length: int = 2048,
     tokens_per_pack: int | None = None,
@@ -289,7 +289,9 @@ def score_ifd(
     Args:
         model: a causal transformers model, or the name or folder of one, loaded as ``dtype`` on ``device``.
         tokenizer: its tokenizer; may be None when ``model`` is a name.
-        records: what to score; rows that hold no record are kept with their reason.
+        records: what to score: records, or whatever `codeact.data.records.open_records` opens (a path, a list of
+            dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars). Rows that hold no record are kept
+            with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
         tokens_per_pack: tokens of one forward pass; None: as many as keep the device busy. With 1 every sequence has a
@@ -313,4 +315,4 @@ def score_ifd(
     if tokenizer is None:
         raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
     scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention)
-    return scorer.score(list(records))[0]
+    return scorer.score(list(open_rows(records)))[0]
