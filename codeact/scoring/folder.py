@@ -18,11 +18,12 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -31,6 +32,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, remove_leftovers
 from codeact.data.records import RecordSet
 from codeact.scoring.table import SCHEMA
+from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
 
 if TYPE_CHECKING:
     from codeact.scoring.ifd import IfdScorer
@@ -57,6 +59,8 @@ class ScoreFolder:
         self.rows: int = settings["data"]["rows"]
         self.shard_size: int = settings["shard_size"]
         self.shards = -(-self.rows // self.shard_size)
+        self.keep_token_nll = False
+        """Whether a shard is done only with the losses of its tokens beside it."""
 
     @classmethod
     def open(cls, folder: str | Path) -> ScoreFolder:
@@ -124,7 +128,7 @@ class ScoreFolder:
         missing = []
         for shard in range(self.shards):
             path = self.path(shard)
-            if path.exists():
+            if path.exists() and (not self.keep_token_nll or losses_path(path).exists()):
                 self._facts(path)
             else:
                 missing.append(shard)
@@ -150,7 +154,8 @@ class ScoreFolder:
             rows = records.rows(first, first + self.shard_rows(shard))
             begin = time.perf_counter()
             step = _rows_done(len(rows), progress)
-            table, cost = scorer.score(rows, step)
+            losses: list[np.ndarray] | None = [] if self.keep_token_nll else None
+            table, cost = scorer.score(rows, step, **({} if losses is None else {"losses": losses}))
             step(1.0, 0)  # rows that were refused pass through no forward pass
             facts = {
                 "hash": self.hash,
@@ -164,6 +169,8 @@ class ScoreFolder:
                 "versions": _versions(),
             }
             table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
+            if losses is not None:
+                write_losses(self.path(shard), np.concatenate([np.empty((2, 0), np.float16), *losses], axis=1))
             with atomic_path(self.path(shard)) as temporary:
                 pq.write_table(table, temporary)
 
@@ -228,6 +235,21 @@ class ScoreFolder:
         if not path.exists():
             raise InputError(f"{self.folder} is not merged: run codeact merge {self.folder}")
         return pq.read_table(path, schema=SCHEMA)
+
+    def selective_ifd(self) -> np.ndarray:
+        """S-IFD of every row of the merged table, (rows,) float64, from the losses that scoring kept.
+
+        Raises:
+            InputError: it kept none, or they are damaged.
+        """
+        tokens = self.read()["scored_tokens"].to_numpy().astype(np.int64)
+
+        def shards() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for shard in range(self.shards):
+                part = tokens[shard * self.shard_size :][: self.shard_rows(shard)]
+                yield read_losses(self.path(shard), int(part.sum())), part
+
+        return selective_ifd(shards)
 
     def totals(self) -> dict[str, Any]:
         """Return the totals that ``merge`` wrote."""

@@ -106,6 +106,8 @@ class IfdScorer:
         remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
+        self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
+        self._order = np.empty(0, np.int64)  # in which sequences were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
         self._halved = False
 
@@ -116,13 +118,18 @@ class IfdScorer:
         return f"{name}, {self.attention}, {nll_backend(self.head.weight)}"
 
     def score(
-        self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
+        self,
+        rows: Sequence[Record | BadRow],
+        progress: Callable[[float, int], object] | None = None,
+        losses: list[np.ndarray] | None = None,
     ) -> tuple[pa.Table, ScoreCost]:
         """Score rows; the table has one row for each of them, in order.
 
         Args:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
+            losses: if given, it gets of every row with scored tokens an array (2, scored tokens) float16, nats: the
+                losses of the answer's tokens with the question and without it.
         """
         tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
         scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
@@ -132,9 +139,14 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
+        self._kept = None if losses is None else []
         with computing(self.model, self.attention):
             sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+        if losses is not None and self._kept:
+            pieces = np.split(torch.cat(self._kept).cpu().numpy(), np.cumsum(counts[self._order])[:-1])
+            by_sequence = [pieces[place] for place in np.argsort(self._order)]
+            losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
     def _nll_sums(
@@ -165,7 +177,8 @@ class IfdScorer:
                 progress(done / total, tokens)
         sums = np.empty(len(sequences))
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
-        sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
+        self._order = np.concatenate(packs)
+        sums[self._order] = torch.cat(parts).cpu().numpy()
         return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -215,7 +228,10 @@ class IfdScorer:
         hidden = hidden[to_device(scored - 1, self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
-        return _sums(nll, to_device(bounds, self.device))
+        sums = _sums(nll, to_device(bounds, self.device))
+        if self._kept is not None:
+            self._kept.append(nll.half())
+        return sums
 
     def _table(
         self,

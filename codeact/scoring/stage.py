@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import model_validator
+
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import Protocol, Settings, decisive, setting
@@ -42,6 +44,15 @@ class ScoreSettings(Settings):
     )
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
     protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
+    keep_token_nll: bool = setting(
+        False, "Keep the loss of every answer token, 4 bytes each: select --difficulty s_ifd needs it.", place=True
+    )
+
+    @model_validator(mode="after")
+    def _tokens_of_both_passes(self) -> ScoreSettings:
+        if self.keep_token_nll and self.protocol == "paper":
+            raise ValueError("under protocol paper the two passes score different tokens; leave out --keep-token-nll")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,7 @@ def prepare(
             "shard_size": settings.shard_size,
         },
     )
+    folder.keep_token_nll = settings.keep_token_nll
     folder.claim(overwrite)
     return ScoreJob(records, folder, scorer)
 

@@ -12,7 +12,7 @@ from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EMBEDDINGS_FILE
-from codeact.scoring.stage import SCORES_FOLDER
+from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
 from codeact.scoring.stage import TABLE as SCORE_TABLE
 from codeact.selection.settings import BY_CLUSTER, SelectSettings
 
@@ -54,6 +54,8 @@ def select_rows(
     folder = ScoreFolder.open(scores)
     table = folder.read()
     records = open_scored_data(folder, source)
+    if settings.difficulty == "s_ifd":
+        table = table.append_column("s_ifd", [folder.selective_ifd()])
     choice = settings.choice()
     labels = None
     if embeddings is not None:
@@ -131,6 +133,11 @@ class Select(Stage):
     settings, default = SelectSettings, SelectSettings()
     needs = ("score", "embed")
     outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
+
+    def check(self, run: Run) -> None:
+        """A difficulty whose numbers the scoring of this run does not keep."""
+        if run.of(SelectSettings).difficulty == "s_ifd" and not run.of(ScoreSettings).keep_token_nll:
+            raise InputError("select: difficulty s_ifd needs score: keep_token_nll: true")
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""

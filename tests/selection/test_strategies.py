@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
+from codeact.scoring.folder import ScoreFolder
 from codeact.scoring.length import rank_correlation
+from codeact.scoring.token_losses import write_losses
 from codeact.selection import facility
 from codeact.selection.choose import plan_selection
 from codeact.selection.difficulty import difficulty_scores
@@ -484,6 +486,22 @@ def test_the_command_takes_them_all_and_the_audit_says_why(scored, tmp_path, cod
     for one, other in zip(rows[::2], rows[1::2], strict=True):
         lost = max(one, other, key=lambda row: row["score"])  # the loss: the likelier answer of a question stays
         assert lost["reason"] == "same_question"
+
+
+def test_selective_ifd_comes_from_the_kept_losses(scored, tmp_path, codeact):
+    _, scores, embeddings = scored
+    move = np.linspace(-3, 0.5, 40)  # one scored token a row; half of the moves are below 1.3, and count for nothing
+    folder = ScoreFolder.open(scores)
+    write_losses(folder.path(0), np.stack([4 + move, np.full(40, 4.0)]).astype(np.float16))
+    files = ("--scores", scores, "--embeddings", embeddings, "--output", tmp_path / "out.jsonl")
+    code, out, _ = codeact("select", *files, "--strategy", "top_ifd", "--difficulty", "s_ifd", "--budget-rows", 30)
+    assert code == 0
+    assert "top_ifd by s_ifd" in out
+    rows = pq.read_table(tmp_path / "out.rows.parquet").to_pylist()
+    moved = np.abs(move) > np.sort(np.abs(move))[19]
+    assert [row["chosen"] for row in rows] == moved.tolist()
+    assert rows[0]["score"] == pytest.approx(np.exp(-3))
+    assert rows[39]["reason"] == "s_ifd_at_least_1"
 
 
 @pytest.mark.parametrize(
