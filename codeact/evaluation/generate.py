@@ -18,14 +18,14 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
-from codeact.evaluation.programs import SampleLog
+from codeact.evaluation.programs import SampleLog, discard_samples
 from codeact.evaluation.prompts import Prompt, PromptWriter
 from codeact.evaluation.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from codeact.evaluation.decoding import Manner
 
-BACKENDS = ("hf", "vllm")
+GENERATORS = ("hf", "vllm")
 _MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
@@ -107,11 +107,11 @@ class HuggingFaceGenerator:
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings
     ) -> Iterator[tuple[Request, Completion]]:
         """See ``Generator``."""
-        from codeact.evaluation.decoding import Sampling, decode, exact_manner
+        from codeact.evaluation.decoding import Sampling, decode_batches, exact_manner
 
         self._manner = self._manner or exact_manner(self._model)
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
-        finished = decode(
+        finished = decode_batches(
             self._model,
             [request.prompt.ids for request in requests],
             lambda row, ids: watches[row].ends(ids),
@@ -275,7 +275,7 @@ def _claim(
             )
         return int(known["batch_size"])
     size = wanted or by_memory()
-    output.unlink(missing_ok=True)
+    discard_samples(output)
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size

@@ -15,13 +15,12 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
-from codeact.embedding.stage import FILE as EMBEDDINGS
+from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.lab.compare import Trial, compare
 from codeact.lab.settings import Arm, LabSettings
 from codeact.run.flow import STAGES, Flow, open_flow
 from codeact.run.folder import key_of
-from codeact.scoring.stage import FOLDER as SCORES
-from codeact.scoring.stage import ScoreSettings
+from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
 from codeact.selection.settings import SelectSettings
 from codeact.training.stage import TAKEN_FLAGS
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from codeact.data.records import Record
 
-FOLDER = "lab"
+LAB_FOLDER = "lab"
 TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other settings of the lab share them
 
 
@@ -52,7 +51,7 @@ class Lab(Stage):
     name = section = "lab"
     settings, default = LabSettings, None
     needs = ("score", "embed")
-    outputs, products = (FOLDER,), ()
+    outputs, products = (LAB_FOLDER,), ()
 
     def check(self, run: Run) -> None:
         """Flags of the trainings, and a difficulty whose numbers the scoring does not keep."""
@@ -92,7 +91,7 @@ class Lab(Stage):
             longest = max(longest, time.monotonic() - start)
         results = {trial: json.loads(path.read_text("utf-8")) for trial, path in paths.items() if path.exists()}
         comparison = compare(settings, results)
-        page = run.output / FOLDER / "lab.md"
+        page = run.output / LAB_FOLDER / "lab.md"
         with atomic_path(page) as temporary:
             temporary.write_text(comparison.page(stopped), encoding="utf-8")
         if stopped:
@@ -150,11 +149,11 @@ def _open_pool(run: Run, settings: LabSettings) -> _Pool:
     from codeact.selection.clustering import cluster
     from codeact.selection.difficulty import ok_rows
 
-    folder = ScoreFolder.open(run.output / SCORES)
+    folder = ScoreFolder.open(run.output / SCORES_FOLDER)
     table, records = folder.read(), run.data.open()
     if any(arm.difficulty == "s_ifd" for arm in settings.strategies):
         table = table.append_column("s_ifd", [folder.selective_ifd()])
-    embedded, select = read_embeddings(run.output / EMBEDDINGS), run.of(SelectSettings)
+    embedded, select = read_embeddings(run.output / EMBEDDINGS_FILE), run.of(SelectSettings)
     places = join_labels(table, embedded.rows, embedded.ids, np.arange(len(embedded.rows)))
     labels = cluster(embedded.vectors, select.clusters, select.seed, select.backend)[places]
     questions, ok = question_numbers(records, table), ok_rows(table)
@@ -178,7 +177,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
     """Choose, train, and take the loss of every held-out row; what was trained is removed again."""
     from codeact.selection.choose import plan_selection, write_selection
     from codeact.training.flags import parse_mapping
-    from codeact.training.train import train
+    from codeact.training.train import train_from_settings
 
     work = run.output / TRIALS / "work" / trial.name
     flags = {**settings.train, "model_name_or_path": run.model, "seed": trial.seed}
@@ -201,7 +200,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
         {**flags, "data_path": str(work / "selected.jsonl"), "output_dir": str(work / "model")}, "lab.train"
     )
     with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
-        result = train(chosen)
+        result = train_from_settings(chosen)
     known = json.loads((work / "model" / "training.json").read_text(encoding="utf-8"))
     losses = _losses(run.model, result.output, chosen.model.lora, chosen, pool.held_out)
     shutil.rmtree(work)

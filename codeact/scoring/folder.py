@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import time
@@ -29,29 +30,14 @@ import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, remove_leftovers
-from codeact.data.records import BadRow, Record, RecordSet
+from codeact.data.records import RecordSet
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
 
 if TYPE_CHECKING:
     from codeact.scoring.ifd import IfdScorer
 
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("answer_tokens", pa.int32(), nullable=False),
-        pa.field("scored_tokens", pa.int32(), nullable=False),
-        pa.field("uncond_scored_tokens", pa.int32(), nullable=False),
-        pa.field("cond_nll_sum", pa.float64()),
-        pa.field("uncond_nll_sum", pa.float64()),
-        pa.field("ifd", pa.float64()),
-    ]
-)
-"""The score table: one row for each row of the data set, whatever became of it."""
+logger = logging.getLogger(__name__)
 
 _METADATA_KEY = b"codeact"
 
@@ -178,6 +164,8 @@ class ScoreFolder:
                 "tokens": cost.tokens,
                 "packs": cost.packs,
                 "capacity_tokens": cost.capacity_tokens,
+                "tokens_per_pack": scorer.tokens_per_pack,
+                "route": scorer.route,
                 "versions": _versions(),
             }
             table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
@@ -202,6 +190,7 @@ class ScoreFolder:
         totals: Counter[str] = Counter()
         refused: Counter[str] = Counter()
         statuses: Counter[str] = Counter()
+        routes: Counter[str] = Counter()
         with (
             atomic_path(self.folder / "scores.parquet") as temporary,
             pq.ParquetWriter(temporary, SCHEMA) as writer,
@@ -215,7 +204,8 @@ class ScoreFolder:
                 if table["row"].to_pylist() != list(expected):
                     raise InputError(f"{path} does not hold rows {first} to {expected[-1]}: delete it and score again")
                 writer.write_table(table)
-                refused += refusals(table)
+                routes[facts.get("route", "an older version, which did not note it")] += 1
+                refused.update(reason.split(":", 1)[0] for reason in table["reason"].to_pylist() if reason is not None)
                 statuses.update(table["status"].to_pylist())
                 totals["rows"] += table.num_rows
                 totals["truncated"] += pc.sum(table["truncated"]).as_py()
@@ -223,7 +213,13 @@ class ScoreFolder:
                     totals[name] += pc.sum(table[name]).as_py()
                 for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
                     totals[name] += facts[name]
-        summary = {**totals, "status": dict(statuses), "refused": dict(refused)}
+        if len(routes) > 1:
+            logger.warning(
+                "%s: shards were not all scored in one way, and different ways agree to rounding only: %s",
+                self.folder,
+                "; ".join(f"{count} by {route}" for route, count in routes.most_common()),
+            )
+        summary = {**totals, "status": dict(statuses), "refused": dict(refused), "routes": dict(routes)}
         self._write_manifest({"totals": summary})
         for folder in (self.folder, self.folder / "shards"):
             remove_leftovers(folder)
@@ -301,33 +297,6 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     model = {k: v for k, v in settings.get("model", {}).items() if k != "name"}
     deciding = {k: v for k, v in settings.items() if k not in ("tokens_per_pack", "device", "attention")}
     return {**deciding, "data": data, "model": model}
-
-
-def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> int:
-    """Write the scored rows as the reference script's JSON, a list of {question, answer, IFD}; return how many."""
-    count = 0
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write("[")
-        for record, ifd in _scored_records(table, records):
-            entry = {"question": record.question, "answer": record.answer, "IFD": ifd}
-            file.write(("," if count else "") + "\n" + json.dumps(entry, ensure_ascii=False))
-            count += 1
-        file.write("\n]\n")
-    return count
-
-
-def _scored_records(table: pa.Table, records: RecordSet, block: int = 10_000) -> Iterator[tuple[Record, float]]:
-    for first in range(0, len(records), block):
-        scores = table["ifd"].slice(first, block).to_pylist()
-        rows = records.rows(first, min(first + block, len(records)))
-        for row, ifd in zip(rows, scores, strict=True):
-            if ifd is not None and not isinstance(row, BadRow):
-                yield row, ifd
-
-
-def refusals(table: pa.Table) -> Counter[str]:
-    """Count why rows of a score table have no score: the code before the colon of each reason."""
-    return Counter(reason.split(":", 1)[0] for reason in table["reason"].to_pylist() if reason is not None)
 
 
 def _rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:

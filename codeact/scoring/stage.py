@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-FOLDER, TABLE = "scores", "scores/scores.parquet"
+SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
 _NAMED_REFUSALS = 5
 
 
@@ -38,6 +38,9 @@ class ScoreSettings(Settings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
     tokens_per_pack: int | None = setting(
         None, "Tokens of a forward pass; default: by the device and the model.", place=True, ge=1
+    )
+    attention: str = setting(
+        "auto", "Of transformers, such as sdpa or eager; auto: the best for packs that is here.", place=True
     )
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
     protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
@@ -83,9 +86,8 @@ def prepare(
     dtype = resolve_dtype(settings.dtype, device)
     say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
     model, tokenizer = load_causal_lm(settings.model, device, dtype)
-    scorer = IfdScorer(
-        model, tokenizer, settings.template, settings.max_length, settings.tokens_per_pack, settings.protocol
-    )
+    how = settings.model_dump(include={"template", "max_length", "tokens_per_pack", "protocol", "attention"})
+    scorer = IfdScorer(model, tokenizer, **how)
     folder = ScoreFolder(
         output,
         {
@@ -100,6 +102,8 @@ def prepare(
             "max_length": settings.max_length,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens_per_pack": scorer.tokens_per_pack,
+            "device": str(device),
+            "attention": scorer.attention,
             "protocol": settings.protocol,
             "shard_size": settings.shard_size,
         },
@@ -313,7 +317,7 @@ class Score(Stage):
 
     name = section = "score"
     settings, default = ScoreSettings, ...
-    outputs, products = (FOLDER,), (TABLE,)
+    outputs, products = (SCORES_FOLDER,), (TABLE,)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Data, model, and how."""
@@ -326,7 +330,7 @@ class Score(Stage):
 
     def work(self, run: Run) -> Lines:
         """Score what is missing."""
-        folder = run.output / FOLDER
+        folder = run.output / SCORES_FOLDER
         totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
         assert totals is not None, "a run's processes share the shards, so all are done"
         return score_lines(totals, folder)
@@ -340,7 +344,7 @@ class Score(Stage):
 
         from codeact.scoring.folder import ScoreFolder
 
-        folder = ScoreFolder.open(output / FOLDER)
+        folder = ScoreFolder.open(output / SCORES_FOLDER)
         table = folder.read()
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from codeact.base.files import atomic_path
 from codeact.selection.choose import UNCLUSTERED, Selection
 
-SCHEMA = pa.schema(
+AUDIT_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
@@ -40,7 +40,7 @@ def audit_path(selected: str | Path) -> Path:
 
 
 def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence[int] | None) -> pa.Table:
-    """The audit as a table of ``SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
+    """The audit as a table of ``AUDIT_SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
     chosen = np.zeros(table.num_rows, np.bool_)
     chosen[selection.positions] = True
     clusters = np.full(table.num_rows, UNCLUSTERED, np.int32) if labels is None else np.asarray(labels, np.int32)
@@ -54,7 +54,7 @@ def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence
         table["answer_tokens"].cast(pa.int32()),
         pa.array(selection.among_longest()),
     ]
-    return pa.table(columns, schema=SCHEMA.with_metadata({"length": selection.length_line()}))
+    return pa.table(columns, schema=AUDIT_SCHEMA.with_metadata({"length": selection.length_line()}))
 
 
 def write_audit(

@@ -25,15 +25,15 @@ from codeact.selection.settings import BY_CLUSTER, BY_DIFFICULTY, check_choice
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet
 
-STRATEGIES = ("cdas", "top_ifd", "random", "longest", "facility_location")
+SELECTION_STRATEGIES = ("cdas", "top_ifd", "random", "longest", "facility_location")
 SAMPLINGS = ("top", "proportional")
 PER_QUESTION = ("best_fit", "hardest", "first")
 UNCLUSTERED = -1  # the label of a row that has no embedding
-BLOCK_ROWS = 10_000  # records read at a time
+_BLOCK_ROWS = 10_000  # records read at a time
 _NOT_IN_THE_PAPERS_TABLE = ("unreadable", "empty_question", "empty_answer")  # its script leaves them out
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Selection:
     not chosen, empty where it was; ``scored``, whether it has an IFD; ``answer_tokens``.
     """
 
-    positions: Ints
+    positions: _Ints
     budget: int
     shortfall: int
     clusters: tuple[ClusterCount, ...]
@@ -68,10 +68,10 @@ class Selection:
     tokens_chosen: int
     failed_chosen: int
     difficulty: str
-    score: Floats
+    score: _Floats
     reasons: NDArray[np.object_]
     scored: NDArray[np.bool_]
-    answer_tokens: Ints
+    answer_tokens: _Ints
 
     def among_longest(self) -> NDArray[np.bool_]:
         """Whether a scored row's answer is one of as many longest as were chosen, ties by place; (rows,)."""
@@ -165,7 +165,7 @@ def plan_selection(
     Raises:
         InputError: an argument or a column is not as described.
     """
-    one_of("strategy", strategy, STRATEGIES)
+    one_of("strategy", strategy, SELECTION_STRATEGIES)
     one_of("sampling", sampling, SAMPLINGS)
     protocol = resolve_protocol(protocol)
     if seed < 0:
@@ -340,7 +340,7 @@ def _conversations(
     start = 0
     while start < len(rows):
         first = int(rows[start])
-        stop = int(np.searchsorted(rows, first + BLOCK_ROWS))
+        stop = int(np.searchsorted(rows, first + _BLOCK_ROWS))
         records = record_set.rows(first, int(rows[stop - 1]) + 1)
         block_ids = ids.slice(start, stop - start).to_pylist()
         for index, scored_id in enumerate(block_ids, start):
@@ -363,7 +363,7 @@ def _conversations(
         start = stop
 
 
-def question_numbers(record_set: RecordSet, table: pa.Table) -> Ints:
+def question_numbers(record_set: RecordSet, table: pa.Table) -> _Ints:
     """The same number, from 0, for all rows of a score table whose record has the same question after the same history.
 
     Returns:
@@ -371,12 +371,12 @@ def question_numbers(record_set: RecordSet, table: pa.Table) -> Ints:
     """
     numbers: dict[bytes, int] = {}
     by_row = np.full(len(record_set), -1, np.int64)
-    for start in range(0, len(record_set), BLOCK_ROWS):
-        for record in record_set.rows(start, start + BLOCK_ROWS):
+    for start in range(0, len(record_set), _BLOCK_ROWS):
+        for record in record_set.rows(start, start + _BLOCK_ROWS):
             if isinstance(record, Record):
                 text = repr((record.history, record.question)).encode("utf-8", "surrogatepass")
                 by_row[record.row] = numbers.setdefault(hashlib.blake2b(text, digest_size=16).digest(), len(numbers))
-    numbers_of_rows: Ints = by_row[column(table, "row", pa.int64())]
+    numbers_of_rows: _Ints = by_row[column(table, "row", pa.int64())]
     return numbers_of_rows
 
 
@@ -388,14 +388,14 @@ class _Rows:
     chosen; ``reasons``: why it was not, if it is not.
     """
 
-    positions: Ints
-    numbers: Ints
-    labels: Ints
-    tokens: Ints
-    answer_tokens: Ints
+    positions: _Ints
+    numbers: _Ints
+    labels: _Ints
+    tokens: _Ints
+    answer_tokens: _Ints
     scored: NDArray[np.bool_]
-    score: Floats
-    rank: Floats
+    score: _Floats
+    rank: _Floats
     allowed: NDArray[np.bool_]
     reasons: NDArray[np.object_]
 
@@ -457,8 +457,8 @@ def _in_table(rows: _Rows, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _one_a_question(
-    table: pa.Table, rows: _Rows, candidates: Ints, which: str, questions: NDArray[np.int64] | None
-) -> Ints:
+    table: pa.Table, rows: _Rows, candidates: _Ints, which: str, questions: NDArray[np.int64] | None
+) -> _Ints:
     """The candidates without those that lose against another answer to their question."""
     one_of("per_question", which, PER_QUESTION)
     if questions is None or np.shape(questions) != (table.num_rows,):
@@ -477,7 +477,7 @@ def _one_a_question(
     return np.sort(candidates[order[first]])
 
 
-def _within(rows: _Rows, candidates: Ints, budget_tokens: int) -> Ints:
+def _within(rows: _Rows, candidates: _Ints, budget_tokens: int) -> _Ints:
     """The candidates that are not longer than the whole budget."""
     fits = rows.tokens[candidates] <= budget_tokens
     if len(candidates) and not fits.any():
@@ -491,7 +491,7 @@ def _within(rows: _Rows, candidates: Ints, budget_tokens: int) -> Ints:
 
 
 def _keys(
-    strategy: str, sampling: str, easiest: bool, rows: _Rows, candidates: Ints, rng: np.random.Generator
+    strategy: str, sampling: str, easiest: bool, rows: _Rows, candidates: _Ints, rng: np.random.Generator
 ) -> NDArray[Any]:
     """What the candidates are sorted by, the smallest first."""
     if strategy == "random":
@@ -506,7 +506,7 @@ def _keys(
     return rank if easiest else -rank
 
 
-def _places(keys: NDArray[Any], groups: Ints, count: int) -> Ints:
+def _places(keys: NDArray[Any], groups: _Ints, count: int) -> _Ints:
     """The place of every candidate in its group, from 0."""
     order = np.lexsort((keys, groups))  # a stable sort: candidates come in row order, so ties stay in row order
     starts = np.searchsorted(groups[order], np.arange(count))
@@ -515,13 +515,13 @@ def _places(keys: NDArray[Any], groups: Ints, count: int) -> Ints:
     return places
 
 
-def _fill(candidates: Ints, turns: Floats, groups: Ints, tokens: Ints, budget_tokens: int) -> Ints:
+def _fill(candidates: _Ints, turns: _Floats, groups: _Ints, tokens: _Ints, budget_tokens: int) -> _Ints:
     """As many candidates, by their turn and then their group, as have no more tokens together than the budget."""
     in_turn = candidates[np.lexsort((groups, turns))]
     return np.sort(in_turn[: np.searchsorted(np.cumsum(tokens[in_turn]), budget_tokens, side="right")])
 
 
-def _facility_places(vectors: NDArray[np.float32] | None, positions: Ints, groups: Ints, quotas: Ints) -> Ints:
+def _facility_places(vectors: NDArray[np.float32] | None, positions: _Ints, groups: _Ints, quotas: _Ints) -> _Ints:
     """The place of every candidate in its group; of those beyond the quota, the number of candidates."""
     if vectors is None:
         raise InputError("strategy facility_location needs the vectors of the questions; pass --embeddings")
@@ -533,7 +533,7 @@ def _facility_places(vectors: NDArray[np.float32] | None, positions: Ints, group
     return places
 
 
-def _share_budget(budget: int, sizes: Ints, eligible: Ints) -> Ints:
+def _share_budget(budget: int, sizes: _Ints, eligible: _Ints) -> _Ints:
     """How many rows each cluster gives: largest remainder by size, then again among those with room for the rest."""
     taken = np.zeros_like(eligible)
     while budget > taken.sum() and (taken < eligible).any():
@@ -542,7 +542,7 @@ def _share_budget(budget: int, sizes: Ints, eligible: Ints) -> Ints:
     return taken
 
 
-def _largest_remainder(budget: int, weights: Ints) -> Ints:
+def _largest_remainder(budget: int, weights: _Ints) -> _Ints:
     """Share ``budget`` in proportion to ``weights``, in whole numbers; the rest goes to the largest remainders."""
     products = budget * weights  # exact in int64 up to three thousand million rows
     shares, remainders = np.divmod(products, weights.sum())
@@ -561,7 +561,7 @@ def _parse_ratio(ratio: float | str) -> Fraction:
     return share
 
 
-def _row_order(rows: Ints) -> Ints:
+def _row_order(rows: _Ints) -> _Ints:
     """Positions in ascending order of row, which is the order a merged score table already has."""
     if (np.diff(rows) > 0).all():
         return np.arange(len(rows))

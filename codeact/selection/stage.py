@@ -11,10 +11,9 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
-from codeact.embedding.stage import FILE as EMBEDDINGS
-from codeact.scoring.stage import FOLDER as SCORES
+from codeact.embedding.stage import EMBEDDINGS_FILE
+from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
 from codeact.scoring.stage import TABLE as SCORE_TABLE
-from codeact.scoring.stage import ScoreSettings
 from codeact.selection.settings import BY_CLUSTER, SelectSettings
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.choose import Selection
 
-FILE = "selected.jsonl"
+SELECTED_FILE = "selected.jsonl"
 
 
 def select_rows(
@@ -69,8 +68,10 @@ def select_rows(
             table_fingerprint=folder.settings["data"]["fingerprint"],
             embeddings_fingerprint=embedded.metadata.data_fingerprint,
         )
-        starts = 1 if settings.protocol == "paper" else 3  # the paper's script runs k-means once
-        names = cluster(embedded.vectors, settings.clusters, settings.seed, settings.backend, n_init=starts)
+        backend, starts = settings.backend, 3
+        if settings.protocol == "paper":  # whose script runs scikit-learn's k-means once
+            backend, starts = "sklearn" if backend == "auto" else backend, 1
+        names = cluster(embedded.vectors, settings.clusters, settings.seed, backend, n_init=starts)
         labels = np.append(names, np.int32(UNCLUSTERED))[places]  # the place of a row without a vector is -1, the last
         if settings.strategy == "facility_location":
             choice["vectors"] = embedded.vectors[places]
@@ -133,7 +134,7 @@ class Select(Stage):
     name = section = "select"
     settings, default = SelectSettings, SelectSettings()
     needs = ("score", "embed")
-    outputs, products = (FILE, "selected.rows.parquet"), (FILE,)
+    outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
 
     def check(self, run: Run) -> None:
         """A difficulty whose numbers the scoring of this run does not keep."""
@@ -146,13 +147,13 @@ class Select(Stage):
 
     def work(self, run: Run) -> Lines:
         """Choose and write."""
-        files = (run.output / SCORES, run.output / EMBEDDINGS, run.output / FILE)
+        files = (run.output / SCORES_FOLDER, run.output / EMBEDDINGS_FILE, run.output / SELECTED_FILE)
         settings = run.of(SelectSettings)
         return selection_lines(select_rows(*files, settings, run.data.source), settings)
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Scored rows -> chosen ones: the losses by the audit, what is left by the file of chosen rows itself."""
-        if not (output / FILE).exists():
+        if not (output / SELECTED_FILE).exists():
             return
         import numpy as np
         import pyarrow.compute as pc
@@ -164,15 +165,14 @@ class Select(Stage):
         table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))
-        reasons = pq.read_table(audit_path(output / FILE), columns=["reason"])["reason"]
-        unscored = (
-            np.asarray(pc.is_null(reasons)) & ~scored
-        )  # the paper's script chooses such rows where no others are left
+        reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
+        # the paper's script chooses rows without a score where no others are left
+        unscored = np.asarray(pc.is_null(reasons)) & ~scored
         lost = {}
         for reason in sorted(set(pc.unique(reasons).to_pylist()) - {None}):
             rows = np.asarray(pc.fill_null(pc.equal(reasons, reason), False)) & scored
             lost[reason] = (int(rows.sum()), int(tokens[rows].sum()))
-        ids = chosen_ids(output / FILE)
+        ids = chosen_ids(output / SELECTED_FILE)
         yield Entry(
             stage="select",
             what="rows",

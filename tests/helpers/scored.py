@@ -48,6 +48,8 @@ def make_scored(folder: Path, data: list[dict[str, Any]], table: pa.Table, vecto
     scores.claim()
 
     class Scorer:
+        tokens_per_pack, route = 1, "made up"
+
         def score(self, rows: Any, progress: Any) -> Any:
             return table.cast(SCHEMA), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
 

@@ -153,6 +153,31 @@ def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tm
     assert_same_table(folder, uninterrupted)
 
 
+@pytest.mark.parametrize("change", ["device", "attention", "nll"])
+def test_shards_scored_in_different_ways_are_told(data_path, tiny_model_path, tmp_path, monkeypatch, caplog, change):
+    from codeact.scoring.ifd import IfdScorer
+
+    folder = tmp_path / "scores"
+    score(data_path, tiny_model_path, folder, shard=(0, 2))
+    route = IfdScorer.route.fget
+    other = {"device": ("cpu", "NVIDIA H100"), "attention": (", ", ", flash_"), "nll": ("native", "triton")}[change]
+    monkeypatch.setenv("CODEACT_BACKEND", "torch") if change == "nll" else monkeypatch.setattr(
+        IfdScorer, "route", property(lambda scorer: route(scorer).replace(*other, 1))
+    )
+    score(data_path, tiny_model_path, folder, shard=(1, 2))
+    totals = ScoreFolder.open(folder).merge()
+    assert sorted(totals["routes"].values()) == [12, 12]
+    (message,) = [m for m in caplog.messages if "shards were not all scored in one way" in m]
+    assert all(f"12 by {name}" in message for name in totals["routes"])
+
+
+def test_shards_scored_in_one_way_are_not(uninterrupted, caplog):
+    totals = ScoreFolder.open(uninterrupted).merge()
+    assert list(totals["routes"].values()) == [24]
+    assert next(iter(totals["routes"])).startswith("cpu, ")
+    assert "in one way" not in caplog.text
+
+
 def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
     folder = tmp_path / "scores"
     both = [subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1")) for _ in range(2)]
@@ -281,7 +306,7 @@ def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
 
 
 def test_paper_json(data_path, tiny_model_path, tmp_path):
-    from codeact.scoring.folder import write_paper_json
+    from codeact.scoring.table import write_paper_json
 
     score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
     folder = ScoreFolder.open(tmp_path / "s")
@@ -290,6 +315,22 @@ def test_paper_json(data_path, tiny_model_path, tmp_path):
     assert len(entries) == count == ROWS - 2
     assert set(entries[0]) == {"question", "answer", "IFD"}
     assert entries[0]["IFD"] == folder.read()["ifd"][0].as_py()
+
+
+def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, tiny_model_path, tmp_path):
+    """They are noted in the manifest and decide no score: what was done stays, the rest is done with the new ones."""
+    folder, same = tmp_path / "s", {"shard_size": 60, "dtype": "float32"}
+    score(data_path, tiny_model_path, folder, **same, shard=(0, 2), tokens_per_pack=4096)
+    done = stamps(folder)
+    others = {"tokens_per_pack": 1, "attention": "eager", "device": "cpu"}
+    score(data_path, tiny_model_path, folder, **same, **others)
+    assert {name: stamps(folder)[name] for name in done} == done != {}
+    score(data_path, tiny_model_path, tmp_path / "at once", **same)
+    assert_same_table(folder, tmp_path / "at once", rtol=1e-4)
+    noted = ScoreFolder.open(folder).settings
+    for more in (others, {"tokens_per_pack": 7}, {"device": "cuda:3"}, {"attention": "flash_attention_2"}):
+        assert settings_hash({**noted, **more}) == settings_hash(noted)
+    assert settings_hash({**noted, "max_length": 255}) != settings_hash(noted)
 
 
 # ------------------------------------------------------------------------------------------ the loss of every token

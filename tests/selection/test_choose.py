@@ -325,7 +325,7 @@ def write_data(path, rows):
 
 
 def test_the_written_file_holds_the_conversations_in_input_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("codeact.selection.choose.BLOCK_ROWS", 3)
+    monkeypatch.setattr("codeact.selection.choose._BLOCK_ROWS", 3)
     data = [{"id": f"id{row}", "q": f"q{row}", "a": f"ä{row}", "tag": row} for row in range(11)]
     record_set = write_data(tmp_path / "data.jsonl", data)
     table = score_table([0.9 - row / 100 for row in range(11)])

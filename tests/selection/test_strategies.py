@@ -22,6 +22,7 @@ from codeact.selection import facility
 from codeact.selection.choose import plan_selection
 from codeact.selection.difficulty import difficulty_scores
 from codeact.selection.facility import facility_location
+from codeact.selection.settings import SelectSettings
 from codeact.selection.stage import Select
 from tests.helpers.scored import make_scored, score_table
 
@@ -67,7 +68,7 @@ def test_the_papers_protocol_chooses_the_papers_rows(tmp_path, codeact, ratio):
     expected = papers_script(theirs, vectors[seen], 10, ratio)
     output = tmp_path / "selected.jsonl"
     arguments = ("--scores", scores, "--embeddings", embeddings, "--ratio", ratio, "--output", output)
-    code, out, err = codeact("select", *arguments, "--protocol", "paper", "--backend", "sklearn")
+    code, out, err = codeact("select", *arguments, "--protocol", "paper")
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert {line["id"] for line in lines} == expected
@@ -449,6 +450,13 @@ def test_what_does_not_go_together_is_refused_in_one_line(options, message):
     with pytest.raises(InputError, match=message) as caught:
         plan_selection(table, [0, 0], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_forecast_knows_about_how_many_rows_a_budget_is():
+    assert SelectSettings().rows_of(100, 50.0) == 40
+    assert SelectSettings(budget_rows=7).rows_of(100, 50.0) == 7
+    assert SelectSettings(budget_rows=700).rows_of(100, 50.0) == 100
+    assert SelectSettings(budget_tokens=1_000).rows_of(100, 50.0) == 20
 
 
 # ------------------------------------------------------------------------------------------ the command
