@@ -13,7 +13,8 @@ from codeact.base.console import aligned
 from codeact.lab.differences import Difference, differences
 from codeact.lab.settings import LabSettings
 
-HEAD = ("arm", "seeds", "rows", "tokens", "trained on", "steps", "loss a token", "a row", "to random, a token", "a row")
+HEAD = ("arm", "seeds", "rows", "tokens", "trained on", "steps", "loss a token", "a row", "short", "middle", "long",
+        "to random, a token", "a row")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +48,11 @@ class Comparison:
             *self.sentences,
             f"The loss, in nats, of the answers of {self.held_out:,} rows that nobody chose from ({self.tokens:,} "
             "tokens): the mean over their tokens, and the mean over rows of each row's mean. Means over seeds. Less is "
-            "better. Differences to random rows of as many tokens, with the interval that holds 95 % of the resamples "
-            "of rows and seeds. Rows, tokens, steps: means over seeds; tokens are question + answer as scored, trained "
-            "on: the whole samples in the format of the training. It says nothing of other models, data or budgets, "
-            "nor of programs that run.",
+            "better. Short, middle, long: the loss a token in thirds of these rows by length of answer. Differences to "
+            "random rows of as many tokens, with the interval that holds 95 % of the resamples of rows and seeds. "
+            "Rows, tokens, steps: means over seeds; tokens are question + answer as scored, trained on: the whole "
+            "samples in the format of the training. It says nothing of other models, data or budgets, nor of programs "
+            "that run.",
         ]
         for budget, cells in self.tables.items():
             parts += [f"## {budget:,} tokens", aligned(cells, 1, markdown=True)]
@@ -67,6 +69,7 @@ def compare(settings: LabSettings, results: Mapping[Trial, Mapping[str, Any]]) -
     tokens = np.asarray(next((result["loss_tokens"] for result in results.values()), []), np.int64)
     fits = tokens > 0
     sizes = tokens[fits]
+    thirds = [part for part in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(part)]
     tables, sentences = {}, []
     for budget in settings.budgets:
         names = [(arm.name, budget) for arm in settings.arms()]
@@ -80,7 +83,8 @@ def compare(settings: LabSettings, results: Mapping[Trial, Mapping[str, Any]]) -
             if found is not None and name not in ("all", "untrained"):
                 verdicts[name] = found
             mean = losses.mean(axis=0)
-            level = (mean.sum() / sizes.sum(), (mean / sizes).mean())
+            level = [mean.sum() / sizes.sum(), (mean / sizes).mean()]
+            level += [mean[third].sum() / sizes[third].sum() for third in thirds]
             seeds = str(len(losses)) if name != "untrained" else ""
             cells = [name, seeds, *facts, *(f"{value:.3f}" for value in level), *map(str, found or ("", ""))]
             body.append(cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -201,6 +202,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
     )
     with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
         result = train_from_settings(chosen)
+    gc.collect()  # what was trained holds on to itself in circles
     known = json.loads((work / "model" / "training.json").read_text(encoding="utf-8"))
     losses = _losses(run.model, result.output, chosen.model.lora, chosen, pool.held_out)
     shutil.rmtree(work)
@@ -231,4 +233,8 @@ def _losses(base: str, trained: Path | None, lora: bool, settings: Any, records:
     table, _ = IfdScorer(model, tokenizer, settings.data.model_type, settings.packs.max_seq_len).score(records)
     scored = pc.is_valid(table["cond_nll_sum"])
     tokens = pc.if_else(scored, table["scored_tokens"], 0)
+    if not pc.any(scored).as_py():
+        raise InputError(
+            f"lab: no held-out row fits into max_seq_len {settings.packs.max_seq_len}; raise it in lab.train"
+        )
     return {"losses": pc.fill_null(table["cond_nll_sum"], 0.0).to_pylist(), "loss_tokens": tokens.to_pylist()}

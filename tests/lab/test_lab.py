@@ -81,6 +81,10 @@ def test_the_sentence_names_what_is_beyond_noise_and_rows_that_do_not_fit_are_le
         "At 100 tokens: better than random rows by token and by row, by more than noise: cdas; worse by both: longest; "
         "no difference beyond noise: top_ifd-loss."
     )
+    kept = np.array(tokens[1:])
+    shortest = np.argsort(kept, kind="stable")[:67]  # 199 rows in thirds: the first has one more
+    row = dict(zip(found.tables[100][0], found.tables[100][1], strict=True))
+    assert row["short"] == f"{base[1:][shortest].sum() / kept[shortest].sum():.3f}"
     page = found.page("2 of 9 trainings are left after 3 minutes")
     assert "**Not finished: 2 of 9 trainings are left after 3 minutes.**" in page
     assert "| cdas" in page
@@ -207,6 +211,7 @@ def test_what_a_lab_cannot_do_is_said_before_it_trains(config, codeact):
     for values, message in (
         ({"train": {"seed": 3}}, "seed"),
         ({"train": {"lorra": True}}, "lorra"),
+        ({"train": {"max_seq_len": 8}}, "no held-out row fits into max_seq_len 8; raise it in lab.train"),
         ({"budgets": [10**7]}, "fewer than the budget of 10,000,000; lower budgets or held_out"),
         ({"strategies": [{"strategy": "cdas", "difficulty": "s_ifd"}]}, "s_ifd needs score: keep_token_nll: true"),
     ):
