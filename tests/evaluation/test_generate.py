@@ -84,25 +84,6 @@ def test_greedy_whatever_the_models_own_settings_say(tiny_model) -> None:
     assert decoded(tiny_model, prompts, 20) == plain
 
 
-def test_sliding_windows_keep_their_own_cache(tokenizer) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=500,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-        initializer_range=0.3,
-    )
-    model = MistralForCausalLM(config).eval()
-    prompts = some_prompts(500)
-    assert decoded(model, prompts, 20) == [by_transformers(model, prompt, 20) for prompt in prompts]
-
-
 def test_what_is_drawn_does_not_depend_on_the_batch(tiny_model) -> None:
     prompts = some_prompts(1000)
     sampling, seeds = Sampling(temperature=0.8, top_p=0.9), [11, 12, 13, 14, 15]
