@@ -122,11 +122,14 @@ def load_embedder(
     from sentence_transformers import SentenceTransformer
 
     from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import check_weights
 
     torch_device = resolve_device(device)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
     try:
-        return SentenceTransformer(name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False)
+        encoder = SentenceTransformer(
+            name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         # a hub client that cannot reach its server wraps the cause many lines deep; its first line says enough
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -134,6 +137,8 @@ def load_embedder(
             f"cannot load the embedding model {name!r}: {reason}; "
             "pass a folder with safetensors weights or a hub name with --model"
         ) from None
+    check_weights(f"embedding model {name!r}", encoder)
+    return encoder
 
 
 def embed_texts(
