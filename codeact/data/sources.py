@@ -35,6 +35,7 @@ _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
 _OTHER_SUFFIXES = (".txt", ".zip", ".yaml", ".md", ".npy", ".pkl")  # never a hub name
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # what `datasets` does not read as rows either
 _LFS_POINTER = b"version https://git-lfs"
 _CHUNK = 1 << 24  # bytes of a file looked at in one go
 _DEPTH = 100  # brackets in brackets of a row: what walks through a row later has a stack, too
@@ -107,7 +108,7 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _open_saved(path, split)
         files = {file.relative_to(path).as_posix(): file for file in walk(path)}
-        names = sorted(name for name, file in files.items() if _suffix(file) in _SUFFIXES)
+        names = sorted(n for n, file in files.items() if _suffix(file) in _SUFFIXES and file.name not in _ABOUT_DATA)
         if not names:
             raise refusal(f"{path} holds no {', '.join(_SUFFIXES)} file; give a folder that does")
         names = _of_split(path, names, split, config_name)
@@ -231,11 +232,9 @@ def _unpacked(file: Path) -> Path:
             try:
                 with opener(file) as packed, temporary.open("wb") as plain:
                     shutil.copyfileobj(packed, plain, _CHUNK)
-            except (ValueError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:  # ValueError: Arrow's
-                raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
-            except OSError as error:
-                if error.errno:
-                    raise
+            except Exception as error:  # of four libraries
+                if isinstance(error, OSError) and error.errno:
+                    raise  # the disk's
                 raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
     return target
 
@@ -491,12 +490,14 @@ def _checked(row: object) -> Raw:
     if not isinstance(row, Mapping):
         return RowError("not_an_object", f"the row is {kind(row)}, not an object")
     try:
-        json.dumps(dict(row), ensure_ascii=False, default=str).encode()
+        # What pandas makes of a list column is an array of NumPy.
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+        json.dumps(plain, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     except (RecursionError, ValueError, TypeError) as error:
         return RowError("wrong_type", f"the row is nothing that JSON could hold: {error}")
-    return dict(row)
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------- tables of `datasets`
@@ -634,9 +635,13 @@ def open_hub(name: str, split: str | None, config_name: str | None) -> Source:
 
 
 def open_memory(data: Any, split: str | None) -> Source:
-    """A list of dictionaries, a ``datasets.Dataset``, or a table of Arrow, pandas or polars."""
-    name = "rows" if isinstance(data, Sequence) else type(data).__name__
-    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+    """A list of dictionaries or a dictionary of lists, a ``datasets.Dataset``, a table of Arrow, pandas or polars."""
+    name = "rows" if isinstance(data, list | tuple) else type(data).__name__
+    if type(data) is dict and data and all(isinstance(column, list | tuple) for column in data.values()):
+        if len(set(map(len, data.values()))) > 1:
+            raise refusal("the columns are of different lengths; make them equally long")
+        data = [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
+    if isinstance(data, list | tuple):
         part = _ListPart(data, name)
         digest = hashlib.sha256()
         for row in part.raw(0, len(part), None):
