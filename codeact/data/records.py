@@ -115,7 +115,7 @@ class RecordSet:
                 require(self.columns.required(columns), there, f"{self.source}: {self._where(start)} and after")
         self._consumed = frozenset(self.columns.names())
         read, unused = self.columns.told(seen)
-        self.reading = f"{self.source}: {len(self):,} rows, read as {read}"
+        self.reading = f"{self.source}: {len(self):,} row{'s' * (len(self) > 1)}, read as {read}"
         self.reading += f"; columns not used: {listing(unused)}" if unused else ""
         self.reading += f"; files not read: {listing(source.unread)}" if source.unread else ""
 

@@ -38,12 +38,11 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # what `datasets` does not read as rows either
 _LFS_POINTER = b"version https://git-lfs"
 _CHUNK = 1 << 24  # bytes of a file looked at in one go
-_DEPTH = 100  # brackets in brackets of a row: what walks through a row later has a stack, too
+_DEPTH = 100  # brackets in brackets of a row
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's own white space; bytes.strip() would also take \v and \f
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|[-+.\deE]+', re.DOTALL)
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -330,8 +329,7 @@ def _parse(span: bytes) -> Raw:
         row = json.loads(text)
         if _ESCAPED_SURROGATE.search(span):  # rare, so the row is only encoded again where an escape asks for it
             json.dumps(row, ensure_ascii=False).encode()
-        if text.count("[") + text.count("{") > _DEPTH and _depth(text) > _DEPTH:
-            raise RecursionError
+        _check_depth(text)
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start} of the row is not UTF-8")
     except UnicodeEncodeError:
@@ -345,12 +343,14 @@ def _parse(span: bytes) -> Raw:
     return row if isinstance(row, dict) else RowError("not_an_object", f"the row is {kind(row)}, not an object")
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for token in _JSON_TOKEN.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        deepest = max(depth, deepest)
-    return deepest
+def _check_depth(text: str) -> None:
+    """Raise a RecursionError for JSON of more brackets in brackets than a later walk through it can bear."""
+    depth = 0
+    if text.count("[") + text.count("{") > _DEPTH:
+        for token in _JSON_TOKEN.finditer(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+            if depth > _DEPTH:
+                raise RecursionError("it is nested too deeply")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -399,15 +399,15 @@ def _index_array(file: _File) -> _Int64:
     text = data.removeprefix(_BOM).decode(errors="surrogateescape")
     starts: list[int] = []
     try:
-        position = _skip_space(text, text.index("[") + 1)
+        position = _after_space(text, text.index("[") + 1)
         while not text.startswith("]", position):
             if starts:
                 if not text.startswith(",", position):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-                position = _skip_space(text, position + 1)
+                position = _after_space(text, position + 1)
             starts.append(position)
-            position = _skip_space(text, _value_end(text, position))
-        if (rest := _skip_space(text, position + 1)) < len(text):
+            position = _after_space(text, _value_end(text, position))
+        if (rest := _after_space(text, position + 1)) < len(text):
             raise json.JSONDecodeError("Nothing may follow the array", text, rest)
     except json.JSONDecodeError as error:
         remedy = "mend it there, or convert the file to JSON lines, where only the broken row is lost"
@@ -417,9 +417,9 @@ def _index_array(file: _File) -> _Int64:
     return np.cumsum(sizes, dtype=np.int64) + (len(_BOM) if data.startswith(_BOM) else 0)
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _JSON_SPACE.match(text, position)
-    return match.end() if match else position
+def _after_space(text: str, position: int) -> int:
+    match = json.decoder.WHITESPACE.match(text, position)  # type: ignore[attr-defined]
+    return int(match.end())
 
 
 def _value_end(text: str, position: int) -> int:
@@ -492,7 +492,9 @@ def _checked(row: object) -> Raw:
     try:
         # What pandas makes of a list column is an array of NumPy.
         plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        json.dumps(plain, ensure_ascii=False, default=str).encode()
+        text = json.dumps(plain, ensure_ascii=False, default=str)
+        text.encode()
+        _check_depth(text)
     except UnicodeEncodeError:
         return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     except (RecursionError, ValueError, TypeError) as error:

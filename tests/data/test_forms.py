@@ -102,11 +102,11 @@ def test_columns_that_are_named_are_read_and_no_others() -> None:
     ("row", "columns", "line"),
     [
         ({"instruction": "q", "input": "", "output": "a", "path": 1}, None,
-         "rows: 1 rows, read as instruction, input -> output; columns not used: path"),
+         "rows: 1 row, read as instruction, input -> output; columns not used: path"),
         ({"path": 1, "instruction": "q", "input": "i", "output": "a", "system": "s"}, Columns(question="instruction"),
-         "rows: 1 rows, read as instruction -> output; columns not used: input, system, path"),
+         "rows: 1 row, read as instruction -> output; columns not used: input, system, path"),
         ({"messages": QA, "system": "s", "instruction": "x\x1b", "\x1b[2J": 0}, None,
-         "rows: 1 rows, read as system, the turns in messages; columns not used: instruction, '\\x1b[2J'"),
+         "rows: 1 row, read as system, the turns in messages; columns not used: instruction, '\\x1b[2J'"),
     ],
 )  # fmt: skip
 def test_what_is_read_and_what_is_not_is_told_once(

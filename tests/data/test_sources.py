@@ -283,9 +283,12 @@ def test_rows_in_memory(data: Any) -> None:
 def test_rows_in_memory_that_are_no_rows() -> None:
     loop: dict[str, Any] = {**ROWS[0]}
     loop["self"] = loop
-    rows = list(open_records([ROWS[0], 5, {"instruction": "\ud800", "output": "a"}, loop, {"output": "a"}]))
-    assert [row.reason if isinstance(row, BadRow) else "" for row in rows] == [
-        *("", "not_an_object", "invalid_utf8", "wrong_type", "missing_column")
+    deep: Any = []
+    for _ in range(400):
+        deep = [deep]
+    data = [ROWS[0], 5, {"instruction": "\ud800", "output": "a"}, loop, {"output": "a"}, {**ROWS[0], "n": deep}]
+    assert [row.reason if isinstance(row, BadRow) else "" for row in open_records(data)] == [
+        *("", "not_an_object", "invalid_utf8", "wrong_type", "missing_column", "wrong_type")
     ]
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     assert "DatasetDict has the splits train, test" in refused(both)
