@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "datasets", "sentence-transformers", "scikit-learn", "pyarrow", "numpy", "peft")
 """Those that decide results."""
+GIB = 2.0**30
 
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -184,12 +185,19 @@ def _cpu_quotas() -> Iterator[tuple[int, int]]:
                 yield quota, period
 
 
+def load() -> float:
+    """How many threads of the whole machine ran or waited for a CPU, on average over the last minute; 0: not known."""
+    with suppress(OSError, AttributeError):  # Windows has none
+        return os.getloadavg()[0]
+    return 0.0
+
+
 def limit_threads() -> int:
     """Let numeric libraries take no more threads than there are usable CPUs; returns that number.
 
     OpenMP counts the machine's CPUs, not a control group's share, and threads that wait for each other on too few CPUs
-    are many times slower than one. What a user sets in ``OMP_NUM_THREADS`` stands. Works best before NumPy and PyTorch
-    are imported; a PyTorch that is loaded already is told.
+    are many times slower than one. What a user sets in ``OMP_NUM_THREADS`` stands. To be called before NumPy and
+    PyTorch are imported; a PyTorch that is loaded already is told.
     """
     count = usable_cpus()
     if "OMP_NUM_THREADS" not in os.environ and count < (os.cpu_count() or 1):

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 class DataSettings(Settings):
     """Which data, and which columns of it."""
 
-    source: str = setting(..., "File or folder (.json, .jsonl, .parquet), or a hub data set.", "DATA")
-    question: str = setting("instruction", "Column of the question.", "--question-column", "--column")
-    answer: str = setting("output", "Column of the answer.", "--answer-column")
+    source: str = setting(..., "File or folder (JSON, CSV, Parquet, Arrow; packed or not), or a hub data set.", "DATA")
+    question: str | None = setting(None, "Column of the question; default: found.", "--question-column", "--column")
+    answer: str | None = setting(None, "Column of the answer; default: found.", "--answer-column")
     input: str | None = setting(None, "Column appended to the question (Alpaca form).", "--input-column")
     conversation: str | None = setting(
         None, "Column of turns, instead of question and answer.", "--conversation-column"
     )
     id: str | None = setting(None, "Column of unique ids; default: the row number.", "--id-column")
-    split: str = setting("train", "Split of a hub data set.")
-    config_name: str | None = setting(None, "Configuration of a hub data set.")
+    system: str | None = setting(None, "Column of a system text.", "--system-column")
+    history: str | None = setting(None, "Column of earlier questions and answers.", "--history-column")
+    split: str | None = setting(None, "Split of a folder or hub data set; default: the only one, or train.")
+    config_name: str | None = setting(None, "Configuration of a folder or hub data set.")
 
     def open(self) -> RecordSet:
         """Open the data set.
@@ -31,7 +33,8 @@ class DataSettings(Settings):
         Raises:
             InputError: it cannot be read, or lacks a column.
         """
-        from codeact.data.records import Columns, open_records
+        from codeact.data.forms import Columns
+        from codeact.data.records import open_records
 
         columns = Columns(**self.model_dump(include={field.name for field in dataclasses.fields(Columns)}))
         return open_records(self.source, columns, split=self.split, config_name=self.config_name)

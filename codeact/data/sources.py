@@ -1,19 +1,23 @@
-"""Raw rows and where they stand: JSON lines and arrays, Parquet, folders of these, data sets on the hub.
+"""Raw rows and where they stand: JSON, CSV, Parquet, Arrow, folders of these, the hub, and what Python holds already.
 
-    open_local(path, columns), open_hub(name, columns, ...) -> Source -> parts -> raw(start, stop) -> object or RowError
+    open_local(path), open_hub(name), open_memory(rows) -> Source -> parts -> raw(start, stop) -> object or RowError
 
-Here a row is an object of JSON or Arrow; what its columns mean is for `codeact.data.records` to say. What cannot be
-read as an object is handed on in its place, as the reason why.
+Here a row is an object of JSON or Arrow; what its columns mean is for `codeact.data.forms` to say. What cannot be read
+as an object is handed on in its place, as the reason why.
 """
 
 from __future__ import annotations
 
+import bz2
 import difflib
 import glob
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +29,15 @@ import numpy as np
 import numpy.typing as npt
 
 from codeact.base.errors import InputError
+from codeact.base.files import atomic_path
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
-_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".gz", ".zst", ".zip", ".ndjson", ".arrow", ".yaml")  # never a hub name
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+_PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
+_OTHER_SUFFIXES = (".txt", ".zip", ".yaml", ".md", ".npy", ".pkl")  # never a hub name
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LFS_POINTER = b"version https://git-lfs"
 _CHUNK = 1 << 24  # bytes of a file looked at in one go
+_DEPTH = 100  # brackets in brackets of a row: what walks through a row later has a stack, too
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's own white space; bytes.strip() would also take \v and \f
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -51,7 +59,9 @@ Raw = dict[str, Any] | RowError
 
 
 class Part(Protocol):
-    """One file, or one hub data set."""
+    """One file, one hub data set, or rows in memory; ``uniform``: every row has the same columns."""
+
+    uniform: bool
 
     def __len__(self) -> int: ...
     def where(self, index: int) -> str: ...
@@ -62,51 +72,191 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """The parts in order, the name to print, and what the data is known by: its files or a digest."""
+    """The parts in order, the name to print, what the data is known by (files or a digest), and the files not read."""
 
     name: str
     parts: Sequence[Part]
     identity: list[Path] | str
+    unread: Sequence[str] = ()
 
     @cached_property
     def fingerprint(self) -> str:
         return self.identity if isinstance(self.identity, str) else _digest(self.identity)
 
 
-def open_local(path: Path, columns: Sequence[str]) -> Source:
-    """A file, or the files of a folder; Parquet is refused if one of ``columns`` is absent."""
+@dataclass(frozen=True)
+class _File:
+    """A file of data: where it lies, what rows call it, and the bytes to read, which are other ones if it is packed."""
+
+    path: Path
+    name: str
+    plain: Path
+
+    @property
+    def suffix(self) -> str:
+        return _suffix(self.path)
+
+
+# ---------------------------------------------------------------------------------------------------- files and folders
+
+
+def open_local(path: Path, split: str | None, config_name: str | None) -> Source:
+    """A file, or the files of a folder."""
+    unread: list[str] = []
     if path.is_dir():
-        files = {file.relative_to(path).as_posix(): file for file in walk(path, _SUFFIXES)}
-        if not files:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _open_saved(path, split)
+        files = {file.relative_to(path).as_posix(): file for file in walk(path)}
+        names = sorted(name for name, file in files.items() if _suffix(file) in _SUFFIXES)
+        if not names:
             raise refusal(f"{path} holds no {', '.join(_SUFFIXES)} file; give a folder that does")
-    elif path.is_file():
-        files = {path.name: path}
-        if path.suffix.lower() not in _SUFFIXES:
-            raise refusal(f"{path} is of no kind that is read; convert it to one of {', '.join(_SUFFIXES)}")
+        names = _of_split(path, names, split, config_name)
+        unread = sorted(files.keys() - set(names))
     else:
-        raise refusal(f"{path} is no regular file; save it to one first")
-    names = {files[name]: one_line(name) for name in sorted(files)}
-    parquet = {file: name for file, name in names.items() if file.suffix.lower() == ".parquet"}
-    tables = _open_parquet(parquet, columns) if parquet else {}
-    parts = [tables[file] if file in tables else _JsonPart(file, name) for file, name in names.items()]
-    return Source(str(path), parts, list(names))
+        files, names = {path.name: path}, [path.name]
+        if _suffix(path) not in _SUFFIXES:
+            raise refusal(f"{path} is of no kind that is read; convert it to one of {', '.join(_SUFFIXES)}")
+        if split not in (None, "train") or config_name is not None:
+            raise refusal(f"{path} is a file and has no split or configuration; leave these options out")
+    opened = [_File(files[name], one_line(name), _unpacked(files[name])) for name in names]
+    tables = _open_parquet([file for file in opened if file.suffix == ".parquet"])
+    parts = [tables[file.path] if file.path in tables else _open_file(file) for file in opened]
+    return Source(str(path), parts, [file.path for file in opened], unread)
 
 
-def walk(folder: Path, suffixes: Collection[str], skip: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
-    """The files of these suffixes, but none that is hidden or lies in a folder that is hidden or to ``skip``."""
+def _open_file(file: _File) -> Part:
+    if file.suffix in (".csv", ".tsv", ".arrow"):
+        dataset = _load("arrow", [file]) if file.suffix == ".arrow" else _read_csv(file)
+        return _TablePart(dataset, 0, len(dataset), file.name)
+    part = _JsonPart(file)
+    rows = None if part.is_array or file.suffix != ".json" else _document(file, part)
+    return part if rows is None else _ListPart(rows, file.name)
+
+
+def walk(folder: Path, skip: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+    """Everything but folders that is not hidden, and lies in no folder that is hidden or to ``skip``.
+
+    A link to a folder is not followed but yielded.
+    """
 
     def refuse(error: OSError) -> None:
         raise refusal(f"cannot read {error.filename}: {error.strerror}")
 
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and not skip(Path(here, name))]
-        found = (Path(here, name) for name in files if not name.startswith("."))
-        yield from (file for file in found if file.suffix.lower() in suffixes)
+        links = [name for name in folders if Path(here, name).is_symlink()]
+        yield from (Path(here, name) for name in (*files, *links) if not name.startswith("."))
+
+
+def _suffix(file: Path) -> str:
+    name = file.name.lower()
+    packed = next((suffix for suffix in _PACKED_SUFFIXES if name.endswith(suffix)), "")
+    return os.path.splitext(name.removesuffix(packed))[1]
+
+
+def _of_split(folder: Path, names: list[str], split: str | None, config_name: str | None) -> list[str]:
+    """The files of one split, as `datasets` finds them: by the folder's README.md, else by the files' names."""
+    card = folder / "README.md"
+    configured = card.is_file() and "configs:" in card.read_text(errors="replace")
+    named = re.search("train|test|val|dev", " ".join(names), re.IGNORECASE)
+    if not configured and (config_name is not None or (not named and split not in (None, "train"))):
+        raise refusal(f"{folder} has no splits or configurations of its own; leave these options out")
+    if not configured and not named:
+        return names
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(folder), name=config_name).config.data_files
+    except Exception as error:  # no such configuration, several, a broken card: each with types of its own
+        raise refusal(f"{folder}: {error}".partition("Example of usage")[0]) from None
+
+    def place(file: object) -> str:  # but not where a link leads: two files of the hub's cache can be one
+        return os.path.join(os.path.realpath(os.path.dirname(str(file))), os.path.basename(str(file)))
+
+    paths = {place(folder / name): name for name in names}
+    splits = {str(key): [paths[file] for file in map(place, files) if file in paths] for key, files in found.items()}
+    splits = {key: chosen for key, chosen in splits.items() if chosen}
+    if len(splits) < 2 and split in (None, "train", *splits) and not configured:
+        return names  # one split, with whatever lies beside it
+    return splits[_choose(split, list(splits), str(folder))]
+
+
+def _choose(split: str | None, splits: Sequence[str], where: str) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split is None or split not in splits:
+        given = "choose one as the split" if split is None else f"{show(split)} is not among them"
+        raise refusal(f"{where} has the splits {listing(splits)}; {given}")
+    return split
+
+
+def _open_saved(folder: Path, split: str | None) -> Source:
+    """What ``save_to_disk`` of `datasets` wrote."""
+    import datasets
+
+    files = sorted(file for file in walk(folder) if file.suffix == ".arrow")
+    for file in files:
+        _unpacked(file)
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # `datasets` passes on what its parts raise
+        raise refusal(f"{folder} is no readable folder of save_to_disk: {error}; save it again") from None
+    if isinstance(saved, datasets.DatasetDict):
+        split = _choose(split, list(saved), str(folder))
+        saved, files = saved[split], [file for file in files if folder / split in file.parents]
+    elif split not in (None, "train", str(saved.split)):
+        raise refusal(f"{folder} is one data set without splits; leave this option out")
+    return Source(str(folder), [_TablePart(saved, 0, len(saved), folder.name)], files)
+
+
+def _unpacked(file: Path) -> Path:
+    """The file, or what it packs: in the cache of `datasets`, known by its content."""
+    if not file.is_file():
+        problem = "is gone or a link to nothing" if not file.exists() else "is no regular file"
+        raise refusal(f"cannot read {file}: it {problem}; take it away, or save the data there")
+    with file.open("rb") as handle:
+        head = handle.read(64)
+    if head.startswith(_LFS_POINTER):
+        raise refusal(f"{file} is a Git LFS pointer and not the data itself; fetch that with: git lfs pull")
+    if head.startswith(b"PK\x03\x04"):
+        raise refusal(f"{file} is a zip archive; unpack it")
+    opener = next((opener for magic, opener in _UNPACKERS.items() if head.startswith(magic)), None)
+    if opener is None:
+        return file
+    import datasets
+
+    target = Path(datasets.config.HF_DATASETS_CACHE, "codeact", _digest([file]) + _suffix(file))
+    if not target.exists():
+        with atomic_path(target) as temporary:
+            try:
+                with opener(file) as packed, temporary.open("wb") as plain:
+                    shutil.copyfileobj(packed, plain, _CHUNK)
+            except (ValueError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:  # ValueError: Arrow's
+                raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
+            except OSError as error:
+                if error.errno:
+                    raise
+                raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
+    return target
+
+
+def _zstd(file: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(file), compression="zstd")
+
+
+_UNPACKERS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
 
 
 def refuse_missing_path(data: str) -> None:
     """Refuse what can only be meant as a path and is not there; anything else may be a name on the hub."""
-    known = data.lower().endswith((*_SUFFIXES, *_OTHER_SUFFIXES))
+    known = data.lower().endswith((*_SUFFIXES, *_PACKED_SUFFIXES, *_OTHER_SUFFIXES))
     if not known and not data.startswith((".", "/", "~")) and _HUB_NAME.fullmatch(data):
         return
     path = Path(os.path.expanduser(data))
@@ -129,6 +279,9 @@ def _digest(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
 class _JsonPart:
     """JSON rows found by their byte offsets, row i being the bytes ``bounds[i]`` to ``bounds[i + 1]``.
 
@@ -137,23 +290,23 @@ class _JsonPart:
     that someone cuts short would kill the process with SIGBUS instead of raising an error.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        self._stamp = _stamp(path)
-        self._is_array = _first_byte(path) == b"[" and path.suffix.lower() == ".json"
-        if self._is_array:
-            self._bounds, self._blank = _index_array(path), np.empty(0, np.int64)
+    uniform = False
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+        self._stamp = _stamp(file.plain)
+        self.is_array = _first_byte(file) == b"[" and file.suffix == ".json"
+        if self.is_array:
+            self._bounds, self._blank = _index_array(file), np.empty(0, np.int64)
         else:
-            self._bounds, self._blank = _index_lines(path)
-            if path.suffix.lower() == ".json":
-                _refuse_single_object(path, self)
+            self._bounds, self._blank = _index_lines(file.plain)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def where(self, index: int) -> str:
         line = index + 1 + int(np.searchsorted(self._blank, index, side="right"))
-        return f"{self._name} row {index}" + ("" if self._is_array else f" (line {line})")
+        return f"{self._file.name} row {index}" + ("" if self.is_array else f" (line {line})")
 
     def raw(self, start: int, stop: int, only: str | None) -> Iterator[Raw]:
         return map(_parse, self.spans(start, stop))
@@ -161,22 +314,25 @@ class _JsonPart:
     def spans(self, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of each row, without what separates it from the next."""
         try:
-            with self._path.open("rb") as handle:
-                if _stamp(self._path) != self._stamp:
-                    raise refusal(f"{self._path} has changed since it was opened; start again")
+            with self._file.plain.open("rb") as handle:
+                if _stamp(self._file.plain) != self._stamp:
+                    raise refusal(f"{self._file.path} has changed since it was opened; start again")
                 handle.seek(int(self._bounds[start]))
                 for size in np.diff(self._bounds[start : stop + 1]).tolist():
                     span = handle.read(size).strip(_BLANK)
-                    yield span.removesuffix(b",") if self._is_array else span
+                    yield span.removesuffix(b",") if self.is_array else span
         except OSError as error:
-            raise refusal(f"cannot read {self._path}: {error.strerror or error}") from None
+            raise refusal(f"cannot read {self._file.path}: {error.strerror or error}") from None
 
 
 def _parse(span: bytes) -> Raw:
     try:
-        row = json.loads(span.decode())
+        text = span.decode()
+        row = json.loads(text)
         if _ESCAPED_SURROGATE.search(span):  # rare, so the row is only encoded again where an escape asks for it
             json.dumps(row, ensure_ascii=False).encode()
+        if text.count("[") + text.count("{") > _DEPTH and _depth(text) > _DEPTH:
+            raise RecursionError
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start} of the row is not UTF-8")
     except UnicodeEncodeError:
@@ -190,16 +346,24 @@ def _parse(span: bytes) -> Raw:
     return row if isinstance(row, dict) else RowError("not_an_object", f"the row is {kind(row)}, not an object")
 
 
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for token in _JSON_TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        deepest = max(depth, deepest)
+    return deepest
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as handle:
+def _first_byte(file: _File) -> bytes:
+    with file.plain.open("rb") as handle:
         while block := handle.read(1 << 16):
             if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise refusal(f"{path} is UTF-16; save it as UTF-8")
+                raise refusal(f"{file.path} is UTF-16; save it as UTF-8")
             if text := block.removeprefix(_BOM).lstrip(_BLANK):
                 return text[:1]
     return b""
@@ -229,10 +393,10 @@ def _index_lines(path: Path) -> tuple[_Int64, _Int64]:
     return np.concatenate([*starts, [offset]]).astype(np.int64), np.concatenate(blank_lines).astype(np.int64)
 
 
-def _index_array(path: Path) -> _Int64:
+def _index_array(file: _File) -> _Int64:
     """Bounds of the elements of the one array that the file holds; the objects read on the way are let go at once."""
     # Bytes that are not UTF-8 become single surrogates here and are found again in their own row.
-    data = path.read_bytes()
+    data = file.plain.read_bytes()
     text = data.removeprefix(_BOM).decode(errors="surrogateescape")
     starts: list[int] = []
     try:
@@ -249,7 +413,7 @@ def _index_array(path: Path) -> _Int64:
     except json.JSONDecodeError as error:
         remedy = "mend it there, or convert the file to JSON lines, where only the broken row is lost"
         place = f"line {error.lineno} column {error.colno} (row {max(len(starts) - 1, 0)})"
-        raise refusal(f"{path} {place}: {error.msg}; {remedy}") from None
+        raise refusal(f"{file.path} {place}: {error.msg}; {remedy}") from None
     sizes = [len(text[a:b].encode(errors="surrogateescape")) for a, b in pairwise([0, *starts, position])]
     return np.cumsum(sizes, dtype=np.int64) + (len(_BOM) if data.startswith(_BOM) else 0)
 
@@ -274,18 +438,74 @@ def _value_end(text: str, position: int) -> int:
         raise json.JSONDecodeError("A bracket is not closed", text, position) from None
 
 
-def _refuse_single_object(path: Path, part: _JsonPart) -> None:
-    """``.json`` files of lines and of one object on many lines both begin with a brace."""
-    first, *others = part.spans(0, min(2, len(part))) if len(part) else [b""]
-    if first.endswith((b"{", b"[", b",", b":")) and others and isinstance(_parse(others[0]), RowError):
-        raise refusal(f"{path} is one JSON object on many lines, not rows; give an array of rows, or one row a line")
+def _document(file: _File, lines: _JsonPart) -> list[Any] | None:
+    """The rows of a file that is one object, on one line or many: columns, or a list of rows; None: it holds lines."""
+    first = next(lines.spans(0, 1), b"") if len(lines) else b""
+    if not first.startswith(b"{") or (len(lines) > 1 and not first.endswith((b"{", b"[", b",", b":"))):
+        return None
+    row = _parse(first if len(lines) == 1 else file.plain.read_bytes().removeprefix(_BOM))
+    if isinstance(row, RowError):
+        if len(lines) == 1 or not isinstance(_parse(next(lines.spans(1, 2))), RowError):
+            return None
+        raise refusal(f"{file.path} begins as one JSON object on many lines, and cannot be read as one: {row.text}")
+    frames = [value for value in row.values() if isinstance(value, dict) and value and all(map(str.isdigit, value))]
+    if frames and len(frames) == len(row):  # pandas' {column: {row number: value}}
+        row = {name: list(value.values()) for name, value in row.items()}
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    tables = [
+        name
+        for name, value in lists.items()
+        if value and all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
+    ]
+    flat = any(value and not any(isinstance(item, dict) for item in value) for value in lists.values())
+    if flat and len(lists) == len(row):
+        if len(set(map(len, lists.values()))) == 1:
+            return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+        if not tables:
+            sizes = listing([f"{name} {len(value)}" for name, value in lists.items()])
+            raise refusal(f"{file.path}: its columns are of different lengths: {sizes}; make them equally long")
+    if len(tables) > 1:
+        raise refusal(f"{file.path} holds several lists of rows: {listing(tables)}; save one of them")
+    return list(lists[tables[0]]) if tables else [row]
 
 
-# -------------------------------------------------------------------------------------------------- Parquet and the hub
+class _ListPart:
+    """Rows in memory."""
+
+    uniform = False
+
+    def __init__(self, rows: Iterable[object], name: str) -> None:
+        self._rows, self._name = list(map(_checked, rows)), name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        return f"{self._name} row {index}"
+
+    def raw(self, start: int, stop: int, only: str | None) -> Sequence[Raw]:
+        return self._rows[start:stop]
+
+
+def _checked(row: object) -> Raw:
+    if not isinstance(row, Mapping):
+        return RowError("not_an_object", f"the row is {kind(row)}, not an object")
+    try:
+        json.dumps(dict(row), ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
+    except (RecursionError, ValueError, TypeError) as error:
+        return RowError("wrong_type", f"the row is nothing that JSON could hold: {error}")
+    return dict(row)
+
+
+# ------------------------------------------------------------------------------------------------- tables of `datasets`
 
 
 class _TablePart:
     """Rows ``base`` to ``base + length`` of a ``datasets.Dataset``, whose Arrow file is memory-mapped."""
+
+    uniform = True
 
     def __init__(self, dataset: Any, base: int, length: int, name: str) -> None:
         # As Arrow, because plain indexing would decode images and sound, and would fail where their libraries are not.
@@ -298,7 +518,7 @@ class _TablePart:
         return f"{self._name} row {index}"
 
     def raw(self, start: int, stop: int, only: str | None) -> list[Raw]:
-        table = self._dataset[self._base + start : self._base + stop]
+        table = self._dataset[self._base + start : self._base + min(stop, self._length)]
         table = table if only is None else table.select([only])
         try:
             return list(table.to_pylist())
@@ -315,33 +535,58 @@ def _arrow_row(table: Any) -> Raw:
         return RowError("wrong_type", f"a column cannot be read: {error}")
 
 
-def _open_parquet(names: Mapping[Path, str], columns: Sequence[str]) -> dict[Path, _TablePart]:
+def _open_parquet(files: Sequence[_File]) -> dict[Path, _TablePart]:
     """One memory-mapped data set for all files of the same schema, a part of it for each file."""
+    if not files:
+        return {}
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    groups: dict[Any, dict[Path, int]] = {}
-    for file in names:
+    groups: dict[Any, dict[_File, int]] = {}
+    for file in files:
         try:
-            metadata = pq.read_metadata(file)
+            metadata = pq.read_metadata(file.plain)
             schema = metadata.schema.to_arrow_schema().remove_metadata()
         except (pa.ArrowException, OSError) as error:
-            raise refusal(f"{file} is no readable Parquet file: {error}; write it again") from None
-        require(columns, schema.names, str(file))
+            raise refusal(f"{file.path} is no readable Parquet file: {error}; write it again") from None
         groups.setdefault(schema, {})[file] = metadata.num_rows
 
     parts: dict[Path, _TablePart] = {}
     for schema, group in groups.items():
         filled = [file for file, rows in group.items() if rows]  # `datasets` cannot read a Parquet file without rows
-        dataset, base = _load_parquet(filled) if filled else datasets.Dataset(schema.empty_table()), 0
+        dataset, base = _load("parquet", filled) if filled else datasets.Dataset(schema.empty_table()), 0
         for file, rows in group.items():
-            parts[file] = _TablePart(dataset, base, rows, names[file])
+            parts[file.path] = _TablePart(dataset, base, rows, file.name)
             base += rows
     return parts
 
 
-def _load_parquet(files: list[Path]) -> Any:
+def _read_csv(file: _File) -> Any:
+    """All columns as text, as they stand: "NA" is an answer and "007" an id."""
+    import csv
+
+    import datasets
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    separator = "\t" if file.suffix == ".tsv" else ","
+    try:
+        with file.plain.open(newline="", encoding="utf-8-sig") as handle:
+            names = next(csv.reader(handle, delimiter=separator), [])
+        table = arrow_csv.read_csv(
+            file.plain,
+            arrow_csv.ReadOptions(block_size=min(max(file.plain.stat().st_size, 1), 2**31 - 1)),  # a row lies in one
+            arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False),
+        )
+        return datasets.Dataset(table)
+    except (pa.ArrowException, csv.Error, ValueError) as error:
+        raise refusal(f"{file.path}: no readable CSV: {error}; mend it, or save it as JSON lines") from None
+
+
+def _load(loader: str, files: Sequence[_File]) -> Any:
+    """Files of one kind as one data set, each in the order of its rows."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()
@@ -351,21 +596,24 @@ def _load_parquet(files: list[Path]) -> Any:
     try:
         # The cache of `datasets` knows a local file by path and time; a copy or a fast rewrite can keep both. Named by
         # its content, a changed file is read again. A path is taken for a pattern, hence the escape.
-        patterns = [glob.escape(str(file.resolve())) for file in files]
-        return datasets.load_dataset("parquet", name=_digest(files)[:32], data_files=patterns, split="train")
+        patterns = [glob.escape(str(file.plain.resolve())) for file in files]
+        name = _digest(file.plain for file in files)[:32]
+        return datasets.load_dataset(loader, name=name, data_files=patterns, split="train")
     except Exception as error:  # `datasets` wraps its causes in many types
         cause = error.__cause__ or error
-        raise refusal(f"{files[0]}{' and others' * (len(files) > 1)}: no readable Parquet: {cause}") from None
+        others = " and others" * (len(files) > 1)
+        raise refusal(f"{files[0].path}{others}: no readable {loader.capitalize()}: {cause}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 
 
-def open_hub(name: str, columns: Sequence[str], split: str, config_name: str | None) -> Source:
-    """A data set on the hub, refused if one of ``columns`` is absent."""
+def open_hub(name: str, split: str | None, config_name: str | None) -> Source:
+    """A data set on the hub, by default its split train."""
     import datasets
 
+    split = split or "train"
     try:
         dataset = datasets.load_dataset(name, name=config_name, split=split)
     except Exception as error:  # offline, not found, gated, no such split: each with types and texts of its own
@@ -380,10 +628,36 @@ def open_hub(name: str, columns: Sequence[str], split: str, config_name: str | N
             remedy = f"cannot be loaded from the hub: {error}; check split and configuration, or give a local path"
         raise refusal(f"{show(name)} {remedy}") from None
     source = f"{name} ({split if config_name is None else f'{config_name}, {split}'})"
-    require(columns, dataset.column_names, source)
     identity = json.dumps([name, config_name, split, dataset._fingerprint])  # made of the revision by `datasets`
     part = _TablePart(dataset, 0, len(dataset), source)
     return Source(source, [part], hashlib.sha256(identity.encode()).hexdigest())
+
+
+def open_memory(data: Any, split: str | None) -> Source:
+    """A list of dictionaries, a ``datasets.Dataset``, or a table of Arrow, pandas or polars."""
+    name = "rows" if isinstance(data, Sequence) else type(data).__name__
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        part = _ListPart(data, name)
+        digest = hashlib.sha256()
+        for row in part.raw(0, len(part), None):
+            digest.update(json.dumps(row, default=str).encode())  # of a row that cannot be read: why
+        return Source(name, [part], digest.hexdigest())
+    if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):  # a DatasetDict
+        data = data[_choose(split, list(data), name)]
+    if hasattr(data, "__arrow_c_stream__") and not hasattr(data, "with_format"):
+        import datasets
+        import pyarrow as pa
+
+        table = pa.table(data)
+        table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
+        data = datasets.Dataset(table)  # pyarrow's own tables and those of pandas and polars
+    if not hasattr(data, "with_format") or not hasattr(data, "__len__"):
+        raise refusal(
+            f"data is of type {name}; give a path, a name on the hub, a list of dictionaries, a datasets.Dataset, or a "
+            "table of Arrow, pandas or polars"
+        )
+    identity = hashlib.sha256(str(data._fingerprint).encode()).hexdigest()
+    return Source(name, [_TablePart(data, 0, len(data), name)], identity)
 
 
 # ------------------------------------------------------------------------------------------- messages of bounded length

@@ -25,7 +25,7 @@ from codeact.evaluation.settings import GenerationSettings
 if TYPE_CHECKING:
     from codeact.evaluation.decoding import Manner
 
-BACKENDS = ("hf", "vllm")
+GENERATORS = ("hf", "vllm")
 _MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
@@ -107,11 +107,11 @@ class HuggingFaceGenerator:
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings
     ) -> Iterator[tuple[Request, Completion]]:
         """See ``Generator``."""
-        from codeact.evaluation.decoding import Sampling, decode, exact_manner
+        from codeact.evaluation.decoding import Sampling, decode_batches, exact_manner
 
         self._manner = self._manner or exact_manner(self._model)
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
-        finished = decode(
+        finished = decode_batches(
             self._model,
             [request.prompt.ids for request in requests],
             lambda row, ids: watches[row].ends(ids),

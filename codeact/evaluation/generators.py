@@ -8,7 +8,7 @@ from typing import Any
 
 from codeact.base.errors import InputError, MissingExtraError, one_of
 from codeact.evaluation.generate import (
-    BACKENDS,
+    GENERATORS,
     Completion,
     Generator,
     HuggingFaceGenerator,
@@ -27,7 +27,7 @@ def load_generator(
         InputError: model or adapter cannot be loaded.
         MissingExtraError: the backend, or peft for an adapter, is absent.
     """
-    one_of("backend", backend, BACKENDS)
+    one_of("backend", backend, GENERATORS)
     folder = None if adapter is None else _adapter_folder(adapter)
     if backend == "vllm":
         return VllmGenerator(model, folder, dtype)

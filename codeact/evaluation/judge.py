@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from codeact.base.console import visible
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path
+from codeact.base.files import atomic_path, cache_path
 from codeact.evaluation.compare import Judge, is_floats, result_form
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.sandbox.runner import decode, encode
@@ -23,7 +22,7 @@ from codeact.evaluation.sandbox.sandbox import Sandbox
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-FORMAT = 2
+VERDICT_FORMAT = 2
 """Of the cached truth and of verdicts: both are made anew where it differs."""
 
 _REFERENCE_SECONDS = 60.0
@@ -88,8 +87,8 @@ class GroundTruth:
     """What the canonical solutions return. Computed once a data set and kept as JSON, a file a problem."""
 
     def __init__(self, problems: ProblemSet, sandbox: Sandbox) -> None:
-        cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
-        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{FORMAT}"
+        name = f"{problems.dataset}-{problems.fingerprint[:32]}-{VERDICT_FORMAT}"
+        self._folder = cache_path(f"ground-truth/{name}", grows=True)
         self._sandbox = sandbox
 
     def _compute(self, problem: Problem) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from codeact.base.console import visible
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
-from codeact.evaluation.judge import FORMAT, GroundTruth, Verdict, judge_program
+from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.programs import Program, SampleLog, as_code, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
@@ -210,7 +210,9 @@ class _Run:
         self._lock = threading.Lock()
         self.late: list[tuple[Problem, Program]] = []
         self.starved: list[tuple[Problem, Program]] = []
-        self._settings = json.dumps([FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only])
+        self._settings = json.dumps(
+            [VERDICT_FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only]
+        )
         self.verdicts = {row["key"]: Verdict(**row["verdict"]) for row in log.rows if row.keys() >= {"key", "verdict"}}
         self.reused = 0
 

@@ -6,21 +6,18 @@ through tokenization (`codeact.text.spans`); a prompt is never tokenized a secon
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError, one_of
-from codeact.data.records import BadRow, Columns, Record, RecordSet, open_records
-from codeact.text.formats import Rendered, Turn
-from codeact.text.spans import Ints, SpanEncoder, SpannedText
+from codeact.data.records import BadRow, Record, RecordSet, open_records, open_rows
+from codeact.text.spans import ControlTexts, Ints, SpanEncoder, SpannedText
 from codeact.text.templates import ConversationTemplate, special_tokens
 
 IGNORE = -100
@@ -77,45 +74,34 @@ class EncodingCounts:
     refused: dict[str, int]
 
 
-def open_conversations(data: str | Path) -> RecordSet:
-    """Open training data in any of the usual forms.
-
-    The first form that fits is taken: a column ``conversation`` (what `codeact select` writes), ``conversations``
-    (ShareGPT) or ``messages``; ``instruction``, ``input`` and ``output`` (Alpaca); ``instruction`` and ``output``.
-    For other columns call `codeact.data.records.open_records`.
-
-    Raises:
-        InputError: nothing there, or it has none of these columns.
-    """
-    forms = [Columns(conversation=name) for name in ("conversation", "conversations", "messages")]
-    for columns in (*forms, Columns(input="input")):
-        try:
-            return open_records(data, columns)
-        except InputError:
-            continue
-    return open_records(data, Columns())
+def open_conversations(data: Any) -> RecordSet:
+    """Open training data in any of the usual forms, as every command does: `codeact.data.records.open_records`."""
+    return open_records(data)
 
 
 def encode_conversations(
-    rows: Iterable[Record | BadRow],
+    rows: Any,
     tokenizer: Any,
     model_type: str = "chat",
     max_length: int = 2048,
     on_overflow: str = "truncate",
     progress: Callable[[int], object] | None = None,
+    last_answer_only: bool = False,
 ) -> list[Sample | Refused]:
     """Tokenize conversations for training; one result a row, in order.
 
-    Every assistant turn is labelled, its end of turn too. A BOS stands first, once, if the tokenizer writes one.
+    Every assistant turn that the data does not exclude (weight 0) is labelled, its end of turn too. A BOS stands first,
+    once, if the tokenizer writes one.
 
     Args:
-        rows: records, and the rows that hold none.
+        rows: records, and the rows that hold none; or whatever `codeact.data.records.open_records` opens.
         tokenizer: a transformers tokenizer. A slow one works; it is cut at both ends of every answer.
         model_type: one of `codeact.text.templates.MODEL_TYPES`.
         max_length: tokens of a sample at most, BOS included.
         on_overflow: of a conversation that is longer: "truncate" cuts at the end, so the question stays and the answer
             that was cut has no end of turn; "drop" refuses the row; "error" stops.
         progress: called with the number of rows of every block that is done.
+        last_answer_only: what came before the last question is context, its answers are not labelled.
 
     Raises:
         InputError: a setting is unknown, the tokenizer does not fit the model type, or, with "error", the first row
@@ -126,11 +112,11 @@ def encode_conversations(
         raise InputError(f"max_length is {max_length}; a sample needs at least 2 tokens")
     template = ConversationTemplate(tokenizer, model_type)
     template.check_trainable()
-    writer = _Writer(template, special_tokens(tokenizer))
+    controls = ControlTexts(special_tokens(tokenizer))
     encoder = SpanEncoder(tokenizer)
     results: list[Sample | Refused] = []
-    for block in _blocks(rows):
-        written = [writer.write(row) for row in block]
+    for block in _blocks(open_rows(rows)):
+        written = [_write(row, template, controls, last_answer_only) for row in block]
         encoded = iter(encoder.encode([item for item in written if isinstance(item, SpannedText)]))
         for row, item in zip(block, written, strict=True):
             if isinstance(item, Refused):
@@ -156,14 +142,9 @@ def count_conversations(results: Sequence[Sample | Refused]) -> EncodingCounts:
     )
 
 
-def _blocks(rows: Iterable[Record | BadRow]) -> Iterable[list[Record | BadRow]]:
-    block = []
-    for row in rows:
-        block.append(row)
-        if len(block) == BLOCK_ROWS:
-            yield block
-            block = []
-    if block:
+def _blocks(rows: Iterable[Record | BadRow]) -> Iterator[list[Record | BadRow]]:
+    remaining = iter(rows)
+    while block := list(islice(remaining, BLOCK_ROWS)):
         yield block
 
 
@@ -193,51 +174,31 @@ def _sample(
     return Sample(input_ids=ids[:stop].copy(), labels=labels, cut_tokens=length - stop)
 
 
-# ---------------------------------------------------------------------------------------------------- record -> text
-
-
-class _Writer:
-    """Records -> text with spans."""
-
-    def __init__(self, template: ConversationTemplate, specials: Sequence[str]) -> None:
-        self.template = template
-        self.specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-
-    def write(self, row: Record | BadRow) -> SpannedText | Refused:
-        if isinstance(row, BadRow):
-            return _refuse(row, row.reason, row.message)
-        turns: list[Turn] = [*row.history, ("user", row.question), ("assistant", row.answer)]
-        where = f"row {row.row} (id {row.id})"
-        texts = "".join(text for _, text in turns)
-        try:
-            texts.encode()
-        except UnicodeEncodeError:
-            return _refuse(row, "invalid_utf8", f"{where} holds half of a surrogate pair, which is no text")
-        if any(role == "assistant" and not text.strip() for role, text in turns):
-            return _refuse(row, "empty_answer", f"{where}: an answer is blank")
-        # Control tokens in a turn's text pass through the template as single characters that stand nowhere else.
-        free = (mark for mark in map(chr, count(0xF0000)) if mark not in texts)
-        marks = {token: next(free) for token in sorted(set(self.specials.findall(texts)))}
-        if marks:
-            turns = [(role, self.specials.sub(lambda match: marks[match[0]], text)) for role, text in turns]
-        (rendered,) = self.template.render([turns])
-        if isinstance(rendered, str):
-            return _refuse(row, "template_refused", f"{where}: {rendered}")
-        return _restore(rendered, {mark: token for token, mark in marks.items()})
-
-
-def _restore(rendered: Rendered, tokens: dict[str, str]) -> SpannedText:
-    """Put the texts of control tokens back where their marks stand; spans move along."""
-    if not tokens:
-        return SpannedText(text=rendered.text, answers=rendered.answers, plain=frozenset())
-    places = [match.start() for match in re.finditer("[" + "".join(tokens) + "]", rendered.text)]
-    grown = np.cumsum([0, *(len(tokens[rendered.text[place]]) - 1 for place in places)])
-
-    def moved(position: int) -> int:
-        return position + int(grown[np.searchsorted(places, position)])
-
-    return SpannedText(
-        text=re.sub("[" + "".join(tokens) + "]", lambda match: tokens[match[0]], rendered.text),
-        answers=tuple((moved(start), moved(end)) for start, end in rendered.answers),
-        plain=frozenset((moved(place), moved(place + 1)) for place in places),
-    )
+def _write(
+    row: Record | BadRow, template: ConversationTemplate, controls: ControlTexts, last_answer_only: bool
+) -> SpannedText | Refused:
+    """A record as text, and where its answers are."""
+    if isinstance(row, BadRow):
+        return _refuse(row, row.reason, row.message)
+    roles = [role for role, _ in row.turns]
+    texts = [text for _, text in row.turns]
+    where = f"row {row.row} (id {row.id})"
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return _refuse(row, "invalid_utf8", f"{where} holds half of a surrogate pair, which is no text")
+    if any(role == "assistant" and not text.strip() for role, text in row.turns):
+        return _refuse(row, "empty_answer", f"{where}: an answer is blank")
+    hidden, marks = controls.hide(texts)
+    (rendered,) = template.render([list(zip(roles, hidden, strict=True))])
+    if isinstance(rendered, str):
+        return _refuse(row, "template_refused", f"{where}: {rendered}")
+    answers = rendered.answers
+    if row.context or last_answer_only:
+        numbers = [number for number, role in enumerate(roles) if role == "assistant"]
+        if len(numbers) != len(answers):
+            message = f"{where}: the chat template marks {len(answers)} of {len(numbers)} answers, and not all count"
+            return _refuse(row, "template_refused", message)
+        context = numbers[:-1] if last_answer_only else row.context
+        answers = tuple(span for number, span in zip(numbers, answers, strict=True) if number not in context)
+    return controls.show(rendered.text, marks, answers)

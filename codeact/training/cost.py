@@ -16,7 +16,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from codeact.base.console import aligned
 from codeact.base.devices import resolve_peak
 from codeact.base.files import atomic_path
 from codeact.base.machine import peak_memory, reset_peaks
@@ -237,12 +238,6 @@ class CostReport:
                 )
             )
         return lines
-
-
-def aligned(lines: Sequence[tuple[str, str]]) -> str:
-    """The text of a summary table."""
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
 def _mib(size: int) -> str:

@@ -10,16 +10,16 @@ import numpy as np
 from tqdm import tqdm
 
 from codeact.base.errors import InputError
-from codeact.data.records import Columns, RecordSet, open_records
+from codeact.data.forms import Columns
+from codeact.data.records import RecordSet, open_records
 from codeact.text.conversations import (
+    IGNORE,
     EncodingCounts,
     Refused,
     Sample,
     count_conversations,
     encode_conversations,
-    open_conversations,
 )
-from codeact.training.dataset import IGNORE
 from codeact.training.flags import TrainSettings
 from codeact.training.options import DataArguments
 
@@ -111,10 +111,7 @@ def _open(data: DataArguments, path: str) -> RecordSet:
         "input": data.input_column,
         "conversation": data.conversation_column,
     }
-    named = {key: name for key, name in names.items() if name is not None}
-    if not named and data.split == "train" and data.config_name is None:
-        return open_conversations(path)
-    return open_records(path, Columns(**named), split=data.split, config_name=data.config_name)
+    return open_records(path, Columns(**names), split=data.split, config_name=data.config_name)
 
 
 def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list[Sample | Refused]:

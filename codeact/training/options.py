@@ -66,8 +66,8 @@ class DataArguments:
     answer_column: str | None = _text(None, "Column of the answer.")
     input_column: str | None = _text(None, "Column appended to the question.")
     conversation_column: str | None = _text(None, "Column of turns, instead of question and answer.")
-    split: str = _text("train", "Split of a hub data set.")
-    config_name: str | None = _text(None, "Configuration of a hub data set.")
+    split: str | None = _text(None, "Split of a folder or hub data set; default: the only one, or train.")
+    config_name: str | None = _text(None, "Configuration of a folder or hub data set.")
     model_type: str = _text("chat", f"How conversations are written: {', '.join(MODEL_TYPES)}.")
     on_overflow: str = _text(
         "truncate", f"A conversation over max_seq_len: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."

@@ -19,23 +19,24 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from codeact.base.console import aligned
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
-from codeact.base.machine import free_memory
+from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
 from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
 from codeact.ops.flops import ModelShape
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
-from codeact.training.cost import CostMonitor, aligned
+from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.room import GIB, check_memory, check_room, pass_memory, state_memory
+from codeact.training.room import check_memory, check_room, pass_memory, state_memory
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 
-def train(settings: TrainSettings) -> TrainResult:
+def train_from_settings(settings: TrainSettings) -> TrainResult:
     """Train, evaluate and save; a run that was killed goes on from its last checkpoint, a finished one stays.
 
     Under torchrun or accelerate every rank calls this; the first one prints and writes.

@@ -312,7 +312,10 @@ def test_input_is_joined_as_in_alpaca(tmp_path: Path) -> None:
     assert all(row.extra == {} for row in rows if isinstance(row, Record))
     (kept,) = opened(tmp_path, {**GOOD, "input": "5"})
     assert isinstance(kept, Record)
-    assert (kept.question, kept.extra) == ("add", {"input": "5"})
+    assert (kept.question, kept.extra) == ("add\n5", {})  # found by its name
+    (named,) = opened(tmp_path, {**GOOD, "input": "5"}, columns=Columns(question="instruction"))
+    assert isinstance(named, Record)
+    assert (named.question, named.extra) == ("add", {"input": "5"})
 
 
 def turns(*pairs: tuple[str, Any], form: tuple[str, str] = ("role", "content")) -> dict[str, Any]:
@@ -344,11 +347,15 @@ def test_a_conversation_of_either_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason", "text"),
     [
-        (turns(), "bad_conversation", "no turn"),
+        (turns(), "bad_conversation", "here: no turn"),
         (turns(("user", "q")), "bad_conversation", "here: user"),
         (turns(("assistant", "a")), "bad_conversation", "here: assistant"),
         (turns(("system", "s"), ("assistant", "a")), "bad_conversation", "here: system, assistant"),
-        (turns(("user", "q"), ("assistant", "a"), ("user", "q")), "bad_conversation", "here: assistant, user"),
+        (
+            turns(("user", "q"), ("assistant", "a"), ("assistant", "b")),
+            "bad_conversation",
+            "here: assistant, assistant",
+        ),
         (turns(("user", "q"), ("tool\n", "a")), "bad_conversation", r"the role of turn 1 is 'tool\n'"),
         (turns(("user", 3), ("assistant", "a")), "bad_conversation", "the content of turn 0 is a number"),
         (
@@ -387,9 +394,11 @@ def test_columns_that_contradict_each_other() -> None:
     with pytest.raises(InputError, match="named twice: q, q"):
         Columns(question="q", answer="q")
     with pytest.raises(InputError, match="named twice"):
-        Columns(id="output")
+        Columns(id="output", answer="output")
     with pytest.raises(InputError, match="not a conversation"):
         Columns(conversation="c", input="input")
+    with pytest.raises(InputError, match="takes the place of question and answer"):
+        Columns(conversation="c", question="q")
 
 
 # ---------------------------------------------------------------------------------------------------------------- ids
@@ -469,13 +478,13 @@ def test_a_column_no_row_has(tmp_path: Path) -> None:
     assert message.endswith("no column 'output'; name one of those there: outputs, Instruction, id")
     (tmp_path / "data.jsonl").unlink()
     pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "aaa.parquet")
-    assert "data.parquet: no column" in refused(tmp_path)
+    assert "data.parquet row 0 and after: no column" in refused(tmp_path)
 
 
 def test_a_long_file_without_the_column_is_refused_a_short_one_is_not(tmp_path: Path) -> None:
     save(tmp_path / "a.jsonl", dumps([GOOD]))
     save(tmp_path / "b.jsonl", dumps([{"prompt": "x", "output": "y"}] * 99))
-    save(tmp_path / "c.jsonl", b"oops\n" * 200)  # says nothing about columns
+    save(tmp_path / "c.jsonl", b"oops\n" * 199 + dumps([GOOD]))  # too few rows to say anything about columns
     assert len(open_records(tmp_path, PLAIN)) == 300
     save(tmp_path / "b.jsonl", dumps([{"prompt": "x", "output": "y"}] * 100))
     assert "b.jsonl row 0 (line 1) and after: no column 'instruction'" in refused(tmp_path)
@@ -487,15 +496,9 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([GOOD]).slice(0, 0), tmp_path / "e.parquet")
     assert "holds no rows" in refused(tmp_path / "e.parquet")
     (tmp_path / "empty").mkdir()
-    assert "holds no .json, .jsonl, .parquet file" in refused(tmp_path / "empty")
-    assert "of no kind that is read" in refused(save(tmp_path / "data.csv", b"a,b"))
+    assert "holds no .json, .jsonl, .ndjson, .parquet" in refused(tmp_path / "empty")
+    assert "of no kind that is read" in refused(save(tmp_path / "data.txt", b"a,b"))
     assert "UTF-16" in refused(save(tmp_path / "u.jsonl", json.dumps(GOOD).encode("utf-16")))
-
-
-@pytest.mark.parametrize("value", [GOOD, {"data": [GOOD, GOOD]}])
-def test_one_object_on_many_lines_is_refused(tmp_path: Path, value: Any) -> None:
-    path = save(tmp_path / "a.json", json.dumps(value, indent=2).encode())
-    assert "one JSON object on many lines" in refused(path)
 
 
 def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,7 +649,7 @@ def test_the_fingerprint_follows_the_content_in_order(tmp_path: Path) -> None:
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
     assert open_records(one / "x.jsonl", PLAIN).fingerprint == open_records(two / "x.jsonl", PLAIN).fingerprint
-    other_columns = Columns(question=PLAIN.answer, answer=PLAIN.question)
+    other_columns = Columns(question="output", answer="instruction")
     assert open_records(one, other_columns).fingerprint != prints[0]
     assert open_records(one, PLAIN).source == str(one)
 

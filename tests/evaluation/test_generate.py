@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.data.records import Record
 from codeact.evaluation import generators as backends
-from codeact.evaluation.decoding import Sampling, decode, sample
+from codeact.evaluation.decoding import Sampling, decode_batches, sample
 from codeact.evaluation.generate import (
     HuggingFaceGenerator,
     StopWatch,
@@ -58,7 +58,7 @@ def some_prompts(vocabulary: int, lengths=(3, 40, 17, 1, 25)) -> list[list[int]]
 
 
 def decoded(model, prompts, count: int, ends=lambda row, ids: False, sampling=GREEDY, seeds=None) -> list[list[int]]:
-    rows = dict(decode(model, prompts, ends, count, sampling, seeds or [0] * len(prompts)))
+    rows = dict(decode_batches(model, prompts, ends, count, sampling, seeds or [0] * len(prompts)))
     return [rows[number] for number in range(len(prompts))]
 
 

@@ -484,6 +484,6 @@ def test_a_log_keeps_whole_lines_only(tmp_path: Path) -> None:
 def test_the_format_of_verdicts_is_part_of_their_key(problems, sandbox: Sandbox, tmp_path: Path, monkeypatch) -> None:
     found = samples("def f0(x): return x + 1")
     evaluate(problems, found, sandbox, tmp_path / "v.jsonl")
-    monkeypatch.setattr(evaluation, "FORMAT", programs.FORMAT + 1)
+    monkeypatch.setattr(evaluation, "VERDICT_FORMAT", programs.VERDICT_FORMAT + 1)
     assert evaluate(problems, found, sandbox, tmp_path / "v.jsonl").reused == 0
     assert read_rows(tmp_path / "v.jsonl")[0]["task_id"] == "HumanEval/0"

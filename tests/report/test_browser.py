@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from codeact.report import write_report
+from codeact.report.page import write_report
 from tests.helpers.run_folder import make_run
 
 pytest.importorskip("selenium", reason="no selenium: pip install selenium")

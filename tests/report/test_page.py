@@ -16,8 +16,8 @@ import pytest
 
 from codeact.base.console import percent, visible
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.report import write_report
-from codeact.report.rows import read_rows, sample
+from codeact.report.page import write_report
+from codeact.report.rows import draw_positions, read_report_rows
 from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -97,7 +97,7 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
 
 
 def test_the_captions_are_computed(folder: Path, page: Page) -> None:
-    rows = read_rows(folder)
+    rows = read_report_rows(folder)
     assert rows is not None
     assert rows.chosen is not None
     scored = np.isfinite(rows.ifd)
@@ -304,12 +304,12 @@ def test_all_the_same_embedding_has_no_map(copy: Path) -> None:
 
 def test_a_sample_is_the_same_every_time_and_sorted() -> None:
     positions = np.arange(0, 3_000_000, 3)
-    drawn = sample(positions, 1000)
-    assert (drawn == sample(positions, 1000)).all()
+    drawn = draw_positions(positions, 1000)
+    assert (drawn == draw_positions(positions, 1000)).all()
     assert len(np.unique(drawn)) == 1000
     assert (np.diff(drawn) > 0).all()
     assert abs(drawn.mean() / positions.mean() - 1) < 0.05
-    assert sample(positions[:5], 1000) is not None
+    assert draw_positions(positions[:5], 1000) is not None
 
 
 def test_columns_of_another_type_are_refused(copy: Path) -> None:
@@ -317,10 +317,10 @@ def test_columns_of_another_type_are_refused(copy: Path) -> None:
     table = pq.read_table(path)
     texts = pa.array(["x"] * table.num_rows)
     pq.write_table(table.set_column(table.column_names.index("row"), "row", texts), path)
-    with pytest.raises(InputError, match="are damaged: Failed to parse string"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: Failed to parse string"):
         write_report(copy)
     pq.write_table(table.drop_columns("chosen"), path)
-    with pytest.raises(InputError, match=r"are damaged: .*chosen"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: .*chosen"):
         write_report(copy)
 
 
