@@ -314,6 +314,16 @@ def run(
 
 
 @command()
+def lab(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of a run, with a section lab.")],
+) -> None:
+    """Train on the choices of several strategies and compare them on held-out rows; a rerun does what is missing."""
+    from codeact.lab.stage import lab_flow
+
+    lab_flow(config).run(None, "lab")
+
+
+@command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact run.")]) -> None:
     """Write one HTML page about a run; it needs nothing but itself."""
     from codeact.report.page import write_report

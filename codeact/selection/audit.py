@@ -52,7 +52,7 @@ def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence
         pa.array(selection.reasons, pa.string(), mask=chosen),
         pa.array(selection.score, from_pandas=True),
         table["answer_tokens"].cast(pa.int32()),
-        pa.array(selection.among_longest),
+        pa.array(selection.among_longest()),
     ]
     return pa.table(columns, schema=AUDIT_SCHEMA.with_metadata({"length": selection.length_line()}))
 

@@ -56,8 +56,7 @@ class Selection:
     without a score among the chosen, which only protocol paper has.
 
     In the order of the table, (rows,): ``score``, the difficulty, NaN where there is none; ``reasons`` why a row was
-    not chosen, empty where it was; ``among_longest``, whether it is one of as many longest answers as were chosen.
-    ``correlation`` is Spearman's, of score and answer tokens; None where it is not defined.
+    not chosen, empty where it was; ``scored``, whether it has an IFD; ``answer_tokens``.
     """
 
     positions: _Ints
@@ -67,21 +66,29 @@ class Selection:
     rows_in: int
     tokens_in: int
     tokens_chosen: int
-    rows_scored: int
     failed_chosen: int
     difficulty: str
     score: _Floats
     reasons: NDArray[np.object_]
-    among_longest: NDArray[np.bool_]
-    correlation: float | None
+    scored: NDArray[np.bool_]
+    answer_tokens: _Ints
+
+    def among_longest(self) -> NDArray[np.bool_]:
+        """Whether a scored row's answer is one of as many longest as were chosen, ties by place; (rows,)."""
+        scored = np.flatnonzero(self.scored)
+        longest = np.zeros(len(self.scored), np.bool_)
+        order = np.argsort(-self.answer_tokens[scored], kind="stable")
+        longest[scored[order[: len(self.positions)]]] = True
+        return longest
 
     def length_line(self) -> str:
         """What the choice has to do with the length of the answers, for people."""
         chosen = len(self.positions)
-        longest = int(self.among_longest[self.positions].sum())
-        by_chance = chosen * chosen / max(1, self.rows_scored)
+        longest = int(self.among_longest()[self.positions].sum())
+        by_chance = chosen * chosen / max(1, int(self.scored.sum()))
+        correlation = rank_correlation(self.score, self.answer_tokens)
         return (
-            f"{correlation_text(self.difficulty, self.correlation)}; {longest:,} of {chosen:,} chosen are among the "
+            f"{correlation_text(self.difficulty, correlation)}; {longest:,} of {chosen:,} chosen are among the "
             f"{chosen:,} longest answers (by chance {by_chance:,.0f})"
         )
 
@@ -204,11 +211,7 @@ def plan_selection(
         budget = len(chosen)
 
     rows.reasons[chosen] = ""
-    longest = np.zeros(len(rows.positions), np.bool_)
-    scored = np.flatnonzero(rows.scored)
-    longest[scored[np.argsort(-rows.answer_tokens[scored], kind="stable")[: len(chosen)]]] = True
     counts = (np.bincount(clusters[which], minlength=len(label_names)) for which in (eligible, chosen))
-    in_table = np.argsort(rows.positions)
     return Selection(
         positions=rows.positions[chosen],
         budget=budget,
@@ -221,13 +224,12 @@ def plan_selection(
         rows_in=table.num_rows,
         tokens_in=int(rows.tokens.sum()),
         tokens_chosen=int(rows.tokens[chosen].sum()),
-        rows_scored=len(scored),
         failed_chosen=int((~rows.scored[chosen]).sum()),
         difficulty=difficulty,
-        score=rows.score[in_table],
-        reasons=rows.reasons[in_table],
-        among_longest=longest[in_table],
-        correlation=rank_correlation(rows.score, rows.answer_tokens),
+        score=_in_table(rows, rows.score),
+        reasons=_in_table(rows, rows.reasons),
+        scored=_in_table(rows, rows.scored),
+        answer_tokens=_in_table(rows, rows.answer_tokens),
     )
 
 
@@ -445,6 +447,13 @@ def _read_rows(
         allowed=allowed[order],
         reasons=reasons[order],
     )
+
+
+def _in_table(rows: _Rows, values: NDArray[Any]) -> NDArray[Any]:
+    """In the order of the table."""
+    back = np.empty_like(values)
+    back[rows.positions] = values
+    return back
 
 
 def _one_a_question(

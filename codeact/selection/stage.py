@@ -68,8 +68,10 @@ def select_rows(
             table_fingerprint=folder.settings["data"]["fingerprint"],
             embeddings_fingerprint=embedded.metadata.data_fingerprint,
         )
-        starts = 1 if settings.protocol == "paper" else 3  # the paper's script runs k-means once
-        names = cluster(embedded.vectors, settings.clusters, settings.seed, settings.backend, n_init=starts)
+        backend, starts = settings.backend, 3
+        if settings.protocol == "paper":  # whose script runs scikit-learn's k-means once
+            backend, starts = "sklearn" if backend == "auto" else backend, 1
+        names = cluster(embedded.vectors, settings.clusters, settings.seed, backend, n_init=starts)
         labels = np.append(names, np.int32(UNCLUSTERED))[places]  # the place of a row without a vector is -1, the last
         if settings.strategy == "facility_location":
             choice["vectors"] = embedded.vectors[places]
@@ -164,9 +166,8 @@ class Select(Stage):
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))
         reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
-        unscored = (
-            np.asarray(pc.is_null(reasons)) & ~scored
-        )  # the paper's script chooses such rows where no others are left
+        # the paper's script chooses rows without a score where no others are left
+        unscored = np.asarray(pc.is_null(reasons)) & ~scored
         lost = {}
         for reason in sorted(set(pc.unique(reasons).to_pylist()) - {None}):
             rows = np.asarray(pc.fill_null(pc.equal(reasons, reason), False)) & scored

@@ -282,6 +282,13 @@ def test_a_large_table_gives_a_small_page(copy: Path) -> None:
     assert "(logarithmic)" in text
 
 
+def test_what_the_choice_owes_to_length_is_on_the_page(copy: Path) -> None:
+    path = copy / "selected.rows.parquet"
+    line = "Spearman(ifd, answer tokens) 0.87; 20 of 24 chosen are among the 24 longest answers (by chance 10)"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"length": line}), path)
+    assert f"What became of the 60 rows. {line}." in Page(write_report(copy)).words
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
 def test_very_few_rows(copy: Path, rows: int) -> None:
     for name in ("embeddings.npy", "model", "evaluation", "pack_stats.json"):

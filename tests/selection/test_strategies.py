@@ -14,13 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
-from codeact.scoring.folder import ScoreFolder
+from codeact.base.ledger import Ledger
+from codeact.scoring.folder import SCHEMA, ScoreFolder
 from codeact.scoring.length import rank_correlation
 from codeact.scoring.token_losses import write_losses
 from codeact.selection import facility
 from codeact.selection.choose import plan_selection
 from codeact.selection.difficulty import difficulty_scores
 from codeact.selection.facility import facility_location
+from codeact.selection.settings import SelectSettings
+from codeact.selection.stage import Select
 from tests.helpers.scored import make_scored, score_table
 
 NAN, INF = float("nan"), float("inf")
@@ -65,7 +68,7 @@ def test_the_papers_protocol_chooses_the_papers_rows(tmp_path, codeact, ratio):
     expected = papers_script(theirs, vectors[seen], 10, ratio)
     output = tmp_path / "selected.jsonl"
     arguments = ("--scores", scores, "--embeddings", embeddings, "--ratio", ratio, "--output", output)
-    code, out, err = codeact("select", *arguments, "--protocol", "paper", "--backend", "sklearn")
+    code, out, err = codeact("select", *arguments, "--protocol", "paper")
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert {line["id"] for line in lines} == expected
@@ -317,7 +320,7 @@ def test_a_shuffled_table_has_the_same_choice():
             **options,
         )
         assert one.positions.tolist() == shuffle[two.positions].tolist()
-        for name in ("score", "reasons", "among_longest"):
+        for name in ("score", "reasons", "scored", "answer_tokens"):
             np.testing.assert_array_equal(getattr(one, name)[shuffle], getattr(two, name))
 
 
@@ -413,7 +416,7 @@ def test_the_rank_correlation_is_scipys(pairs):
 def test_the_line_about_length_counts():
     table = score_table([0.9, 0.8, 0.3, 0.2, None], ["ok"] * 4 + ["nonfinite"], answer_tokens=[10, 40, 20, 30, 99])
     selection = plan_selection(table, None, budget_rows=2, strategy="top_ifd")
-    assert selection.among_longest.tolist() == [False, True, False, True, False]
+    assert selection.among_longest().tolist() == [False, True, False, True, False]
     assert selection.length_line() == (
         "Spearman(ifd, answer tokens) -0.40; 1 of 2 chosen are among the 2 longest answers (by chance 1)"
     )
@@ -447,6 +450,13 @@ def test_what_does_not_go_together_is_refused_in_one_line(options, message):
     with pytest.raises(InputError, match=message) as caught:
         plan_selection(table, [0, 0], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_forecast_knows_about_how_many_rows_a_budget_is():
+    assert SelectSettings().rows_of(100, 50.0) == 40
+    assert SelectSettings(budget_rows=7).rows_of(100, 50.0) == 7
+    assert SelectSettings(budget_rows=700).rows_of(100, 50.0) == 100
+    assert SelectSettings(budget_tokens=1_000).rows_of(100, 50.0) == 20
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -486,6 +496,27 @@ def test_the_command_takes_them_all_and_the_audit_says_why(scored, tmp_path, cod
     for one, other in zip(rows[::2], rows[1::2], strict=True):
         lost = max(one, other, key=lambda row: row["score"])  # the loss: the likelier answer of a question stays
         assert lost["reason"] == "same_question"
+
+
+def test_the_ledger_counts_every_reason_and_failed_scores_of_the_papers_protocol(scored, tmp_path, codeact):
+    _, scores, embeddings = scored
+    table = ScoreFolder.open(scores).read()
+    failed = np.arange(40) % 8 == 0
+    status = np.where(failed, "prompt_too_long", "ok").tolist()
+    table = table.set_column(2, "status", pa.array(status)).set_column(11, "ifd", pa.array(table["ifd"], mask=failed))
+    pq.write_table(table.cast(SCHEMA), scores / "scores.parquet")
+    for more in ((), ("--per-question", "first"), ("--budget-tokens", 20), ("--protocol", "paper", "--ratio", 1)):
+        output = tmp_path / "selected.jsonl"
+        arguments = ("--scores", scores, "--embeddings", embeddings, "--clusters", 3, "--output", output)
+        code, _, err = codeact("select", *arguments, *more)
+        assert code == 0, err
+        (entry,) = Select().account(tmp_path)
+        assert Ledger(entries=(entry,)).complaints() == []
+        assert entry.rows_in == 35
+        reasons = {change.reason for change in entry.lost}
+        assert ("same_question" in reasons) == ("first" in more)
+        assert ("longer_than_budget" in reasons) == (20 in more)
+        assert [change.reason for change in entry.added] == (["failed_score_chosen"] if "paper" in more else [])
 
 
 def test_selective_ifd_comes_from_the_kept_losses(scored, tmp_path, codeact):
