@@ -122,6 +122,7 @@ def load_embedder(
     from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import check_weights
 
     torch_device = resolve_device(device)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
@@ -136,6 +137,7 @@ def load_embedder(
             f"cannot load the embedding model {name!r}: {reason}; "
             "give a folder with safetensors weights or a hub name as the model"
         ) from None
+    check_weights(f"embedding model {name!r}", encoder)
     with suppress(OSError):  # the hub was reached a moment ago
         if not is_sentence_transformer_model(name):
             kind = (getattr(encoder[0].auto_model.config, "architectures", None) or ["a model"])[0]

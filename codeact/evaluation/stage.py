@@ -178,21 +178,28 @@ def problems_of(settings: GenerationSettings) -> ProblemSet:
     return load_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
 
-class Generate(Stage):
+class _Part(Stage):
+    """``part``: of ``PARTS``."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.name = part, f"{self.section}.{part}"
+
+    def configured(self, run: Run) -> bool:
+        """Before training only where that is asked for."""
+        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
+
+
+class Generate(_Part):
     """Programs of the model before training, or after it."""
 
     section = "generate"
     settings = GenerationSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"generate.{part}"
+        super().__init__(part)
         self.needs = ("train",) if part == "after" else ()
         self.outputs = (f"programs/{part}",)
         self.products = (f"programs/{part}/*.jsonl",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """The problems are there."""
@@ -232,21 +239,17 @@ class Generate(Stage):
             yield Entry(stage=self.name, what="programs", after=None, rows_in=rows_in, rows_out=len(rows))
 
 
-class Evaluate(Stage):
+class Evaluate(_Part):
     """Verdicts on these programs."""
 
     section = "evaluate"
     settings = EvaluateSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"evaluate.{part}"
+        super().__init__(part)
         self.needs = (f"generate.{part}",)
         self.outputs = (f"evaluation/{part}",)
         self.products = (f"evaluation/{part}/*_eval.json",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """Programs can be isolated here."""

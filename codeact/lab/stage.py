@@ -221,7 +221,7 @@ def _losses(base: str, trained: Path | None, lora: bool, settings: Any, records:
     import torch
 
     from codeact.base.devices import resolve_device
-    from codeact.evaluation.generators import apply_adapter
+    from codeact.models.adapters import apply_adapter
     from codeact.models.loading import load_causal_lm
     from codeact.scoring.ifd import IfdScorer
 

@@ -7,6 +7,7 @@ model/cost.json model/training.json evaluation/{before,after}/NAME-sanitized_eva
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -89,6 +90,12 @@ class Training(_Record):
     def strategy(self) -> str:
         """The mode of the run, a key of ``codeact.padding.strategies.STRATEGIES``."""
         return strategy_of(str(self.settings.get("pad_mode")), str(self.settings.get("pack_scope")))
+
+    def points(self, kind: str) -> NDArray[np.float64]:
+        """Steps and values of "loss" or "eval_loss" where one was logged and is a number: (points, 2)."""
+        pairs = [(entry.step, getattr(entry, kind)) for entry in self.log]
+        kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+        return np.array(kept, np.float64).reshape(-1, 2)
 
 
 class ProgramVerdict(_Record):

@@ -134,6 +134,10 @@ def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     if used is not None and padded is not None:
         parts.append(f"{percent(used) if used else 'no'} padding where padded batches have {percent(padded)}")
         tiles.append(("padding", percent(used), f"{percent(padded)} if padded"))
+    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]) > 1:
+        first, last = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}"
+        parts.append(f"the held-out loss {moved(held_out[0], held_out[-1], '{:.3f}'.format)}")
+        tiles.append(("held-out loss", last, f"{first} at first"))
     for name, evaluations in run.evaluations.items():
         for kind, plus in (("plus", "+"), ("base", "")):
             before, after = evaluations.pass_at(kind, "pass@1")

@@ -250,7 +250,7 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
 
 def training_loss(training: Training) -> Plot | None:
     """Loss by step, and the loss of held-out rows."""
-    trained, held_out = _points(training, "loss"), _points(training, "eval_loss")
+    trained, held_out = training.points("loss"), training.points("eval_loss")
     if not len(trained) + len(held_out):
         return None
     figure, axes = new_figure(2.8)
@@ -271,12 +271,6 @@ def training_loss(training: Training) -> Plot | None:
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     caption = _loss_caption(trained, held_out, len(line), training.held_out)
     return Plot(figure, "loss", "Training and held-out loss by step", caption)
-
-
-def _points(training: Training, kind: str) -> FloatArray:
-    pairs = [(entry.step, getattr(entry, kind)) for entry in training.log]
-    kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
-    return np.array(kept, np.float64).reshape(-1, 2)
 
 
 def _loss_caption(trained: FloatArray, held_out: FloatArray, drawn: int, rows: int) -> str:

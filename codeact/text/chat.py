@@ -52,11 +52,13 @@ class ChatTemplate:
         added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
         self._tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self._last_ends: dict[str, tuple[str, int]] = {}
-        self._writes_system = True
+        self._endless, self._writes_system = False, True
         try:
             self._writes_system = "\U000f0000" in self.write([("system", "\U000f0000"), ("user", "a")], True)
-        except ValueError:
+        except ValueError as error:
             self._writes_system = False
+            if self._endless:
+                raise InputError(f"the tokenizer's template cannot be used: {error}; choose a model type") from None
 
     def write(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
         """The whole conversation as text.
@@ -67,7 +69,7 @@ class ChatTemplate:
         if not self._writes_system and len(turns) > 1 and (turns[0][0], turns[1][0]) == ("system", "user"):
             turns = [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
         messages = [{"role": role, "content": text} for role, text in turns]
-        with _refusals():
+        with self._refusals():
             return str(
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
             )
@@ -79,6 +81,18 @@ class ChatTemplate:
             ValueError: the template refuses it, or leaves open where an answer begins or ends.
         """
         return self._marked(turns) if _MARKS_ANSWERS.search(self._text) else self._searched(turns)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """A template is a program: it may raise anything, or not end; once it did not, no other row waits for that."""
+        if self._endless:
+            raise ValueError("the chat template is not tried again: it did not end for an earlier row")
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                yield
+        except Exception as error:
+            self._endless = isinstance(error, TimeoutError)
+            raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
 
     # ------------------------------------------------------------------------------------------ answers that are found
 
@@ -150,7 +164,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": role, "content": text} for role, text in turns]
-        with _refusals():
+        with self._refusals():
             (whole,), (marks,) = render_jinja_template(
                 conversations=[messages],
                 chat_template=self._text,
@@ -240,16 +254,6 @@ def _common(one: str, other: str) -> int:
 def _holds(written: str, answer: str) -> bool:
     """Whether the text ends with the answer, but for white space."""
     return "".join(written.split()).endswith("".join(answer.split()))
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """A template is a program: it may raise anything, or not end."""
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            yield
-    except Exception as error:
-        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
 
 
 @contextmanager

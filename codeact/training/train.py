@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from codeact.base.console import aligned
 from codeact.base.devices import resolve_dtype
@@ -57,17 +57,14 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     resume = claim(settings, data)
     model = _model(settings)
     options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
-    monitor = CostMonitor(
-        model,
-        arguments.output_dir,
-        peak_flops="measure" if arguments.device.type == "cpu" else "auto",
-        print_summary=False,  # in the middle of the bar
-    )
+    peak = "measure" if arguments.device.type == "cpu" else "auto"
+    monitor = CostMonitor(model, arguments.output_dir, peak_flops=peak)
     cached = model.config.use_cache
     trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress())
+    for callback in (_Log,) if arguments.disable_tqdm else (_Log, _Bar):
+        trainer.add_callback(callback())
     needs, tokens = _step_memory(trainer)
     _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
     _check_fits(trainer, needs, tokens)
@@ -229,32 +226,21 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
 
 
-class _Progress(ProgressCallback):  # type: ignore[misc]
-    """Trainer's bar, and a log as one short line instead of a dictionary."""
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """Trainer's bar of steps, and no other."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Open the bar."""
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **more)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Move the bar."""
-        if not args.disable_tqdm:
-            super().on_step_end(args, state, control, **more)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """Show no second bar."""
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Close the bar."""
-        if not args.disable_tqdm:
-            super().on_train_end(args, state, control, **more)
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Leave the log to ``_Log``."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        """Print what a person looks at; the loggers get everything."""
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """A log as one short line instead of a dictionary; the loggers get everything."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Print what a person looks at."""
         line = _log_line(logs or {}, state)
         if state.is_world_process_zero and line:
             tqdm.write(line)

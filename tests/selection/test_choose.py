@@ -347,6 +347,7 @@ def test_the_written_file_holds_the_conversations_in_input_order(tmp_path, monke
 
 def test_history_comes_before_the_question(tmp_path):
     turns = [{"role": role, "content": text} for role, text in [("system", "s"), ("user", "u"), ("assistant", "a")]]
+    turns = [turns[0], turns[1], {**turns[2], "weight": 0}, *turns[1:]]  # the first answer is context, and stays so
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"conversation": turns}) + "\n")
     record_set = open_records(path, Columns(conversation="conversation"))

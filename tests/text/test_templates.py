@@ -269,13 +269,21 @@ class TestChat:
     def test_a_template_without_end(self, own, body, monkeypatch):
         monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
         with pytest.raises(
-            InputError, match=r"cannot be trained on: .* refuses it: (it does not end|maximum recursion)"
+            InputError, match=r"cannot be .*: the chat template refuses it: (it does not end|maximum rec)"
         ):
             self.answers(own, body + str(own.chat_template))
-        own.chat_template = body + str(own.chat_template)
-        if "length > 1" not in body:
-            with pytest.raises(ValueError, match="refuses it"):
-                ConversationTemplate(own, "chat").prompt(TURNS[:2])
+
+    def test_a_template_that_does_not_end_for_one_row_is_not_tried_again(self, own, monkeypatch):
+        monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
+        own.chat_template = (
+            "{% if messages[0]['content'] == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+            "{% endfor %}{% endif %}" + str(own.chat_template)
+        )
+        good, bad = ([("user", text), ("assistant", "b")] for text in "ax")
+        first, second, third, fourth = ConversationTemplate(own, "chat").render([good, bad, bad, good])
+        assert first.answers
+        assert second == "the chat template refuses it: it does not end within 0.3 s"
+        assert third == fourth == "the chat template is not tried again: it did not end for an earlier row"
 
     @pytest.mark.parametrize("text", ["{{ 9 ** 9 ** 9 }}", "{% set x = 2**n %}"])
     def test_a_template_that_computes_powers(self, own, text):
