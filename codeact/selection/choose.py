@@ -317,7 +317,8 @@ def write_selection(
     """Write the chosen rows as JSON lines in input order; the file appears whole or not at all.
 
     A line is ``{"id", "conversation": [{"role", "content"}, ...], "ifd", "cluster", "extra": {other columns}}``; the
-    conversation is the record's history, then question and answer. ``cluster`` is null where ``labels`` is None.
+    conversation is the record's history, then question and answer; an answer that is only context has ``"weight": 0``.
+    ``cluster`` is null where ``labels`` is None, ``ifd`` where the score failed.
 
     Raises:
         InputError: the data is not what was scored (a row is gone, cannot be read or has another id).
@@ -352,10 +353,12 @@ def _conversations(
                     f"row {rows[index]} is {record.id!r} in the data and {scored_id!r} in the scores; "
                     "pass the file that was scored"
                 )
-            turns = (*record.history, ("user", record.question), ("assistant", record.answer))
             yield {
                 "id": record.id,
-                "conversation": [{"role": role, "content": content} for role, content in turns],
+                "conversation": [
+                    {"role": role, "content": text, **({"weight": 0} if number in record.context else {})}
+                    for number, (role, text) in enumerate(record.turns)
+                ],
                 "ifd": float(ifd[index]) if np.isfinite(ifd[index]) else None,
                 "cluster": None if clusters is None else int(clusters[index]),
                 "extra": jsonable(record.extra),
