@@ -107,11 +107,14 @@ def examine(seconds: float = SECONDS) -> list[Finding]:
     """Look at everything; no library that crashes or hangs (for longer than ``seconds``) ends it."""
     with ThreadPoolExecutor(len(_GROUPS)) as pool:
         running = [pool.submit(_run_probes, group, seconds) for group in _GROUPS]
-        own = {finding.name: finding for finding in (_python(), _problems(), _sandbox(), _memory(), _disk(), _hub())}
+        own = {
+            finding.name: finding
+            for finding in (_python(), _problems(), _sandbox(), _memory(), _load(), _disk(), _hub())
+        }
         results = {name: result for future in running for name, result in future.result().items()}
     has_gpu = results["gpu"]["state"] == "yes"
     found = {probe: _finding(library, results[probe], has_gpu) for probe, library in _LIBRARIES.items()}
-    last = [own[name] for name in ("problems", "sandbox", "memory", "disk", "model hub")]
+    last = [own[name] for name in ("problems", "sandbox", "memory", "load", "disk", "model hub")]
     after = list(found)[list(found).index("matplotlib") :]
     before = [finding for probe, finding in found.items() if probe not in after]
     return [own["Python"], *before, *last[:2], *(found[probe] for probe in after), *last[2:]]
@@ -263,14 +266,16 @@ def _memory() -> Finding:
     details = [f"{machine.free_memory() / 2**30:.1f} of {machine.total_memory() / 2**30:.1f} GiB free"]
     if (limit := machine.memory_limit()) is not None:
         details.append(f"a control group limits it to {limit / 2**30:.1f} GiB")
-    cores = machine.usable_cpus()
-    details.append(f"{cores} of {os.cpu_count()} cores may be used")
-    if (load := machine.load()) > cores:
-        details.append(
-            f"the load, {load:.1f}, is above them: threads that wait for each other may take many times longer; "
-            "end other jobs, or set OMP_NUM_THREADS=1"
-        )
+    details.append(f"{machine.usable_cpus()} of {os.cpu_count()} cores may be used")
     return Finding(name="memory", state="yes", purpose="and cores", detail="; ".join(details))
+
+
+def _load() -> Finding:
+    load, cores = machine.load(), machine.usable_cpus()
+    detail = f"{load:.1f} on {cores} cores"
+    if load > cores:
+        detail += ": above them, so threads wait for each other; end other jobs, or set OMP_NUM_THREADS=1"
+    return Finding(name="load", state="yes", purpose="now", detail=detail)
 
 
 def _disk() -> Finding:

@@ -158,11 +158,12 @@ def test_the_command_line_limits_threads_before_numpy_and_torch_load():
                     print(name, os.environ.get("OMP_NUM_THREADS"))
         sys.meta_path.insert(0, Watch())
         import codeact.__main__
-        sys.argv = ["codeact", "select", "--help"]
+        sys.argv = ["codeact", "select", "--scores", "nowhere", "--output", "x"]
         codeact.__main__.main()
     """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "nowhere" in result.stderr
     loads = [line for line in result.stdout.splitlines() if line.startswith(("numpy ", "torch "))]
     assert loads
     assert {line.split()[1] for line in loads} == {"3"}
@@ -170,11 +171,12 @@ def test_the_command_line_limits_threads_before_numpy_and_torch_load():
 
 @pytest.mark.parametrize(("load", "cores", "told"), [(3.0, 2, True), (2.0, 2, False), (1.5, 1, True), (0.0, 1, False)])
 def test_the_doctor_tells_of_a_load_above_the_cpus(monkeypatch, load, cores, told):
-    from codeact.doctor.examine import _memory
+    from codeact.doctor.examine import _load
 
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
     monkeypatch.setattr(machine, "usable_cpus", lambda: cores)
-    assert (f"the load, {load:.1f}, is above them" in _memory().detail) == told
+    assert _load().detail.startswith(f"{load:.1f} on {cores} cores")
+    assert ("above them" in _load().detail) == told
 
 
 def test_where_the_system_tells_no_load_there_is_none(monkeypatch):
