@@ -26,7 +26,7 @@ from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 from codeact.run.flow import LedgerError, open_flow
 from codeact.scoring.stage import ScoreSettings
-from codeact.selection.stage import SelectSettings
+from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
     help=(
@@ -161,7 +161,8 @@ def merge(
     data: Annotated[str | None, flag("Where the data lies now, for --paper-json.")] = None,
 ) -> None:
     """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
-    from codeact.scoring.folder import ScoreFolder, write_paper_json
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.table import write_paper_json
     from codeact.selection.stage import open_scored_data
 
     if seed_json is not None:
@@ -198,7 +199,7 @@ def select(
     from codeact.selection.stage import select_rows, selection_lines
 
     selection = select_rows(scores, embeddings, output, settings, data)
-    _print_lines(selection_lines(selection))
+    _print_lines(selection_lines(selection, settings))
     print(f"{len(selection.positions):,} conversations in {output}")
 
 
@@ -310,6 +311,16 @@ def run(
     flow.run(first, last)
     page = flow.output / "report.html"
     print(f"everything is in {flow.output}" + (f"; the report is {page}" if last is None else ""))
+
+
+@command()
+def lab(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of a run, with a section lab.")],
+) -> None:
+    """Train on the choices of several strategies and compare them on held-out rows; a rerun does what is missing."""
+    from codeact.lab.stage import lab_flow
+
+    lab_flow(config).run(None, "lab")
 
 
 @command()

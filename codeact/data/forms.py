@@ -199,7 +199,7 @@ def _part(part: object, number: int) -> str:
 def _learn(turn: Mapping[str, Any], number: int) -> bool:
     for key in _LEARN_KEYS:
         value = turn.get(key)
-        if value is None:
+        if value is None or (key == "loss" and isinstance(value, float)):  # a loss that was measured
             continue
         if value not in (0, 1):
             shown = repr(value) if isinstance(value, int | float) else kind(value)

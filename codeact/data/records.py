@@ -115,7 +115,7 @@ class RecordSet:
                 require(self.columns.required(columns), there, f"{self.source}: {self._where(start)} and after")
         self._consumed = frozenset(self.columns.names())
         read, unused = self.columns.told(seen)
-        self.reading = f"{self.source}: {len(self):,} rows, read as {read}"
+        self.reading = f"{self.source}: {len(self):,} row{'s' * (len(self) > 1)}, read as {read}"
         self.reading += f"; columns not used: {listing(unused)}" if unused else ""
         self.reading += f"; files not read: {listing(source.unread)}" if source.unread else ""
 
@@ -273,7 +273,7 @@ def open_rows(data: Any) -> Iterable[Record | BadRow]:
     """The rows of whatever `open_records` opens; records that were read already as they are."""
     if isinstance(data, RecordSet):
         return data
-    if isinstance(data, str | os.PathLike) or hasattr(data, "__arrow_c_stream__") or hasattr(data, "with_format"):
+    if isinstance(data, str | os.PathLike | Mapping) or hasattr(data, "__arrow_c_stream__") or hasattr(data, "map"):
         return open_records(data)
     rows = list(data)
     if not rows or all(isinstance(row, Record | BadRow) for row in rows):

@@ -35,14 +35,14 @@ _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
 _OTHER_SUFFIXES = (".txt", ".zip", ".yaml", ".md", ".npy", ".pkl")  # never a hub name
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # what `datasets` does not read as rows either
 _LFS_POINTER = b"version https://git-lfs"
 _CHUNK = 1 << 24  # bytes of a file looked at in one go
-_DEPTH = 100  # brackets in brackets of a row: what walks through a row later has a stack, too
+_DEPTH = 100  # brackets in brackets of a row
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's own white space; bytes.strip() would also take \v and \f
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|[-+.\deE]+', re.DOTALL)
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -107,7 +107,7 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _open_saved(path, split)
         files = {file.relative_to(path).as_posix(): file for file in walk(path)}
-        names = sorted(name for name, file in files.items() if _suffix(file) in _SUFFIXES)
+        names = sorted(n for n, file in files.items() if _suffix(file) in _SUFFIXES and file.name not in _ABOUT_DATA)
         if not names:
             raise refusal(f"{path} holds no {', '.join(_SUFFIXES)} file; give a folder that does")
         names = _of_split(path, names, split, config_name)
@@ -231,11 +231,9 @@ def _unpacked(file: Path) -> Path:
             try:
                 with opener(file) as packed, temporary.open("wb") as plain:
                     shutil.copyfileobj(packed, plain, _CHUNK)
-            except (ValueError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:  # ValueError: Arrow's
-                raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
-            except OSError as error:
-                if error.errno:
-                    raise
+            except Exception as error:  # of four libraries
+                if isinstance(error, OSError) and error.errno:
+                    raise  # the disk's
                 raise refusal(f"{file} cannot be unpacked: {error}; copy it again") from None
     return target
 
@@ -331,8 +329,7 @@ def _parse(span: bytes) -> Raw:
         row = json.loads(text)
         if _ESCAPED_SURROGATE.search(span):  # rare, so the row is only encoded again where an escape asks for it
             json.dumps(row, ensure_ascii=False).encode()
-        if text.count("[") + text.count("{") > _DEPTH and _depth(text) > _DEPTH:
-            raise RecursionError
+        _check_depth(text)
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start} of the row is not UTF-8")
     except UnicodeEncodeError:
@@ -346,12 +343,14 @@ def _parse(span: bytes) -> Raw:
     return row if isinstance(row, dict) else RowError("not_an_object", f"the row is {kind(row)}, not an object")
 
 
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for token in _JSON_TOKEN.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        deepest = max(depth, deepest)
-    return deepest
+def _check_depth(text: str) -> None:
+    """Raise a RecursionError for JSON of more brackets in brackets than a later walk through it can bear."""
+    depth = 0
+    if text.count("[") + text.count("{") > _DEPTH:
+        for token in _JSON_TOKEN.finditer(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+            if depth > _DEPTH:
+                raise RecursionError("it is nested too deeply")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -400,15 +399,15 @@ def _index_array(file: _File) -> _Int64:
     text = data.removeprefix(_BOM).decode(errors="surrogateescape")
     starts: list[int] = []
     try:
-        position = _skip_space(text, text.index("[") + 1)
+        position = _after_space(text, text.index("[") + 1)
         while not text.startswith("]", position):
             if starts:
                 if not text.startswith(",", position):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-                position = _skip_space(text, position + 1)
+                position = _after_space(text, position + 1)
             starts.append(position)
-            position = _skip_space(text, _value_end(text, position))
-        if (rest := _skip_space(text, position + 1)) < len(text):
+            position = _after_space(text, _value_end(text, position))
+        if (rest := _after_space(text, position + 1)) < len(text):
             raise json.JSONDecodeError("Nothing may follow the array", text, rest)
     except json.JSONDecodeError as error:
         remedy = "mend it there, or convert the file to JSON lines, where only the broken row is lost"
@@ -418,9 +417,9 @@ def _index_array(file: _File) -> _Int64:
     return np.cumsum(sizes, dtype=np.int64) + (len(_BOM) if data.startswith(_BOM) else 0)
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _JSON_SPACE.match(text, position)
-    return match.end() if match else position
+def _after_space(text: str, position: int) -> int:
+    match = json.decoder.WHITESPACE.match(text, position)  # type: ignore[attr-defined]
+    return int(match.end())
 
 
 def _value_end(text: str, position: int) -> int:
@@ -491,12 +490,16 @@ def _checked(row: object) -> Raw:
     if not isinstance(row, Mapping):
         return RowError("not_an_object", f"the row is {kind(row)}, not an object")
     try:
-        json.dumps(dict(row), ensure_ascii=False, default=str).encode()
+        # What pandas makes of a list column is an array of NumPy.
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+        text = json.dumps(plain, ensure_ascii=False, default=str)
+        text.encode()
+        _check_depth(text)
     except UnicodeEncodeError:
         return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     except (RecursionError, ValueError, TypeError) as error:
         return RowError("wrong_type", f"the row is nothing that JSON could hold: {error}")
-    return dict(row)
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------- tables of `datasets`
@@ -634,9 +637,13 @@ def open_hub(name: str, split: str | None, config_name: str | None) -> Source:
 
 
 def open_memory(data: Any, split: str | None) -> Source:
-    """A list of dictionaries, a ``datasets.Dataset``, or a table of Arrow, pandas or polars."""
-    name = "rows" if isinstance(data, Sequence) else type(data).__name__
-    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+    """A list of dictionaries or a dictionary of lists, a ``datasets.Dataset``, a table of Arrow, pandas or polars."""
+    name = "rows" if isinstance(data, list | tuple) else type(data).__name__
+    if type(data) is dict and data and all(isinstance(column, list | tuple) for column in data.values()):
+        if len(set(map(len, data.values()))) > 1:
+            raise refusal("the columns are of different lengths; make them equally long")
+        data = [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
+    if isinstance(data, list | tuple):
         part = _ListPart(data, name)
         digest = hashlib.sha256()
         for row in part.raw(0, len(part), None):

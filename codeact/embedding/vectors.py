@@ -7,9 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,10 @@ from numpy.typing import NDArray
 from codeact.base.console import Progress
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.data.records import Record
+from codeact.data.records import Record, open_records
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from codeact.data.records import RecordSet
 
 DEFAULT_MODEL = "sentence-transformers/all-mpnet-base-v2"
 _BLOCK_ROWS = 10_000  # rows of a data set that are in memory at a time
@@ -120,20 +119,36 @@ def load_embedder(
         return model
     name = str(Path(model).expanduser()) if str(model).startswith("~") else os.fspath(model)
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import check_weights
 
     torch_device = resolve_device(device)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
     try:
-        return SentenceTransformer(name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False)
+        encoder = SentenceTransformer(
+            name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         # a hub client that cannot reach its server wraps the cause many lines deep; its first line says enough
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"cannot load the embedding model {name!r}: {reason}; "
-            "pass a folder with safetensors weights or a hub name with --model"
+            "give a folder with safetensors weights or a hub name as the model"
         ) from None
+    check_weights(f"embedding model {name!r}", encoder)
+    with suppress(OSError):  # the hub was reached a moment ago
+        if not is_sentence_transformer_model(name):
+            kind = (getattr(encoder[0].auto_model.config, "architectures", None) or ["a model"])[0]
+            logger.warning(
+                "%s is %s and no sentence-transformers model (it has no modules.json): a vector is the mean over its "
+                "last layer, which it was not trained for; give an embedding model, such as %s",
+                name,
+                kind,
+                DEFAULT_MODEL,
+            )
+    return encoder
 
 
 def embed_texts(
@@ -180,7 +195,7 @@ def embed_texts(
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
         if len(bad):
             what = "is zero" if norms[bad[0]] == 0 else "is not finite"
-            raise InputError(f"the vector of {name(int(batch[bad[0]]))} {what}; try --dtype float32 or another --model")
+            raise InputError(f"the vector of {name(int(batch[bad[0]]))} {what}; try dtype float32 or another model")
         if vectors is None:
             vectors = np.empty((len(texts), raw.shape[1]), np.float32)
         vectors[batch] = raw / norms[:, None]
@@ -195,7 +210,7 @@ def embed_texts(
 
 
 def embed_records(
-    record_set: RecordSet,
+    data: Any,
     path: str | Path,
     model: str | os.PathLike[str] | SentenceTransformer = DEFAULT_MODEL,
     *,
@@ -208,6 +223,9 @@ def embed_records(
 
     Reads, embeds and writes `_BLOCK_ROWS` rows at a time, so memory does not grow with the data.
 
+    Args:
+        data: whatever `codeact.data.records.open_records` opens.
+
     Returns:
         What was written: how many rows, how many were skipped because they hold no record, how many were truncated.
 
@@ -215,6 +233,7 @@ def embed_records(
         InputError: as in `embed` (a vector is named by row and id), or ``path`` cannot be written.
     """
     _sidecar_path(path)  # a wrong name fails now, not after the model has loaded
+    record_set = open_records(data)
     encoder = load_embedder(model, device=device, dtype=dtype)
     rows_done = skipped = truncated = tokens = 0
 
@@ -396,7 +415,7 @@ def _encode(texts: list[str], encoder: SentenceTransformer) -> Vectors:
     try:
         vectors = encoder.encode(texts, batch_size=len(texts), convert_to_numpy=True, show_progress_bar=False)
     except torch.OutOfMemoryError:
-        raise InputError(f"a batch of {len(texts)} texts does not fit on the device; lower --batch-size") from None
+        raise InputError(f"a batch of {len(texts)} texts does not fit on the device; lower the batch size") from None
     # length 1 is made here and not by the model, whose dtype may hold it to three digits only
     return np.asarray(vectors, dtype=np.float32)
 

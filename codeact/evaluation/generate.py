@@ -97,11 +97,13 @@ class HuggingFaceGenerator:
     def batch_size(self, longest: int) -> int:
         """By the memory that is free now."""
         config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        a_token = 2 * config.num_hidden_layers * heads * dim * self._model.dtype.itemsize
+        width = config.hidden_size
+        if heads := getattr(config, "num_attention_heads", None):  # else a state, which is smaller than keys would be
+            dim = getattr(config, "head_dim", None) or width // heads
+            width = (getattr(config, "num_key_value_heads", None) or heads) * dim
         device = self._model.device
-        return largest_batch(a_token * longest, free_memory(device), device.type)
+        row_bytes = 2 * config.num_hidden_layers * width * self._model.dtype.itemsize * longest
+        return largest_batch(row_bytes, free_memory(device), device.type)
 
     def complete(
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from codeact.base.console import counted, say
+from codeact.base.console import counted, say, visible
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.evaluation.problems import Problem
@@ -52,6 +52,21 @@ def read_samples(path: str | Path, problems: Mapping[str, Problem]) -> tuple[lis
             raise InputError(f"{place}: {task_id} has neither a text solution nor a text completion")
         samples.append(Program(task_id=task_id, solution=program, place=place))
     return samples, left_out
+
+
+def as_code(text: str) -> str:
+    """A stranger's text for a page of Markdown, where nothing in it is a link, HTML or a line of its own."""
+    words = " ".join(visible(text).split())
+    return "`" + words.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def left_out_note(tasks: Counter[str]) -> str:
+    """What is said of samples of tasks that the data set, or what is asked of it, has not."""
+    names = sorted(map(as_code, tasks))
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return (
+        f"{counted(tasks.total(), 'sample')} left out, of tasks that the problems lack or that are not asked: {shown}"
+    )
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeact.base.console import counted
+from codeact.base.console import visible
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
 from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
-from codeact.evaluation.programs import Program, SampleLog
+from codeact.evaluation.programs import Program, SampleLog, as_code, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
 
 _KS = (1, 10, 100)
@@ -108,11 +108,10 @@ class Results:
         if self.missing:
             lines += ["", f"{len(self.missing)} tasks without a sample count as failed: {', '.join(self.missing)}"]
         if self.left_out:
-            tasks = ", ".join(sorted(self.left_out))
-            lines += ["", f"{counted(self.left_out.total(), 'sample')} left out, of tasks that are not asked: {tasks}"]
+            lines += ["", left_out_note(self.left_out)]
         if not self.isolated:
             lines += ["", "The programs were run WITHOUT isolation."]
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def table(self) -> str:
         """A Markdown table of every task."""
@@ -123,15 +122,13 @@ class Results:
             plus = str(self._passed(judged, "plus")) if self.plus else ""
             cells = (task_id, len(judged), self._passed(judged, "base"), plus, why if judged else "missing")
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 def _why(verdict: Verdict) -> str:
     kind = verdict.plus or verdict.base
     at = "" if verdict.test is None else f", test {verdict.test}"
-    # As code, nothing in it is a link or HTML.
-    message = " ".join(verdict.message.split())[:80].replace("`", "'").replace("|", "\\|")
-    return f"{kind}{at}" + (f": `{message}`" if message else "")
+    return f"{kind}{at}" + (f": {as_code(verdict.message[:80])}" if verdict.message else "")
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

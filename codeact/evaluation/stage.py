@@ -89,7 +89,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     """
     from codeact.base.console import say
     from codeact.evaluation.problems import DATASETS, load_problems
-    from codeact.evaluation.programs import read_rows, write_samples
+    from codeact.evaluation.programs import left_out_note, read_rows, write_samples
     from codeact.evaluation.sanitize import sanitize
 
     problems: dict[str, Problem] = {}
@@ -100,7 +100,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
             problems |= load_problems(dataset, data).by_id()
     unknown = Counter(task for task in incomplete if task not in problems and task.startswith(tuple(_PREFIXES)))
     if unknown:
-        say(f"{samples}: {_left_out(unknown)}")
+        say(f"{samples}: {left_out_note(unknown)}")
     cleaned, changed = [], 0
     for number, row in enumerate(rows, 1):
         problem = problems.get(row["task_id"])
@@ -137,7 +137,7 @@ def evaluate_file(
     """Judge a file of samples; returns the results and the files they were written to."""
     from codeact.base.console import Progress, say
     from codeact.evaluation.problems import load_problems
-    from codeact.evaluation.programs import read_samples
+    from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
     from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
@@ -152,7 +152,7 @@ def evaluate_file(
     if not programs:
         raise InputError(f"{samples} holds no sample of a task in {problems.source}; is it of another data set?")
     if left_out:
-        say(f"{samples}: {_left_out(left_out)}")
+        say(f"{samples}: {left_out_note(left_out)}")
     with Progress(len(programs), "samples", "judging") as step:
         results = evaluate(
             problems,
@@ -167,15 +167,6 @@ def evaluate_file(
     return results, list(write_results(results, samples))
 
 
-def _left_out(tasks: Counter[str]) -> str:
-    """What is said of samples of tasks that the data set, or what is asked of it, has not."""
-    from codeact.base.console import counted
-
-    names = sorted(tasks)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    return f"{counted(tasks.total(), 'sample')} left out, of tasks that are not among those asked: {shown}"
-
-
 # ------------------------------------------------------------------------------------------------------------- in a run
 
 
@@ -187,21 +178,28 @@ def problems_of(settings: GenerationSettings) -> ProblemSet:
     return load_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
 
-class Generate(Stage):
+class _Part(Stage):
+    """``part``: of ``PARTS``."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.name = part, f"{self.section}.{part}"
+
+    def configured(self, run: Run) -> bool:
+        """Before training only where that is asked for."""
+        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
+
+
+class Generate(_Part):
     """Programs of the model before training, or after it."""
 
     section = "generate"
     settings = GenerationSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"generate.{part}"
+        super().__init__(part)
         self.needs = ("train",) if part == "after" else ()
         self.outputs = (f"programs/{part}",)
         self.products = (f"programs/{part}/*.jsonl",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """The problems are there."""
@@ -241,21 +239,17 @@ class Generate(Stage):
             yield Entry(stage=self.name, what="programs", after=None, rows_in=rows_in, rows_out=len(rows))
 
 
-class Evaluate(Stage):
+class Evaluate(_Part):
     """Verdicts on these programs."""
 
     section = "evaluate"
     settings = EvaluateSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"evaluate.{part}"
+        super().__init__(part)
         self.needs = (f"generate.{part}",)
         self.outputs = (f"evaluation/{part}",)
         self.products = (f"evaluation/{part}/*_eval.json",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """Programs can be isolated here."""

@@ -53,8 +53,10 @@ class Forecast:
         return json.dumps({**dataclasses.asdict(self), "seconds": self.seconds}, indent=1)
 
 
-def _cells(step: StepForecast) -> list[str]:
-    tokens = if_known(short, step.tokens) + (f" ± {short(step.error)}" if step.error else "")
+def _cells(step: StepForecast) -> list[str | None]:
+    tokens = if_known(short, step.tokens)
+    if step.error:
+        tokens = f"{tokens} ± {short(step.error)}"
     rows, seconds = if_known("{:,}".format, step.rows), if_known(duration, step.seconds)
     memory, disk = if_known(size, step.memory and step.memory.total), if_known(size, step.disk)
     return [step.name, step.state, rows, tokens, seconds, memory, disk]

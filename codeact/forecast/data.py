@@ -139,7 +139,8 @@ def _counted(
         among = drawn if conversations is None else _draw(conversations)
         results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]
-        whole = rows * settings.select.ratio if conversations is None else len(conversations)
+        mean = float(np.mean([length for length, _ in both] or [0]))
+        whole = settings.select.rows_of(rows, mean) if conversations is None else len(conversations)
         stands_for = whole * len(samples) / len(among)
     how = "all of them tokenized" if len(drawn) == rows else f"{len(drawn):,} of them tokenized (drawn by seed 0)"
     scored = len(items) * rows / len(drawn)
@@ -175,7 +176,7 @@ def _assumed(
     prompts = np.minimum(questions + TEMPLATE_TOKENS, most - 2)
     kept = np.minimum(answers, most - prompts)
     conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, most if flags is None else flags.max_seq_len)
-    chosen = rows * settings.select.ratio if flags is not None else 0
+    chosen = settings.select.rows_of(rows, float(np.mean(prompts + kept))) if flags is not None else 0
     averages = f"{rows:,} rows of {question:g} + {answer:g} tokens on average, as the section forecast says"
     return DataFacts(
         rows=rows,

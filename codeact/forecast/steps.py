@@ -154,12 +154,13 @@ class RunPlan:
     def select(self) -> dict[str, Any]:
         """Clusters, and the rows that are chosen."""
         rows = self.data.rows
-        vectors = 4.0 * rows * self.embedder.shape.hidden
+        lengths, vectors = self.data.conditional, 4.0 * rows * self.embedder.shape.hidden
+        chosen = self.settings.select.rows_of(rows, lengths.total / max(1.0, lengths.rows))
         return {
             "rows": rows,
             "seconds": SELECT_SECONDS + rows * SELECT_SECONDS_PER_ROW,
             "memory": Memory({"the process": self.machine.base, "vectors": 2 * vectors}),
-            "disk": rows * (self.settings.select.ratio * (self.data.row_bytes + 150) + 40),
+            "disk": chosen * (self.data.row_bytes + 150) + 60 * rows,
         }
 
     def train(self) -> dict[str, Any]:

@@ -26,7 +26,10 @@ from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
 _SHORT = (5, 9, 7)  # tokens of the samples that every proof runs
 _EDGE = 8  # of a longer sample, so many tokens at either end are compared
 _TOLERANCE = 0.05  # of the largest logit, between runs in 16 bits that round in another order
-_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+_EDGES = (  # lengths beyond which a model may compute in another way
+    *("sliding_window", "window_size", "attention_window_size", "attention_chunk_size"),
+    *("max_position_embeddings", "original_max_position_embeddings", "floor_scale"),
+)
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "block_types")  # of the layers, one after the other
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
@@ -369,10 +372,10 @@ def _difference_of_passes(
 def _long_samples(model: Any, longest: int, rule: PassRule) -> list[int]:
     """One sample of either side of every length that the configuration names, beside short ones."""
     config = model.config.get_text_config()
-    named = {value for name in _WINDOWS if isinstance(value := getattr(config, name, None), int)}
-    named |= {*rule.switches, *([] if rule.shared is None else [rule.shared])}
+    named = [rope.get(name) for rope in _ropes(config) for name in _EDGES]
+    named += [*(getattr(config, name, None) for name in _EDGES), *rule.switches, rule.shared]
     # The short samples have seen to the lengths below theirs.
-    edges = sorted(edge for edge in named if max(_SHORT) <= edge < longest)
+    edges = sorted({edge for edge in named if isinstance(edge, int) and max(_SHORT) <= edge < longest})
     return [*_SHORT[:2], *itertools.chain.from_iterable((edge + 1, edge + 2) for edge in edges)]
 
 

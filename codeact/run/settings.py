@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from codeact.embedding.stage import EmbedSettings
     from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
     from codeact.scoring.stage import ScoreSettings
-    from codeact.selection.stage import SelectSettings
+    from codeact.selection.settings import SelectSettings
 
 S = TypeVar("S", bound=Settings)
 

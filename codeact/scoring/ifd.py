@@ -1,7 +1,8 @@
 """Instruction-Following Difficulty: how much a question helps a model to predict its answer.
 
-IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quantity to Quality", arXiv 2308.12032. Near
-0 the question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
+IFD = perplexity(answer | question) / perplexity(answer), as in Li et al., "Superfiltering", arXiv 2402.00530; the code
+of their "From Quantity to Quality" (arXiv 2308.12032) divides mean losses, which orders differently. Near 0 the
+question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
 from codeact.base.errors import InputError
 from codeact.base.protocols import resolve_protocol
-from codeact.data.records import BadRow, Record
+from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
     PassRule,
     computing,
@@ -35,7 +36,7 @@ from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
-from codeact.scoring.folder import SCHEMA
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
 
@@ -87,9 +88,11 @@ class IfdScorer:
         self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length < 2 or (limit is not None and max_length > limit):
-            raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
+            raise InputError(
+                f"max_length (--max-length) is {max_length}; this model takes 2 to {limit or 'any number of'} tokens"
+            )
         if self.tokens_per_pack < 1:
-            raise InputError(f"tokens_per_pack is {tokens_per_pack}; it must be at least 1")
+            raise InputError(f"tokens_per_pack (--tokens-per-pack) is {tokens_per_pack}; it must be at least 1")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
@@ -102,6 +105,8 @@ class IfdScorer:
         remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
+        self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
+        self._order = np.empty(0, np.int64)  # in which sequences were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
         self._halved = False
 
@@ -112,13 +117,18 @@ class IfdScorer:
         return f"{name}, {self.attention}, {nll_backend(self.head.weight)}"
 
     def score(
-        self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
+        self,
+        rows: Sequence[Record | BadRow],
+        progress: Callable[[float, int], object] | None = None,
+        losses: list[np.ndarray] | None = None,
     ) -> tuple[pa.Table, ScoreCost]:
         """Score rows; the table has one row for each of them, in order.
 
         Args:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
+            losses: if given, it gets of every row with scored tokens an array (2, scored tokens) float16, nats: the
+                losses of the answer's tokens with the question and without it.
         """
         tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
         scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
@@ -128,9 +138,14 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
+        self._kept = None if losses is None else []
         with computing(self.model, self.attention):
             sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+        if losses is not None and self._kept:
+            pieces = np.split(torch.cat(self._kept).cpu().numpy(), np.cumsum(counts[self._order])[:-1])
+            by_sequence = [pieces[place] for place in np.argsort(self._order)]
+            losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
     def _nll_sums(
@@ -161,7 +176,8 @@ class IfdScorer:
                 progress(done / total, tokens)
         sums = np.empty(len(sequences))
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
-        sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
+        self._order = np.concatenate(packs)
+        sums[self._order] = torch.cat(parts).cpu().numpy()
         return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -211,7 +227,10 @@ class IfdScorer:
         hidden = hidden[to_device(scored - 1, self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
-        return _sums(nll, to_device(bounds, self.device))
+        sums = _sums(nll, to_device(bounds, self.device))
+        if self._kept is not None:
+            self._kept.append(nll.half())
+        return sums
 
     def _table(
         self,
@@ -271,7 +290,7 @@ def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 def score_ifd(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: Any = None,
-    records: Iterable[Record | BadRow] = (),
+    records: Any = (),
     template: str = "qa",
     max_length: int = 2048,
     tokens_per_pack: int | None = None,
@@ -285,7 +304,9 @@ def score_ifd(
     Args:
         model: a causal transformers model, or the name or folder of one, loaded as ``dtype`` on ``device``.
         tokenizer: its tokenizer; may be None when ``model`` is a name.
-        records: what to score; rows that hold no record are kept with their reason.
+        records: what to score: records, or whatever `codeact.data.records.open_records` opens (a path, a list of
+            dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars). Rows that hold no record are kept
+            with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
         tokens_per_pack: tokens of one forward pass; None: as many as keep the device busy. With 1 every sequence has a
@@ -297,7 +318,7 @@ def score_ifd(
             its own again afterwards.
 
     Returns:
-        A table with the columns of ``codeact.scoring.folder.SCHEMA``, one row a record, in order. NLL sums are in nats.
+        A table with the columns of ``codeact.scoring.table.SCHEMA``, one row a record, in order. NLL sums are in nats.
 
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.
@@ -309,4 +330,4 @@ def score_ifd(
     if tokenizer is None:
         raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
     scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention)
-    return scorer.score(list(records))[0]
+    return scorer.score(list(open_rows(records)))[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -193,12 +193,11 @@ def _write(
     (rendered,) = template.render([list(zip(roles, hidden, strict=True))])
     if isinstance(rendered, str):
         return _refuse(row, "template_refused", f"{where}: {rendered}")
-    answers = rendered.answers
-    if row.context or last_answer_only:
-        numbers = [number for number, role in enumerate(roles) if role == "assistant"]
-        if len(numbers) != len(answers):
-            message = f"{where}: the chat template marks {len(answers)} of {len(numbers)} answers, and not all count"
-            return _refuse(row, "template_refused", message)
-        context = numbers[:-1] if last_answer_only else row.context
-        answers = tuple(span for number, span in zip(numbers, answers, strict=True) if number not in context)
-    return controls.show(rendered.text, marks, answers)
+    whole = controls.show(rendered.text, marks, rendered.answers)
+    numbers = [number for number, role in enumerate(roles) if role == "assistant"]
+    context = set(numbers[:-1]) if last_answer_only else row.context
+    if context and len(numbers) != len(whole.answers):
+        message = f"{where}: the chat template marks {len(whole.answers)} of {len(numbers)} answers, and not all count"
+        return _refuse(row, "template_refused", message)
+    spans = zip(numbers, whole.answers, strict=False)
+    return replace(whole, context=frozenset(span for number, span in spans if number in context))

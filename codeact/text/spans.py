@@ -31,11 +31,12 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpannedText:
-    """Text, the spans to label, and the spans that hold a control token's text but are none."""
+    """Text, its answers, spans that hold a control token's text but are none, and the answers not to be labelled."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
     plain: frozenset[tuple[int, int]]
+    context: frozenset[tuple[int, int]] = frozenset()
 
 
 class ControlTexts:
@@ -98,7 +99,7 @@ class SpanEncoder:
             tokens = self._tokens([items[index] for index in pending], [cuts[index] for index in pending])
             again = []
             for index, (ids, starts, ends) in zip(pending, tokens, strict=True):
-                labelled, crossed = self._label(items[index].answers, ids, starts, ends)
+                labelled, crossed = self._label(items[index], ids, starts, ends)
                 if crossed - cuts[index]:  # a token cannot reach over a cut, so this ends
                     cuts[index] |= crossed
                     again.append(index)
@@ -126,20 +127,19 @@ class SpanEncoder:
             cuts |= set() if self.offsets else {end}
         return cuts
 
-    def _label(
-        self, answers: Sequence[tuple[int, int]], ids: Ints, starts: Ints, ends: Ints
-    ) -> tuple[NDArray[np.bool_], set[int]]:
+    def _label(self, item: SpannedText, ids: Ints, starts: Ints, ends: Ints) -> tuple[NDArray[np.bool_], set[int]]:
         """The tokens of the answers, and the bounds that a token reaches over."""
         labelled = np.zeros(len(ids), dtype=np.bool_)
         crossed = set()
-        for start, end in answers:
+        for start, end in item.answers:
             if np.any((starts < start) & (ends > start)):
                 crossed.add(start)
             over = (starts < end) & (ends > end)
             # An end of turn may take the white space after it along (rstrip); it is still that token.
             if np.any(over) and not np.isin(ids[over], self.special_ids).all():
                 crossed.add(end)
-            labelled |= (starts >= start) & (starts < end)
+            if (start, end) not in item.context:
+                labelled |= (starts >= start) & (starts < end)
         return labelled, crossed
 
     def _tokens(self, items: Sequence[SpannedText], cuts: Sequence[set[int]]) -> list[tuple[Ints, Ints, Ints]]:

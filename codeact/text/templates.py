@@ -8,13 +8,13 @@ ends and with which token, so a model can be trained on them.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from codeact.base.errors import InputError, one_of
 from codeact.data.forms import Turn
 from codeact.data.records import Record
+from codeact.text.chat import ChatTemplate
 from codeact.text.formats import CHAT_FORMATS, Rendered
 
 TEMPLATES = {
@@ -76,10 +76,8 @@ class PromptBuilder:
 class ConversationTemplate:
     """Writes whole conversations, and says which part of the text the model has to write.
 
-    With a family the spans are known because the text is put together here. The tokenizer's own template is a program:
-    where it marks answers with ``{% generation %}`` its marks are taken. Otherwise the conversation is rendered up to
-    every answer and to its end, and each of these texts must be the beginning of the next; the answer is what lies
-    between the two, up to the last special token in it. In both cases the end of turn belongs to the span.
+    With a family the spans are known because the text is put together here; in what the tokenizer's own template writes
+    they are found (`codeact.text.chat`). In both cases the end of turn belongs to the span.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -94,16 +92,15 @@ class ConversationTemplate:
         self.model_type = one_of("model type", model_type, MODEL_TYPES)
         if model_type == "chat":
             text = tokenizer.chat_template
+            text = text.get("default") if isinstance(text, dict) else text
             if not isinstance(text, str):
                 others = ", ".join([*TEMPLATES, *CHAT_FORMATS])
                 raise InputError(f"this tokenizer has no chat template; choose one of: {others}")
             self.text: str = text
+            self._chat = ChatTemplate(tokenizer, text)
         else:
             self.family = CHAT_FORMATS[model_type].resolve(model_type, tokenizer)
             self.text = repr(self.family)
-        # Longest first, so that of two tokens where one begins the other the regular expression takes the right one.
-        added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
-        self._ends = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """Return the text after which the model answers; ``turns`` end with the user's.
@@ -112,7 +109,7 @@ class ConversationTemplate:
             ValueError: the template refuses this conversation.
         """
         if self.model_type == "chat":
-            return self._apply(turns, True)
+            return self._chat.write(turns, True)
         return self.family.write(turns).text + self.family.assistant
 
     def check_trainable(self) -> None:
@@ -132,8 +129,7 @@ class ConversationTemplate:
 
     def render(self, conversations: Sequence[Sequence[Turn]]) -> list[Rendered | str]:
         """Write conversations; where the template refuses one, the reason in one line."""
-        marked = self.model_type == "chat" and re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
-        write = self.family.write if self.model_type != "chat" else self._marked if marked else self._prefixes
+        write = self._chat.find if self.model_type == "chat" else self.family.write
         results: list[Rendered | str] = []
         for turns in conversations:
             try:
@@ -141,70 +137,6 @@ class ConversationTemplate:
             except ValueError as error:
                 results.append(" ".join(str(error).split()))
         return results
-
-    # ---------------------------------------------------------------------------------------- the tokenizer's template
-
-    def _apply(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise ValueError(f"the chat template refuses it: {error}") from None
-
-    def _prefixes(self, turns: Sequence[Turn]) -> Rendered:
-        whole = self._apply(turns, False)
-        answers = []
-        for index, (role, _) in enumerate(turns):
-            if role != "assistant":
-                continue
-            before = self._apply(turns[:index], True)
-            after = whole if index + 1 == len(turns) else self._apply(turns[: index + 1], False)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise ValueError(
-                    f"turn {index}: the chat template writes earlier turns in another way once later ones follow "
-                    "(it is not prefix-stable), so the answer cannot be found"
-                )
-            end = self._end_of_turn(after, len(before))
-            answers.append((len(before), end))
-        return Rendered(text=whole, answers=tuple(answers))
-
-    def _marked(self, turns: Sequence[Turn]) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            (whole,), (marks,) = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.text,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except Exception as error:
-            raise ValueError(f"the chat template refuses it: {error}") from None
-        answers = []
-        terminators = {self.tokenizer.eos_token, *(family.end for family in CHAT_FORMATS.values())}
-        for start, marked_end in marks:
-            end = marked_end
-            # Some templates mark the text of the answer only. A model that never sees the end never stops.
-            following = self._ends.search(whole, end)
-            if (
-                not self._ends.search(whole, start, end)
-                and following
-                and following[0] in terminators
-                and not whole[end : following.start()].strip()
-            ):
-                end = following.end()
-            answers.append((start, self._end_of_turn(whole[:end], start)))
-        return Rendered(text=whole, answers=tuple(answers))
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Where the last special token of ``text[start:]`` ends, after which nothing but white space may stand."""
-        end = max((match.end() for match in self._ends.finditer(text, start)), default=start)
-        if end == start or text[end:].strip():
-            raise ValueError("the chat template writes no end-of-turn token after an answer, so a model never stops")
-        return end
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

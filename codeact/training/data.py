@@ -124,6 +124,7 @@ def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list
             settings.packs.max_seq_len,
             settings.data.on_overflow,
             progress=bar.update,
+            last_answer_only=settings.data.last_answer_only,
         )
 
 

@@ -57,8 +57,8 @@ class DataArguments:
 
     data_path: str | None = _text(
         None,
-        "What codeact select wrote, or any file, folder (.json, .jsonl, .parquet) or hub data set with a column "
-        "conversation, conversations or messages, or Alpaca's instruction (, input) and output.",
+        "What codeact select wrote, or any file, folder or hub data set with a column conversation, conversations or "
+        "messages, or a pair such as Alpaca's instruction (, input, system, history) and output.",
     )
     eval_path: str | None = _text(None, "Held-out conversations, in the same forms.")
     eval_ratio: float = _text(0.0, "Instead of eval_path: so much of data_path is held out, chosen by the seed.")
@@ -72,6 +72,8 @@ class DataArguments:
     on_overflow: str = _text(
         "truncate", f"A conversation over max_seq_len: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."
     )
+
+    last_answer_only: bool = _text(False, "Learn the last answer of a conversation alone; earlier ones are context.")
 
     def __post_init__(self) -> None:
         one_of("model_type", self.model_type, MODEL_TYPES)

@@ -9,7 +9,7 @@ import pytest
 
 from codeact.base.errors import InputError
 from codeact.data.forms import Columns
-from codeact.data.records import BadRow, Record, _tell, open_records
+from codeact.data.records import BadRow, Record, _tell, open_records, write_jsonl
 
 U, A, S = "user", "assistant", "system"
 QA = [{"role": U, "content": "q"}, {"role": A, "content": "a"}]
@@ -53,6 +53,7 @@ PAIR = [(U, "q"), (A, "a")]
         ({"messages": [*QA, *QA, QA[0], {**QA[1], "train": False}], "system": "s"}, [(S, "s"), *PAIR, *PAIR], set()),
         ({"messages": [{**QA[0], "loss": False}, {**QA[1], "loss": False}, QA[0], {**QA[1], "loss": True}],
           "system": "s"}, [(S, "s"), *PAIR, *PAIR], {2}),
+        ({"messages": [QA[0], {**QA[1], "loss": 0.73}]}, PAIR, set()),
         ({"messages": None, "conversation": "an id", "instruction": "q", "output": "a"}, PAIR, set()),
     ],
 )  # fmt: skip
@@ -101,11 +102,11 @@ def test_columns_that_are_named_are_read_and_no_others() -> None:
     ("row", "columns", "line"),
     [
         ({"instruction": "q", "input": "", "output": "a", "path": 1}, None,
-         "rows: 1 rows, read as instruction, input -> output; columns not used: path"),
+         "rows: 1 row, read as instruction, input -> output; columns not used: path"),
         ({"path": 1, "instruction": "q", "input": "i", "output": "a", "system": "s"}, Columns(question="instruction"),
-         "rows: 1 rows, read as instruction -> output; columns not used: input, system, path"),
+         "rows: 1 row, read as instruction -> output; columns not used: input, system, path"),
         ({"messages": QA, "system": "s", "instruction": "x\x1b", "\x1b[2J": 0}, None,
-         "rows: 1 rows, read as system, the turns in messages; columns not used: instruction, '\\x1b[2J'"),
+         "rows: 1 row, read as system, the turns in messages; columns not used: instruction, '\\x1b[2J'"),
     ],
 )  # fmt: skip
 def test_what_is_read_and_what_is_not_is_told_once(
@@ -116,6 +117,21 @@ def test_what_is_read_and_what_is_not_is_told_once(
         records = [open_records([row], columns) for _ in range(2)]
     assert records[0].reading == line
     assert caplog.messages == [line]
+
+
+def test_every_command_reads_the_same(tmp_path: Any) -> None:
+    from codeact.data.settings import DataSettings
+    from codeact.text.conversations import open_conversations
+    from codeact.training.data import _open
+    from codeact.training.options import DataArguments
+
+    path = str(tmp_path / "data.jsonl")
+    write_jsonl(path, [{"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["h", "i"]]}])
+    (row,) = open_conversations(path)
+    assert isinstance(row, Record)
+    assert row.turns == ((S, "s"), (U, "h"), (A, "i"), (U, "q\ni"), (A, "a"))
+    for records in (DataSettings(source=path).open(), _open(DataArguments(), path), open_records(path)):
+        assert list(records) == [row]
 
 
 def test_the_cases_that_failed(shared_cases: Any) -> None:

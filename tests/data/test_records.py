@@ -496,7 +496,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([GOOD]).slice(0, 0), tmp_path / "e.parquet")
     assert "holds no rows" in refused(tmp_path / "e.parquet")
     (tmp_path / "empty").mkdir()
-    assert "holds no .json, .jsonl, .ndjson, .parquet" in refused(tmp_path / "empty")
+    assert "holds no .json, .jsonl, .ndjson, .csv" in refused(tmp_path / "empty")
     assert "of no kind that is read" in refused(save(tmp_path / "data.txt", b"a,b"))
     assert "UTF-16" in refused(save(tmp_path / "u.jsonl", json.dumps(GOOD).encode("utf-16")))
 

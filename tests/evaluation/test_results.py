@@ -216,6 +216,7 @@ def test_what_programs_say_is_harmless_in_every_file(problems, sandbox: Sandbox,
     ]
     for rerun in (False, True):
         report = evaluate(problems, found, sandbox, results_path(tmp_path / "s.jsonl"))
+        report = replace(report, left_out=Counter(["\x1b[2J\ud800\n| a | [x](javascript:y) `"]))
         target, page = write_results(report, tmp_path / "s.jsonl")
         assert report.failures() == {"exception": len(found) - 1, "syntax": 1}
         assert report.reused == (len(found) if rerun else 0)
@@ -412,6 +413,23 @@ def test_bad_samples_are_named(text: str, message: str, problems, tmp_path: Path
     if "[" in text or "tokens" in text:
         with pytest.raises(InputError, match=r"line [12]: no JSON"):
             SampleLog(tmp_path / "l.jsonl")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, '{"a":' * 100_000, '"a\\nb"', '"\u2028"', '"\x85"'])
+def test_a_strange_line_of_problems_is_named_or_read(value: str, tmp_path: Path) -> None:
+    text = (
+        json.dumps(row(0, "x", [[1]], []))
+        + "\n"
+        + json.dumps(row(1, "x", [[1]], []))[:-1]
+        + f', "more": {value}'
+        + "}\n"
+    )
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8-sig")
+    if value.startswith('"'):
+        assert len(load_problems("humaneval", tmp_path / "p.jsonl").problems) == 2
+    else:
+        with pytest.raises(InputError, match="line 2: no task of humaneval"):
+            load_problems("humaneval", tmp_path / "p.jsonl")
 
 
 def test_a_byte_order_mark_before_samples_is_nothing(problems, tmp_path: Path) -> None:

@@ -181,6 +181,21 @@ def test_it_fits_the_screen(browser: Browser, width: int) -> None:
                 assert wide < 1 or high < 3, (plot["name"], one, other)  # boxes hold the font's empty ascent
 
 
+@pytest.mark.parametrize("width", [390, 520, 1280])
+def test_what_was_lost_is_seen_without_scrolling(browser: Browser, width: int) -> None:
+    """On a phone the ledger's rows are cards; what a stage lost stands within the screen on all of them."""
+    browser.open(width)
+    cells = browser.run(
+        "return [...document.querySelectorAll('#ledger td')].filter(e => e.textContent.includes('empty answer: ') ||"
+        " e.textContent.includes('below budget: ')).map(e => { const box = e.getBoundingClientRect();"
+        " return {left: box.left, right: box.right, head: getComputedStyle(e, '::before').content}; })"
+    )
+    assert len(cells) == 2
+    for cell in cells:
+        assert 0 <= cell["left"] < cell["right"] <= width
+        assert ("lost" in cell["head"]) == (width < 544)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(browser: Browser, scheme: str) -> None:
     browser.open(1280, scheme)

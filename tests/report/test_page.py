@@ -83,6 +83,7 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
     assert len(page.named("figcaption")) == len(names) == len(page.named("svg"))
     for expected in (
         "24 of 60 rows kept (40.0 %)",
+        "the held-out loss fell from 1.900 to 1.500",
         "pass@1 on 8 tasks of HumanEval+ rose from 37.5 % to 62.5 %",
         "It balances",
         "1 h 2 min",  # of a stage
@@ -282,6 +283,13 @@ def test_a_large_table_gives_a_small_page(copy: Path) -> None:
     assert "(logarithmic)" in text
 
 
+def test_what_the_choice_owes_to_length_is_on_the_page(copy: Path) -> None:
+    path = copy / "selected.rows.parquet"
+    line = "Spearman(ifd, answer tokens) 0.87; 20 of 24 chosen are among the 24 longest answers (by chance 10)"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"length": line}), path)
+    assert f"What became of the 60 rows. {line}." in Page(write_report(copy)).words
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
 def test_very_few_rows(copy: Path, rows: int) -> None:
     for name in ("embeddings.npy", "model", "evaluation", "pack_stats.json"):
@@ -317,10 +325,10 @@ def test_columns_of_another_type_are_refused(copy: Path) -> None:
     table = pq.read_table(path)
     texts = pa.array(["x"] * table.num_rows)
     pq.write_table(table.set_column(table.column_names.index("row"), "row", texts), path)
-    with pytest.raises(InputError, match="are damaged: Failed to parse string"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: Failed to parse string"):
         write_report(copy)
     pq.write_table(table.drop_columns("chosen"), path)
-    with pytest.raises(InputError, match=r"are damaged: .*chosen"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: .*chosen"):
         write_report(copy)
 
 

@@ -13,9 +13,9 @@ from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record
 from codeact.models.isolation import prove_isolation, split_head
 from codeact.models.loading import load_causal_lm
-from codeact.scoring.folder import SCHEMA
 from codeact.scoring.ifd import IfdScorer, score_ifd
 from codeact.scoring.reference import exact_ifd, paper_ifd
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import tokenize
 from codeact.text.templates import TEMPLATES, PromptBuilder
 from codeact.text.tokenizers import leading_bos
@@ -326,3 +326,26 @@ class TestFailures:
         expected = [exact_ifd(gemma, tokenizer, record) for record in records]
         ours = score_ifd(gemma, tokenizer, records, max_length=512)["ifd"].to_pylist()
         assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_of_any_kind_are_scored_alike(tiny_model, tokenizer):
+    """A list of dictionaries, tables, a data set: with the columns found as on the command line."""
+    import datasets
+    import pandas
+    import pyarrow as pa
+
+    from codeact.data.records import open_records
+
+    rows = [
+        {"instruction": "Sort this.", "input": "[3, 1]", "output": "[1, 3]"},
+        {"instruction": "Q", "output": "A b c"},
+    ]
+    table = score_ifd(tiny_model, tokenizer, rows, max_length=64)
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    joined = [Record(id=str(n), row=n, question=q, answer=a) for n, (q, a) in enumerate(
+        [("Sort this.\n[3, 1]", "[1, 3]"), ("Q", "A b c")])]  # fmt: skip
+    assert table.equals(score_ifd(tiny_model, tokenizer, joined, max_length=64))
+    filled = [{"input": "", **row} for row in rows]
+    for data in (datasets.Dataset.from_list(filled), pa.Table.from_pylist(filled), pandas.DataFrame(filled),
+                 open_records(filled), iter(rows)):  # fmt: skip
+        assert table.equals(score_ifd(tiny_model, tokenizer, data, max_length=64))

@@ -387,3 +387,24 @@ class TestFiles:
             open_conversations(tmp_path / "data.jsonl")
         with pytest.raises(InputError, match=r"nowhere\.jsonl"):
             open_conversations(tmp_path / "nowhere.jsonl")
+
+    @pytest.mark.parametrize("model_type", ["chat", "llama3", "codellama"])
+    def test_answers_that_are_not_to_be_learnt_are_context(self, tokenizer, model_type):
+        made = made_for(tokenizer, model_type)
+        turns = [("user", "2+2?"), ("assistant", "WRONG"), ("user", "Check."), ("assistant", "4.")]
+        messages = [{"role": role, "content": text, "weight": int(text != "WRONG")} for role, text in turns]
+        whole = row("Check.", "4.", turns[:2])
+        both = encode_one(whole, made, model_type)
+        (weighted,) = encode_conversations([{"messages": messages}], made, model_type)
+        last = encode_one(whole, made, model_type, last_answer_only=True)
+        assert labelled_texts(both, made) == answers_of(whole, made, model_type)
+        for sample in (weighted, last):
+            check(sample)
+            assert np.array_equal(sample.input_ids, both.input_ids)
+            assert labelled_texts(sample, made) == answers_of(whole, made, model_type)[1:]
+
+    def test_the_system_text_and_history_of_a_row_are_written(self, tokenizer):
+        data = [{"instruction": "And 3?", "input": "", "output": "9", "system": "A number.", "history": [["2?", "4"]]}]
+        (sample,) = encode_conversations(data, tokenizer)
+        assert labelled_texts(sample, tokenizer) == ["4<|im_end|>", "9<|im_end|>"]
+        assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\nA number.<|im_end|>\n")

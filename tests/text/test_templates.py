@@ -9,6 +9,7 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.data.records import Record
 from codeact.scoring.tokens import tokenize
+from codeact.text import chat
 from codeact.text.formats import CHAT_FORMATS
 from codeact.text.templates import MODEL_TYPES, ConversationTemplate, PromptBuilder
 from tests.helpers.chat_tokenizers import family_tokenizer
@@ -217,25 +218,83 @@ class TestChat:
                          "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
 
     def test_a_template_whose_prompt_does_not_begin_the_whole(self, own):
-        with pytest.raises(InputError, match="not prefix-stable"):
-            self.answers(own, "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+        text = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        assert self.answers(own, text) == ["Hello\n<|im_end|>", "Ciao<|im_end|>"]
 
     def test_a_template_that_rewrites_earlier_answers(self, own):
-        """As templates of reasoning models do: a single answer is fine, of several the earlier ones are not."""
         text = (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}"
             "{{ m['content'][1:] }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
         assert self.answers(own, text, TURNS[3:]) == ["Ciao<|im_end|>"]
-        assert "turn 2: the chat template writes earlier turns in another way" in self.answers(own, text)
+        assert "turn 2: the chat template changes this answer" in self.answers(own, text)
+
+    @pytest.mark.parametrize("content", ["m['content'][:-1]", "m['content'] | length", "'<br>' + m['content'] | upper"])
+    def test_a_template_that_changes_texts(self, own, content):
+        with pytest.raises(
+            InputError, match=r"cannot be trained on: (turn 0: .* leaves it out|.* depends on how|.* changes)"
+        ):
+            self.answers(own, f"{{% for m in messages %}}{{{{ {content} }}}}<|im_end|>{{% endfor %}}")
+
+    def test_a_template_that_asks_and_writes_differently(self, own):
+        text = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}"
+        )
+        with pytest.raises(
+            InputError, match=r"turn 1: .* in another way than it writes one, so where it begins is ambig"
+        ):
+            self.answers(own, text)
 
     def test_a_template_that_refuses(self, own):
-        text = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + str(
-            own.chat_template
-        )
-        assert "no system role" in self.answers(own, text)
+        text = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + str(own.chat_template)
+        assert "the chat template refuses it: too many" in self.answers(own, text)
         assert self.answers(own, text, TURNS[1:3]) == ["Hello\n<|im_end|>"]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "{% for a in range(99999) %}{% if range(99999) | list | length < 0 %}{% endif %}{% endfor %}",
+            "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(99999) %}{% set ns.x = (ns.x + ns.x)[:9999] %}"
+            "{% for b in range(9999) %}{% if 'c' in ns.x %}{% endif %}{% endfor %}{% endfor %}",
+            "{% if messages | length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+            "{% endfor %}"
+            "{% endif %}",
+        ],
+        ids=["loops", "list", "recursion", "texts", "only_later"],
+    )
+    def test_a_template_without_end(self, own, body, monkeypatch):
+        monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
+        with pytest.raises(
+            InputError, match=r"cannot be .*: the chat template refuses it: (it does not end|maximum rec)"
+        ):
+            self.answers(own, body + str(own.chat_template))
+
+    def test_a_template_that_does_not_end_for_one_row_is_not_tried_again(self, own, monkeypatch):
+        monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.3)
+        own.chat_template = (
+            "{% if messages[0]['content'] == 'x' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+            "{% endfor %}{% endif %}" + str(own.chat_template)
+        )
+        good, bad = ([("user", text), ("assistant", "b")] for text in "ax")
+        first, second, third, fourth = ConversationTemplate(own, "chat").render([good, bad, bad, good])
+        assert first.answers
+        assert second == "the chat template refuses it: it does not end within 0.3 s"
+        assert third == fourth == "the chat template is not tried again: it did not end for an earlier row"
+
+    @pytest.mark.parametrize("text", ["{{ 9 ** 9 ** 9 }}", "{% set x = 2**n %}"])
+    def test_a_template_that_computes_powers(self, own, text):
+        assert self.answers(own, "{{ '**bold**' }}** " + str(own.chat_template))
+        with pytest.raises(InputError, match="computes powers"):
+            self.answers(own, text)
+
+    @pytest.mark.parametrize("text", ["{% for %}", "{{ 'a }}", "{% nonsense %}"])
+    def test_a_broken_template(self, own, text):
+        with pytest.raises(InputError, match="chat template"):
+            self.answers(own, text)
 
     def test_none(self, own):
         own.chat_template = None
@@ -245,3 +304,143 @@ class TestChat:
     def test_unknown_type(self, own):
         with pytest.raises(InputError, match="model type 'llama-3' is unknown; choose one of: llama3, "):
             ConversationTemplate(own, "llama-3")
+
+
+# Cut to what the real templates do with texts; each is named with the part that made it hard.
+REAL = {
+    # Phi-3.5: EOS at the very end only.
+    "phi": (
+        "{% for m in messages %}{% if m['role'] == 'system' and m['content'] %}{{'<|system|>\n' + m['content'] + "
+        "'<|end|>\n'}}{% elif m['role'] == 'user' %}{{'<|user|>\n' + m['content'] + '<|end|>\n'}}{% elif m['role'] == "
+        "'assistant' %}{{'<|assistant|>\n' + m['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|system|> <|user|> <|assistant|> <|end|>",
+        ["Hello\n<|end|>", "Ciao<|end|>"],
+    ),
+    # The first Phi-3, which leaves system turns out.
+    "phi_without_system": (
+        "{% for m in messages %}"
+        "{% if m['role'] == 'user' %}{{'<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n'}}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n'}}{% endif %}{% endfor %}",
+        "<|user|> <|assistant|> <|end|>",
+        ["Hello\n<|end|>", "Ciao<|end|>"],
+    ),
+    # Qwen3: an empty <think> in the last answer alone.
+    "qwen3": (
+        "{% for m in messages %}{% set c = m['content'].split('</think>')[-1].lstrip('\n') %}"
+        "{% if m['role'] == 'assistant' "
+        "and loop.last %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ c }}"
+        "{% else %}<|im_start|>{{ m['role'] }}\n{{ c }}"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "",
+        ["Hello\n<|im_end|>", "<think>\n\n</think>\n\nCiao<|im_end|>"],
+    ),
+    # DeepSeek-R1's distills: the prompt opens a thought that no written answer has.
+    "r1": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+        "{% elif m['role'] == 'user' %}"
+        "<|User|>{{ m['content'] }}{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+        "<|User|> <|Assistant|> <|end|>",
+        ["Hello\n<|end|>", "Ciao<|end|>"],
+    ),
+    # GLM-4: a turn ends as the next one opens.
+    "glm4": (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "[gMASK] <sop> <|system|> <|user|> <|assistant|>",
+        ["\nHello\n<|user|>", "\nCiao<|user|>"],
+    ),
+    # Gemma: refuses a system turn, strips texts.
+    "gemma": (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<start_of_turn> <end_of_turn>",
+        ["Hello<end_of_turn>", "Ciao<end_of_turn>"],
+    ),
+    # Cohere: two tokens close an answer; Nemotron: an empty thought that the prompt opens otherwise.
+    "cohere": (
+        "{% for m in messages %}<|T|>{{ m['role'] }}<|S|>{{ m['content'] }}<|E|><|T_END|>{% endfor %}"
+        "{% if add_generation_prompt %}<|T|>assistant<|S|>{% endif %}",
+        "<|T|> <|S|> <|E|> <|T_END|>",
+        ["Hello\n<|E|><|T_END|>", "Ciao<|E|><|T_END|>"],
+    ),
+    "nemotron": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ '<think></think>' if m['role'] == 'assistant' else '' }}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "",
+        ["<think></think>Hello\n<|im_end|>", "<think></think>Ciao<|im_end|>"],
+    ),
+}
+
+
+@pytest.fixture
+def real(tokenizer, request):
+    """A tokenizer with one of the REAL templates, and what its answers are."""
+    text, tokens, answers = REAL[request.param]
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"eos_token": "<|endoftext|>", "additional_special_tokens": tokens.split()})
+    made.chat_template = text
+    return made, answers
+
+
+@pytest.mark.parametrize("real", REAL, indirect=True)
+class TestRealTemplates:
+    def test_every_answer_is_found(self, real):
+        made, answers = real
+        template = ConversationTemplate(made, "chat")
+        template.check_trainable()
+        (result,) = template.render([TURNS])
+        assert [result.text[start:end] for start, end in result.answers] == answers
+        assert "Be brief." in result.text
+        assert result.text.count("Be brief.") == result.text.count("Bye") == 1
+
+    def test_what_stands_before_the_last_answer_is_what_is_asked(self, real):
+        made, _ = real
+        template = ConversationTemplate(made, "chat")
+        (result,) = template.render([TURNS])
+        asked, written = template.prompt(TURNS[:-1]), result.text[: result.answers[-1][0]]
+        assert asked.startswith(written)
+        assert asked.removeprefix(written) in ("", "<think>\n")
+
+    @pytest.mark.parametrize("answer", ["x", "  two\n  lines ", "<think>", "a </think> b", "\n\n```\nx\n```\n"])
+    @pytest.mark.parametrize("question", ["q", "q\n", " x", "Ciao", "</think>"])
+    def test_texts_at_their_worst(self, real, question, answer):
+        made, _ = real
+        turns = [("user", question), ("assistant", "one"), ("user", question), ("assistant", answer)]
+        (result,) = ConversationTemplate(made, "chat").render([turns])
+        assert not isinstance(result, str), result
+        labels = [result.text[start:end] for start, end in result.answers]
+        assert "one" in labels[0]
+        assert len(labels) == 2
+        assert answer.strip().removeprefix("<think>").strip() in labels[1]
+
+
+def test_the_reasoning_of_the_last_answer_is_learnt(tokenizer):
+    """R1's template leaves out all reasoning, and asks for it: the last answer is written as it is asked for."""
+    text, tokens, _ = REAL["r1"]
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": tokens.split()})
+    made.chat_template = text
+    thought = "<think>\nhm\n</think>\n\n42"
+    turns = [("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", thought)]
+    template = ConversationTemplate(made, "chat")
+    (result,) = template.render([turns])
+    labels = [result.text[start:end] for start, end in result.answers]
+    assert labels == ["\n\n42<|end|>", "hm\n</think>\n\n42<|end|>"]
+    assert result.text[: result.answers[-1][0]] == template.prompt(turns[:-1])
+
+
+def test_a_blank_system_text_keeps_the_templates_own_away(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nI am.<|im_end|>\n{% endif %}" + (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    own, blank = ConversationTemplate(made, "chat").render([TURNS[1:], [("system", ""), *TURNS[1:]]])
+    assert "I am." in own.text
+    assert "I am." not in blank.text

@@ -57,15 +57,8 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # the order of a set does not differ from run to run
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
-_LIBRARIES = (
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/local/lib",
-    "/etc/ld.so.cache",
-    "/etc/alternatives",  # where Debian's linear algebra is found
-)
+# Debian finds its linear algebra by /etc/alternatives.
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/alternatives")
 _PACKAGES = ("numpy", "numpy.libs")
 _users = itertools.count()
 
@@ -247,13 +240,12 @@ class Sandbox:
                 where = tempfile.gettempdir() if tempfile.tempdir else "the temporary folder"
                 raise InputError(f"cannot write to {where}: {error.strerror}; free space or set TMPDIR") from None
             group = stack.enter_context(self._groups.group())
-            process, reading, info = self._start(request, folder, group, complaints)
+            account = stack.enter_context(_memory_file(b""))  # bwrap's, of the process
+            process, results = self._start(stack, request, folder, group, account.fileno(), complaints)
             how = ""
             try:
-                how = _read(reading, info, request, total, consume, most_bytes)
+                how = _read(results, account.fileno(), request, total, consume, most_bytes)
             finally:
-                os.close(reading)
-                os.close(info)
                 status = _end(process, patient=how == "exit")
                 with self._lock:
                     self._running.discard(process)
@@ -266,66 +258,59 @@ class Sandbox:
         return Ended(how="exit", status=status, starved=kills is None or kills != _kills_for_memory())
 
     def _start(
-        self, request: Mapping[str, Any], folder: str, group: Path | None, complaints: int
-    ) -> tuple[subprocess.Popen[bytes], int, int]:
-        """Start a program.
-
-        Returns its process, and the ends of the pipes from which its results and bwrap's account of it are read.
-        """
-        reading, writing = os.pipe()
-        info, telling = os.pipe()
+        self,
+        stack: ExitStack,
+        request: Mapping[str, Any],
+        folder: str,
+        group: Path | None,
+        account: int,
+        complaints: int,
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a program; returns its process and the descriptor from which its results are read."""
+        results, writing = _pipe(stack)
         with suppress(OSError, AttributeError):  # macOS has pipes of one size
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # results can be long; fewer turns
-        with ExitStack() as stack:
-            stack.callback(os.close, writing)
-            stack.callback(os.close, telling)
-            try:
-                options = b""
-                passed = [writing]
-                standard_input = stack.enter_context(_memory_file(json.dumps(request).encode()))
-                command = [_interpreter(), "-I", "-S", "-B"]
-                command += ["/runner.pyc" if self.isolated else str(runner.__file__), str(writing)]
-                taking, giving = map(stack.enter_context, map(os.fdopen, os.pipe(), ("rb", "wb")))
-                if self.isolated:
-                    calls = stack.enter_context(_memory_file(self._filter or b"")).fileno()
-                    script = stack.enter_context(_memory_file(_compiled_runner())).fileno()
-                    passed += [calls, script, telling, taking.fileno()]
-                    settings = [*_options(self.limits, self._change_user), "--ro-bind-data", str(script), "/runner.pyc"]
-                    settings += ["--remount-ro", "/", "--seccomp", str(calls), "--info-fd", str(telling)]
-                    options = b"".join(f"{setting}\0".encode() for setting in settings)
-                    command = [str(self._bwrap), "--args", str(taking.fileno()), "--", *command]
-                with self._lock:
-                    if self._stopped:
-                        raise StoppedError
-                    process = subprocess.Popen(
-                        command,
-                        stdin=standard_input,
-                        stdout=subprocess.DEVNULL,
-                        stderr=complaints,
-                        pass_fds=passed,
-                        env=_ENVIRONMENT,
-                        cwd=folder,
-                        start_new_session=True,
-                    )
-                    self._running.add(process)
-                # bwrap waits for its options, so whatever it starts has what it is given now.
-                with suppress(OSError):  # if memory runs out, the program goes first
-                    Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-                with suppress(OSError):
-                    if group is not None:
-                        (group / "cgroup.procs").write_text(str(process.pid))
-                with suppress(BrokenPipeError):  # it has ended already
-                    giving.write(options)
-                    giving.close()
-            except BaseException:
-                os.close(reading)
-                os.close(info)
-                raise
-        return process, reading, info
+        told, telling = _pipe(stack)
+        options: list[str] = []
+        passed = [writing.fileno()]
+        command = [_interpreter(), "-I", "-S", "-B"]
+        command += ["/runner.pyc" if self.isolated else str(runner.__file__), str(writing.fileno())]
+        if self.isolated:
+            calls = stack.enter_context(_memory_file(self._filter or b"")).fileno()
+            script = stack.enter_context(_memory_file(_compiled_runner())).fileno()
+            passed += [calls, script, account, told.fileno()]
+            options += [*_options(self.limits, self._change_user), "--ro-bind-data", str(script), "/runner.pyc"]
+            options += ["--remount-ro", "/", "--seccomp", str(calls), "--info-fd", str(account)]
+            command = [str(self._bwrap), "--args", str(told.fileno()), "--", *command]
+        with self._lock:
+            if self._stopped:
+                raise StoppedError
+            process = subprocess.Popen(
+                command,
+                stdin=stack.enter_context(_memory_file(json.dumps(request).encode())),
+                stdout=subprocess.DEVNULL,
+                stderr=complaints,
+                pass_fds=passed,
+                env=_ENVIRONMENT,
+                cwd=folder,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        writing.close()
+        # bwrap waits for its options, so whatever it starts has what it is given now.
+        with suppress(OSError):  # if memory runs out, the program goes first
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        with suppress(OSError):
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(process.pid))
+        with suppress(BrokenPipeError):  # it has ended already
+            telling.write("".join(f"{option}\0" for option in options).encode())
+        telling.close()
+        return process, results.fileno()
 
 
 def _read(
-    pipe: int, info: int, request: Mapping[str, Any], total: float, consume: Callable[[bytes], bool], most_bytes: int
+    pipe: int, account: int, request: Mapping[str, Any], total: float, consume: Callable[[bytes], bool], most_bytes: int
 ) -> str:
     """Read rows until the pipe closes or something is enough; returns how it ended.
 
@@ -340,7 +325,7 @@ def _read(
     lines = _Lines()
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    files = _Files(info)
+    files = _Files(account)
     while True:
         left = min(deadline, latest) - time.monotonic()
         if left <= 0:
@@ -402,11 +387,11 @@ class _Lines:
 class _Files:
     """How many files and folders a program has in its /tmp, whose size does not count them, though they take memory.
 
-    ``info``: from here bwrap's account of the process is read, as soon as the program has begun.
+    ``account``: the file with bwrap's account of the process, which is there when the program has begun.
     """
 
-    def __init__(self, info: int) -> None:
-        self._info = info
+    def __init__(self, account: int) -> None:
+        self._account = account
         self._folder: Path | None = None
         self._counted = -math.inf
 
@@ -418,7 +403,7 @@ class _Files:
         self._counted = now
         with suppress(OSError, ValueError, LookupError):  # without isolation nothing is told; or it has ended
             if self._folder is None:
-                self._folder = Path(f"/proc/{json.loads(os.read(self._info, 1000))['child-pid']}/root/tmp")
+                self._folder = Path(f"/proc/{json.loads(os.pread(self._account, 1000, 0))['child-pid']}/root/tmp")
             state = os.statvfs(self._folder)
             return state.f_files - state.f_ffree > _MOST_FILES
         return False
@@ -453,6 +438,12 @@ def _kills_for_memory() -> int | None:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return None
+
+
+def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    """The two ends of a pipe, to read and to write."""
+    reading, writing = os.pipe()
+    return stack.enter_context(open(reading, "rb", 0)), stack.enter_context(open(writing, "wb", 0))
 
 
 def _memory_file(content: bytes) -> IO[bytes]:
@@ -515,8 +506,9 @@ def _file_system() -> list[str]:
     binds = {place: place for place in _LIBRARIES if os.path.exists(place)}
     prefix = os.path.realpath(sys.base_prefix)
     platform_library = sysconfig.get_path("platstdlib", vars={"platbase": os.path.realpath(sys.base_exec_prefix)})
-    own = [os.path.dirname(os.__file__), platform_library, _interpreter(), *sorted(glob.glob(f"{prefix}/lib/*.so*"))]
-    for place in filter(os.path.exists, map(os.path.realpath, own)):
+    own = [*map(os.path.realpath, (os.path.dirname(os.__file__), platform_library or "", _interpreter()))]
+    own += sorted(glob.glob(f"{prefix}/lib/*.so*"))  # by the names that they are asked for, which may be links
+    for place in filter(os.path.exists, own):
         if not any(Path(place).is_relative_to(other) for other in binds):
             binds[place] = place
     # What is installed for others lies in the same folders.
