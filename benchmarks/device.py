@@ -483,7 +483,7 @@ def train(device: str, small: bool, folder: str, **flags: Any) -> tuple[Figures,
 
     from codeact.data.records import write_jsonl
     from codeact.training.flags import parse_mapping
-    from codeact.training.train import train
+    from codeact.training.train import train_from_settings
 
     base, rows, out = (Path(folder) / name for name in ("base", "rows.jsonl", "out"))
     if not base.exists():
@@ -493,7 +493,7 @@ def train(device: str, small: bool, folder: str, **flags: Any) -> tuple[Figures,
     given = {"model_name_or_path": str(base), "data_path": str(rows), "output_dir": str(out)}
     common = {"max_seq_len": 512 if small else 4096, "num_train_epochs": 1, "bf16": True, "save_strategy": "no"}
     settings = {**given, **common, "disable_tqdm": True, "use_cpu": device == "cpu", **flags}
-    train(parse_mapping(settings, "train"))
+    train_from_settings(parse_mapping(settings, "train"))
     result, cost = (json.loads((out / f"{name}.json").read_text()) for name in ("training", "cost"))
     return result["result"], cost
 

@@ -9,6 +9,9 @@ import functools
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,7 +69,8 @@ def token_nll(
     check_operands(hidden, weight, targets, bias, softcap, ignore_index)
     name = nll_backend(hidden, backend)
     if backend == "auto":
-        _say_once(name, hidden.device.type, hidden.dtype)
+        why = _why_not("triton", hidden) if hidden.device.type == "cuda" else None
+        _say_once(f"{name}, as triton {why}" if why else name, hidden.device.type, hidden.dtype)
     run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name.partition(" ")[0]]
     with torch.no_grad():
         return run(hidden, weight, targets, bias, softcap, ignore_index)
@@ -100,13 +104,21 @@ def _why_not(backend: str, hidden: Tensor) -> str | None:
             return f"runs on {device}, and the operands are on {hidden.device}"
         if hidden.dtype not in _TRITON_DTYPES:
             return f"computes float32, bfloat16, float16, not {_name(hidden.dtype)}"
-        return None if _triton_is_here() else 'needs Triton: pip install "codeact[gpu]"'
+        return triton_lacks()
     return None
 
 
-@functools.cache
-def _triton_is_here() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_lacks() -> str | None:
+    """Why Triton's kernels cannot run here; None where they can. It compiles what launches them on a GPU."""
+    if importlib.util.find_spec("triton") is None:
+        return 'needs Triton: pip install "codeact[gpu]"'
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+        return "needs a C compiler to launch kernels: install gcc, or set CC"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "needs Python's headers to launch kernels: install python3-dev"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,7 +7,6 @@ question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections import deque
@@ -35,7 +34,7 @@ from codeact.models.isolation import (
 )
 from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
-from codeact.ops.nll import nll_backend, token_nll
+from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
 from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, tokenize
@@ -281,7 +280,7 @@ class IfdScorer:
 
 def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """Float64 sums of ``nll[bounds[i] : bounds[i + 1]]``; a sum does not depend on what else is in the pack."""
-    if nll.device.type == "cuda" and importlib.util.find_spec("triton"):
+    if nll.device.type == "cuda" and triton_lacks() is None:
         from codeact_kernels.segments import segment_sums
 
         return segment_sums(nll, bounds)[0]

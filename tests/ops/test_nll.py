@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +314,25 @@ def test_auto_takes_the_best_and_says_so_once(monkeypatch, caplog):
     assert used[-1] == "torch"
     with pytest.raises(InputError, match="backend 'native' needs an x86-64 CPU with AVX2; choose another one"):
         token_nll(*problem(3, 4, 7), backend="native")
+
+
+@pytest.mark.parametrize("lacks", ["triton", "compiler", "headers", "nothing"])
+def test_a_gpu_on_which_triton_cannot_launch_takes_blocks_of_logits_and_says_why(monkeypatch, tmp_path, lacks):
+    """A bare machine: the wheel of Triton is there with PyTorch, and nothing that compiles."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CODEACT_BACKEND", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(nll.importlib.util, "find_spec", lambda name: None if lacks == "triton" else name)
+    monkeypatch.setattr(nll.shutil, "which", lambda name: None if lacks == "compiler" else f"/usr/bin/{name}")
+    folder = tmp_path / "none" if lacks == "headers" else tmp_path
+    monkeypatch.setattr(nll.sysconfig, "get_path", lambda name: str(folder))
+    on_gpu = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    assert nll.nll_backend(on_gpu) == ("triton" if lacks == "nothing" else "torch")
+    if lacks != "nothing":
+        word = {"triton": "pip install", "compiler": "install gcc", "headers": "python3-dev"}[lacks]
+        with pytest.raises(InputError, match=f"backend 'triton' needs .*{word}"):
+            nll.nll_backend(on_gpu, "triton")
 
 
 def test_a_backend_asked_for_is_never_replaced(monkeypatch):
