@@ -65,7 +65,7 @@ class Judge:
         """
         if line == expected and b'"nan"' not in expected and not self._special:
             return True
-        if len(line) > _SPARE_BYTES + 8 * len(expected) or _values(line) > _SPARE_VALUES + 4 * _values(expected):
+        if len(line) > _SPARE_BYTES + 8 * len(expected) or _values(line) > _SPARE_VALUES + 8 * _values(expected):
             return False  # no right result holds so much more, and reading it would cost memory
         try:
             wire, wanted = json.loads(line)["value"], decode(json.loads(expected)["value"])

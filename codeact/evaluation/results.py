@@ -257,10 +257,10 @@ class _Run:
 
     def _note(self, sample: Program, verdict: Verdict) -> None:
         with self._lock:
-            self._progress(1)
             key = self.key(sample)
             self.verdicts[key] = verdict
             self._log.append({"key": key, "task_id": sample.task_id, "verdict": asdict(verdict)})
+            self._progress(1)
 
 
 def write_results(report: Results, samples: str | Path) -> tuple[Path, Path]:
