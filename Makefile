@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test check includes constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
@@ -46,11 +46,19 @@ demo: models sandbox
 test: models sandbox browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(BIN)/codeact
+# Compiled once for each instruction set, and the linker keeps one copy of an inline function of the standard library.
+includes:
+	@! grep -rnE '^[[:space:]]*#[[:space:]]*(include|import)' csrc --include='*.inc.hpp' | \
+	  grep -vE '(<(immintrin\.h|cstdint|cstddef)>|"[a-z0-9_/]+\.inc\.hpp")[[:space:]]*(//.*)?$$' || \
+	  { echo "codeact: a *.inc.hpp includes the standard library"; exit 1; }
+
+check: $(BIN)/codeact includes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/package/resolution.py
+	$(BIN)/python -m benchmarks.pages --check
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.hpp tests/csrc/*.cpp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
 	$(BIN)/cmake --build build/sanitize

@@ -138,7 +138,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
             disable_tqdm=True,
             **{**defaults, **arm.arguments},
         )
-        monitor = CostMonitor(model, folder, peak_flops="measure", print_summary=False)
+        monitor = CostMonitor(model, folder, peak_flops="measure")
         trainer = PackTrainer(model, arm.samples, arguments, options, eval_samples=arm.held_out, monitor=monitor)
         trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"] if arm.evaluate_first else None
@@ -152,7 +152,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
         "tokens": report.tokens,
         "padding_share": report.padding_share,
         "peak_bytes": report.peak_resident_bytes,
-        "steps": len(report.steps.seconds),
+        "steps": len(report.steps["seconds"]),
         "utilisation": report.model_utilisation or 0.0,
         "train_loss": outcome.training_loss,
         "held_out_before": before,

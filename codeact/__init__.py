@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from codeact.data.records import Record as Record
     from codeact.data.records import open_records as open_records
     from codeact.embedding.vectors import embed as embed
+    from codeact.models.fused_loss import fuse_loss as fuse_loss
+    from codeact.models.isolation import isolate as isolate
     from codeact.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from codeact.ops.nll import token_nll as token_nll
     from codeact.packing.packs import Packs as Packs
@@ -21,16 +23,22 @@ if TYPE_CHECKING:
     from codeact.scoring.ifd import score_ifd as score_ifd
     from codeact.selection.choose import select as select
     from codeact.selection.clustering import cluster as cluster
+    from codeact.training.dataset import PackCollator as PackCollator
+    from codeact.training.dataset import PackDataset as PackDataset
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Columns": "data.forms",
     "InputError": "base.errors",
+    "PackCollator": "training.dataset",
+    "PackDataset": "training.dataset",
     "Packs": "packing.packs",
     "Record": "data.records",
     "cluster": "selection.clustering",
     "embed": "embedding.vectors",
+    "fuse_loss": "models.fused_loss",
+    "isolate": "models.isolation",
     "linear_cross_entropy": "ops.cross_entropy",
     "open_records": "data.records",
     "pack": "packing.packs",
@@ -38,6 +46,9 @@ _HOMES = {
     "select": "selection.choose",
     "token_nll": "ops.nll",
 }
+
+# What a package needs beyond numpy.
+_EXTRAS = {"data": "score", "ops": "score", "scoring": "score", "embedding": "select", "selection": "select"}
 
 __all__ = [  # noqa: RUF022 - in the order of the flow
     "open_records",
@@ -51,6 +62,10 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "embed",
     "cluster",
     "select",
+    "PackDataset",
+    "PackCollator",
+    "isolate",
+    "fuse_loss",
     "InputError",
     "__version__",
 ]
@@ -59,7 +74,15 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'codeact' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"codeact.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"codeact.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from codeact.base.errors import MissingExtraError
+
+        package = _HOMES[name].partition(".")[0]
+        if package not in _EXTRAS or str(error.name).startswith("codeact"):
+            raise
+        raise MissingExtraError(str(error.name), _EXTRAS[package], f"codeact.{name}") from error
     globals()[name] = value
     return value
 

@@ -26,7 +26,7 @@ from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 from codeact.run.flow import LedgerError, open_flow
 from codeact.scoring.stage import ScoreSettings
-from codeact.selection.stage import SelectSettings
+from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
     help=(
@@ -161,7 +161,8 @@ def merge(
     data: Annotated[str | None, flag("Where the data lies now, for --paper-json.")] = None,
 ) -> None:
     """Join the shards of a score folder into scores.parquet; refuses while one is missing."""
-    from codeact.scoring.folder import ScoreFolder, write_paper_json
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.table import write_paper_json
     from codeact.selection.stage import open_scored_data
 
     if seed_json is not None:
@@ -198,7 +199,7 @@ def select(
     from codeact.selection.stage import select_rows, selection_lines
 
     selection = select_rows(scores, embeddings, output, settings, data)
-    _print_lines(selection_lines(selection))
+    _print_lines(selection_lines(selection, settings))
     print(f"{len(selection.positions):,} conversations in {output}")
 
 
@@ -292,12 +293,16 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of all stages: a file, or a name.")],
     first: Annotated[str | None, flag("Take the stages before as they are.", "--from", metavar="STAGE")] = None,
     last: Annotated[str | None, flag("Leave out the stages after.", "--until", metavar="STAGE")] = None,
+    changes: Annotated[
+        list[str] | None,
+        flag("Instead of what the file says; may be repeated.", "--set", metavar="SECTION.KEY=VALUE"),
+    ] = None,
     dry_run: Annotated[
         bool, flag("Only say what it would do, and estimate tokens, time and memory.", "--dry-run")
     ] = False,
 ) -> None:
     """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
-    flow = open_flow(config)
+    flow = open_flow(config, changes=changes or ())
     if dry_run:
         from codeact.forecast import forecast
 
@@ -309,9 +314,19 @@ def run(
 
 
 @command()
+def lab(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of a run, with a section lab.")],
+) -> None:
+    """Train on the choices of several strategies and compare them on held-out rows; a rerun does what is missing."""
+    from codeact.lab.stage import lab_flow
+
+    lab_flow(config).run(None, "lab")
+
+
+@command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact run.")]) -> None:
     """Write one HTML page about a run; it needs nothing but itself."""
-    from codeact.report import write_report
+    from codeact.report.page import write_report
 
     print(f"the report is {write_report(folder)}")
 

@@ -9,9 +9,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing import Never
@@ -44,16 +44,16 @@ def say(text: str) -> None:
         print(visible(text), file=sys.stderr, flush=True)
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 2, *, markdown: bool = False) -> str:
+def aligned(rows: Sequence[Sequence[str | None]], left: int = 2, *, markdown: bool = False) -> str:
     """Return a table as text, in columns as wide as their widest cell.
 
     Args:
         rows: cells of every line, the same number in each; a pair of a name and a text is a table too. A cell is made
-            one ``visible`` line.
+            one ``visible`` line; of None it is empty.
         left: so many columns are aligned on the left, the others (numbers) on the right.
         markdown: with a rule under the first row, so that it is a table for Markdown as well.
     """
-    cells = [[re.sub(r"[\t\n]", " ", visible(cell)) for cell in row] for row in rows]
+    cells = [[re.sub(r"[\t\n]", " ", visible(cell or "")) for cell in row] for row in rows]
     if not cells:
         return ""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -121,6 +121,11 @@ class Progress:
 
 
 # -------------------------------------------------------------------------------------------- numbers with their units
+
+
+def if_known(show: Callable[[Any], str], value: Any) -> str | None:
+    """A value as ``show`` writes it; None where it is None, which tables leave empty."""
+    return None if value is None else show(value)
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

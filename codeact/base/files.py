@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from codeact.base.console import say
 from codeact.base.errors import InputError
 
 TEMPORARY_PREFIX = ".codeact-tmp-"
+
+
+def cache_path(name: str, *, grows: bool = False) -> Path:
+    """Where something is kept that is costly to have again: in the folder CODEACT_CACHE, else in ``~/.cache/codeact``.
+
+    Where there is no home, or it cannot be written to and does not hold it, in a folder for this process alone. That
+    one has no name that somebody else on the machine could have taken before.
+
+    Args:
+        name: of the file or folder, relative.
+        grows: it is a folder that is written to though it is there already.
+    """
+    if named := os.environ.get("CODEACT_CACHE"):
+        return Path(named).expanduser() / name
+    home = Path(os.path.expanduser("~"), ".cache", "codeact")
+    if home.is_absolute():  # else there is no home
+        if (home / name).exists() and (not grows or os.access(home / name, os.W_OK)):
+            return home / name
+        with suppress(OSError):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            if os.access((home / name).parent, os.W_OK) and not (home / name).exists():
+                return home / name
+    return _process_cache() / name
+
+
+@functools.cache
+def _process_cache() -> Path:
+    folder = tempfile.mkdtemp(prefix="codeact-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    say(f"no home to write to: the cache is {folder} and goes with this process; CODEACT_CACHE names one that stays")
+    return Path(folder)
 
 
 @contextmanager

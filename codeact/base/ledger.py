@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from codeact.base.console import aligned
+from codeact.base.console import aligned, if_known
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 
@@ -78,10 +78,10 @@ class Ledger:
     def table(self) -> str:
         """Aligned plain text: a line a stage, and a line a reason under it."""
         head = ("stage", "", "rows in", "rows out", "tokens in", "tokens out")
-        cells: list[Sequence[str]] = [head]
+        cells: list[Sequence[str | None]] = [head]
         for entry in self.entries:
             numbers = (entry.rows_in, entry.rows_out, entry.tokens_in, entry.tokens_out)
-            cells.append((entry.stage, entry.what, *map(_number, numbers)))
+            cells.append((entry.stage, entry.what, *(if_known("{:,}".format, number) for number in numbers)))
             for sign, listed in (("-", entry.lost), ("+", entry.added)):
                 for change in listed:
                     rows = f"{sign}{change.rows:,}" if change.rows else ""
@@ -120,7 +120,3 @@ def _entry(stage: dict) -> Entry:  # type: ignore[type-arg]
 
 def _total(changes: Iterable[Change], unit: str) -> int:
     return sum(getattr(change, unit) or 0 for change in changes)
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"

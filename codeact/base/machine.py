@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "datasets", "sentence-transformers", "scikit-learn", "pyarrow", "numpy", "peft")
 """Those that decide results."""
+GIB = 2.0**30
 
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -73,7 +74,7 @@ def _meminfo(name: str) -> int | None:
 
 def _memory_groups() -> Iterator[tuple[Path, int]]:
     """Folders of the control groups that limit memory, and their limits in bytes."""
-    for folder in _group_folders("memory"):
+    for folder in group_folders("memory"):
         for file in ("memory.max", "memory.high", "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):  # "max" is no number
                 yield folder, int((folder / file).read_text())
@@ -96,7 +97,7 @@ def _left_by_groups() -> Iterator[int]:
             yield limit
 
 
-def _group_folders(controller: str) -> Iterator[Path]:
+def group_folders(controller: str) -> Iterator[Path]:
     """Folders of this process's control groups that may limit what ``controller`` counts, innermost first.
 
     Inside a container the path may be one of the host's, of which only the mounted end is there: every folder from the
@@ -174,7 +175,7 @@ def usable_cpus() -> int:
 
 def _cpu_quotas() -> Iterator[tuple[int, int]]:
     """Microseconds of CPU time that control groups give in a period, and that period."""
-    for folder in _group_folders("cpu"):
+    for folder in group_folders("cpu"):
         with suppress(OSError, ValueError):  # "max 100000" is no limit
             quota, period = map(int, (folder / "cpu.max").read_text().split())
             yield quota, period
@@ -184,12 +185,19 @@ def _cpu_quotas() -> Iterator[tuple[int, int]]:
                 yield quota, period
 
 
+def load() -> float:
+    """How many threads of the whole machine ran or waited for a CPU, on average over the last minute; 0: not known."""
+    with suppress(OSError, AttributeError):  # Windows has none
+        return os.getloadavg()[0]
+    return 0.0
+
+
 def limit_threads() -> int:
     """Let numeric libraries take no more threads than there are usable CPUs; returns that number.
 
     OpenMP counts the machine's CPUs, not a control group's share, and threads that wait for each other on too few CPUs
-    are many times slower than one. What a user sets in ``OMP_NUM_THREADS`` stands. Works best before NumPy and PyTorch
-    are imported; a PyTorch that is loaded already is told.
+    are many times slower than one. What a user sets in ``OMP_NUM_THREADS`` stands. To be called before NumPy and
+    PyTorch are imported; a PyTorch that is loaded already is told.
     """
     count = usable_cpus()
     if "OMP_NUM_THREADS" not in os.environ and count < (os.cpu_count() or 1):

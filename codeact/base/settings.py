@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from codeact.base.protocols import resolve_protocol
 
@@ -12,7 +12,16 @@ from codeact.base.protocols import resolve_protocol
 class Settings(BaseModel):
     """Unknown keys are errors, and nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sane(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("the number is too large")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("the text holds a zero byte")
+        return value
 
 
 def setting(default: Any, text: str, *flags: str, command: bool = True, place: bool = False, **limits: Any) -> Any:

@@ -42,7 +42,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class HarvestLimits:
     """Which functions are worth a row. Lines are neither blank nor comments only."""
 
     min_docstring: int = 20  # characters
@@ -75,7 +75,7 @@ class HarvestSummary:
 
 
 def harvest(
-    target: str, *, limit: int | None = None, limits: Limits | None = None, summary: HarvestSummary | None = None
+    target: str, *, limit: int | None = None, limits: HarvestLimits | None = None, summary: HarvestSummary | None = None
 ) -> Iterator[_Row]:
     """Rows of all functions that are worth one, sorted by path and line.
 
@@ -98,7 +98,7 @@ def harvest(
     if not files:
         raise InputError(f"{target} holds no .py file; name a folder or package of Python source")
     summary = summary or HarvestSummary()
-    rows = _scan(files, limits or Limits(), summary)
+    rows = _scan(files, limits or HarvestLimits(), summary)
     return rows if limit is None else _spread(rows, limit, summary)
 
 
@@ -182,7 +182,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; give a folder, an installed package or stdlib"
 
 
-def _scan(files: list[tuple[Path, str, str]], limits: Limits, summary: HarvestSummary) -> Iterator[_Row]:
+def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: HarvestSummary) -> Iterator[_Row]:
     ids: set[str] = set()
     outputs: set[bytes] = set()
     for file, relative, module in files:
@@ -228,7 +228,7 @@ def _functions(node: ast.AST, owners: tuple[str, ...] = ()) -> Iterator[tuple[_F
 
 
 def _row(
-    function: _Function, owners: tuple[str, ...], lines: list[bytes], limits: Limits, outputs: set[bytes]
+    function: _Function, owners: tuple[str, ...], lines: list[bytes], limits: HarvestLimits, outputs: set[bytes]
 ) -> _Row | str:
     """Instruction and output, or why there are none; ``outputs`` are digests of the earlier ones."""
     if reason := _unfit(function, limits):
@@ -251,7 +251,7 @@ def _row(
     return {"instruction": request, "output": answer}
 
 
-def _unfit(function: _Function, limits: Limits) -> str | None:
+def _unfit(function: _Function, limits: HarvestLimits) -> str | None:
     docstring = ast.get_docstring(function)
     if docstring is None:
         return "no_docstring"

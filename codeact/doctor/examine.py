@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -18,22 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codeact import __version__
-from codeact.base import machine
+from codeact.base.console import aligned
+from codeact.doctor.probes import ITEMS, Item
 
 SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
-_OLDEST_PYTHON = (3, 11)
-# Two processes, as most of the time is that of one core; what imports the same libraries is in the same one.
-_GROUPS = (
-    ("native", "torch", "gpu", "triton", "flash-attn", "cuml", "vllm", "bitsandbytes", "deepspeed", "evalplus"),
-    ("required", "accelerate", "peft", "matplotlib", "gguf"),
-)
+_FOLDER = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One line. ``state``: "yes", "no", "idle" (installed, of no use here), "broken" (``detail`` says why), "unknown".
 
-    ``vital``: codeact cannot run where this is broken.
+    ``vital``: codeact cannot run where this is broken. Where a stage's libraries are not installed, it packs.
     """
 
     name: str
@@ -44,98 +38,39 @@ class Finding:
     vital: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Library:
-    name: str
-    probe: str
-    purpose: str
-    command: str
-    gpu: bool = False  # of use on a GPU only
-    vital: bool = False
-
-
-def _extra(name: str) -> str:
-    return f'pip install "codeact[{name}]"'
-
-
-_REINSTALL = "pip install --force-reinstall --no-deps codeact"
-_LIBRARIES = {
-    library.probe: library
-    for library in (
-        _Library(
-            name="native module", probe="native", purpose="packing, NLL on the CPU", command=_REINSTALL, vital=True
-        ),
-        _Library(name="libraries", probe="required", purpose="all stages", command="pip install codeact", vital=True),
-        _Library(name="PyTorch", probe="torch", purpose="all stages", command='pip install "torch>=2.13"', vital=True),
-        _Library(
-            name="GPU",
-            probe="gpu",
-            purpose="speed",
-            command="reinstall torch as https://pytorch.org/get-started/locally says for your driver",
-        ),
-        _Library(name="triton", probe="triton", purpose="NLL on the GPU", command=_extra("gpu"), gpu=True),
-        _Library(
-            name="flash-attn",
-            probe="flash-attn",
-            purpose="attention on the GPU",
-            command="pip install flash-attn --no-build-isolation",
-            gpu=True,
-        ),
-        _Library(name="cuml, cupy", probe="cuml", purpose="clustering on the GPU", command=_extra("gpu"), gpu=True),
-        _Library(name="accelerate", probe="accelerate", purpose="train", command=_extra("train")),
-        _Library(name="peft", probe="peft", purpose="LoRA", command=_extra("train")),
-        _Library(name="bitsandbytes", probe="bitsandbytes", purpose="QLoRA (--quantize)", command=_extra("train")),
-        _Library(name="deepspeed", probe="deepspeed", purpose="train --deepspeed", command=_extra("deepspeed")),
-        _Library(name="vllm", probe="vllm", purpose="generate --backend vllm", command=_extra("vllm"), gpu=True),
-        _Library(name="evalplus", probe="evalplus", purpose="download of the problems", command=_extra("evalplus")),
-        _Library(name="matplotlib", probe="matplotlib", purpose="pictures", command=_extra("report")),
-        _Library(name="gguf", probe="gguf", purpose="demo", command=_extra("demo")),
-    )
-}
-
-
 def examine(seconds: float = SECONDS) -> list[Finding]:
     """Look at everything; no library that crashes or hangs (for longer than ``seconds``) ends it."""
-    with ThreadPoolExecutor(len(_GROUPS)) as pool:
-        running = [pool.submit(_run_probes, group, seconds) for group in _GROUPS]
-        own = {finding.name: finding for finding in (_python(), _problems(), _sandbox(), _memory(), _disk(), _hub())}
-        results = {name: result for future in running for name, result in future.result().items()}
+    # Two processes, as most of the time is that of one core.
+    groups = [[name for name, item in ITEMS.items() if item.second is second] for second in (False, True)]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        first, second = pool.map(lambda group: _run_probes(group, seconds), groups)
+    results = first | second
     has_gpu = results["gpu"]["state"] == "yes"
-    found = {probe: _finding(library, results[probe], has_gpu) for probe, library in _LIBRARIES.items()}
-    last = [own[name] for name in ("problems", "sandbox", "memory", "disk", "model hub")]
-    after = list(found)[list(found).index("matplotlib") :]
-    before = [finding for probe, finding in found.items() if probe not in after]
-    return [own["Python"], *before, *last[:2], *(found[probe] for probe in after), *last[2:]]
+    return [_finding(item, results[name], has_gpu) for name, item in ITEMS.items()]
 
 
-def _finding(library: _Library, result: dict[str, str], has_gpu: bool) -> Finding:
+def _finding(item: Item, result: dict[str, str], has_gpu: bool) -> Finding:
     state, detail = result["state"], result["detail"]
-    if library.vital and state == "no":
+    if result["probe"] == "native" and state == "no":
         state, detail = "broken", "not installed"
-    command = library.command if state in ("no", "broken") else ""
+    command = {"no": item.command, "broken": item.mend or item.command}.get(state, "")
     if state == "no" and not has_gpu:
-        if library.probe == "gpu":
+        if result["probe"] == "gpu":
             detail, command = "none; everything runs on the CPU", ""
-        elif library.gpu:
+        elif item.gpu:
             detail = "of use with a GPU only"
-    return Finding(
-        name=library.name, state=state, purpose=library.purpose, detail=detail, command=command, vital=library.vital
-    )
+    return Finding(item.name, state, item.purpose, detail, command, item.vital)
 
 
-def _run_probes(names: tuple[str, ...], seconds: float) -> dict[str, dict[str, str]]:
+def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, str]]:
     """Run probes in a process; where one kills it, go on behind that one in a new process."""
     results: dict[str, dict[str, str]] = {}
     left = list(names)
     until = time.monotonic() + seconds
     while left:
         lines, ended = _run_process(left, until - time.monotonic())
-        begun = None
-        for line in lines:
-            if "begin" in line:
-                begun = line["begin"]
-            else:
-                results[line["probe"]] = line
+        begun = next((line["begin"] for line in reversed(lines) if "begin" in line), None)
+        results |= {line["probe"]: line for line in lines if "probe" in line}
         left = [name for name in left if name not in results]
         if left:
             crashed = begun if begun in left else left[0]
@@ -148,163 +83,51 @@ def _run_probes(names: tuple[str, ...], seconds: float) -> dict[str, dict[str, s
 
 def _run_process(names: list[str], seconds: float) -> tuple[list[dict[str, str]], str]:
     """Return the lines that a process of probes wrote, and how it ended."""
-    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     if seconds <= 0:
         return [], "not tried, as what came before took too long; try again"
+    # Let it find this codeact, however this process found it.
+    path = os.pathsep.join(filter(None, (str(_FOLDER.parent), os.environ.get("PYTHONPATH"))))
     try:
-        process = subprocess.Popen(
+        process = subprocess.run(
             [sys.executable, "-P", "-m", "codeact.doctor.probes", *names],  # -P: not what lies in the current folder
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **_where_codeact_is(), **quiet},
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
     except OSError as error:
         return [], f"cannot start Python: {error}"
-    late = False
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        late = True
-        process.kill()
-        out, err = process.communicate()
+    except subprocess.TimeoutExpired as error:
+        return _lines(error.stdout), f"no answer in {seconds:.0f} s; try again"
+    if process.returncode < 0:
+        return _lines(process.stdout), f"crashed with signal {-process.returncode}"
+    told = process.stderr.decode(errors="replace").strip().splitlines()
+    return _lines(process.stdout), (told or [f"ended Python with exit code {process.returncode}"])[-1][:200]
+
+
+def _lines(out: bytes | None) -> list[dict[str, str]]:
     lines = []
-    for line in out.splitlines():
+    for line in (out or b"").splitlines():
         with suppress(ValueError):
             lines.append(json.loads(line))
-    if late:
-        how = f"no answer in {seconds:.0f} s; try again"
-    elif process.returncode < 0:
-        how = f"crashed with signal {-process.returncode}"
-    else:
-        how = (err.strip().splitlines() or [f"ended Python with exit code {process.returncode}"])[-1][:200]
-    return lines, how
-
-
-def _where_codeact_is() -> dict[str, str]:
-    """Let the other process find this codeact, however this one found it."""
-    home = str(Path(__file__).resolve().parents[2])
-    others = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([home, others] if others else [home])}
-
-
-def _python() -> Finding:
-    good = sys.version_info >= _OLDEST_PYTHON
-    detail = f"{platform.python_version()}, {sys.executable}, {platform.system()} {platform.machine()}"
-    return Finding(
-        name="Python",
-        state="yes" if good else "broken",
-        purpose="all stages",
-        detail=detail,
-        command="" if good else "install Python 3.11 or newer",
-        vital=True,
-    )
-
-
-def _problems() -> Finding:
-    from codeact.evaluation.problems import DATASETS, find_in_folder
-
-    purpose, command = "generate, evaluate", f"{_extra('evalplus')} (downloads them), or set CODEACT_EVAL_DATA=FOLDER"
-    folder = os.environ.get("CODEACT_EVAL_DATA")
-    if folder:
-        found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}
-        here = [path.name for path in found.values() if path]
-        if not here:
-            detail = f"CODEACT_EVAL_DATA={folder} holds none"
-            return Finding(name="problems", state="broken", purpose=purpose, detail=detail, command=command)
-        missing = [f"no {dataset}" for dataset, path in found.items() if not path]
-        return Finding(name="problems", state="yes", purpose=purpose, detail=", ".join([*here, *missing]))
-    cache = Path.home() / (".cache/evalplus" if sys.platform == "linux" else "Library/Caches/evalplus")
-    here = sorted(path.name for path in cache.glob("*Plus*.jsonl")) if cache.is_dir() else []
-    if here:
-        return Finding(name="problems", state="yes", purpose=purpose, detail=f"of evalplus: {', '.join(here)}")
-    return Finding(name="problems", state="no", purpose=purpose, command=command)
-
-
-def _sandbox() -> Finding:
-    purpose = "evaluate"
-    command = "apt-get install bubblewrap" if shutil.which("apt-get") else "install bubblewrap"
-    code = "from codeact.evaluation.sandbox.sandbox import Limits, Sandbox\n"
-    code += "print(Sandbox(Limits(), unsafe=True).why_not or '')"
-    try:
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **_where_codeact_is()},
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding(name="sandbox", state="broken", purpose=purpose, detail=str(error)[:200], command=command)
-    reason = result.stdout.strip() if result.returncode == 0 else (result.stderr.strip().splitlines() or ["?"])[-1]
-    if not reason:
-        return Finding(name="sandbox", state="yes", purpose=purpose, detail="bubblewrap isolates here (tried)")
-    if shutil.which("bwrap") is None:
-        if sys.platform != "linux":
-            command = "none on this system: evaluate on Linux"
-        return Finding(name="sandbox", state="no", purpose=purpose, command=command)
-    command = "allow user namespaces, or evaluate on another machine (README, Evaluate)"
-    return Finding(name="sandbox", state="broken", purpose=purpose, detail=reason[:200], command=command)
-
-
-def _memory() -> Finding:
-    details = [f"{machine.free_memory() / 2**30:.1f} of {machine.total_memory() / 2**30:.1f} GiB free"]
-    if (limit := machine.memory_limit()) is not None:
-        details.append(f"a control group limits it to {limit / 2**30:.1f} GiB")
-    details.append(f"{machine.usable_cpus()} of {os.cpu_count()} cores may be used")
-    return Finding(name="memory", state="yes", purpose="and cores", detail="; ".join(details))
-
-
-def _disk() -> Finding:
-    details = []
-    for what, path in (("here", Path.cwd()), ("hub cache", _hub_cache()), ("temporary", Path(_temporary()))):
-        place = next((folder for folder in (path, *path.parents) if folder.exists()), Path("/"))
-        with suppress(OSError):
-            details.append(f"{shutil.disk_usage(place).free / 2**30:.0f} GiB {what}")
-    return Finding(name="disk", state="yes", purpose="free", detail=", ".join(details))
-
-
-def _temporary() -> str:
-    return os.environ.get("TMPDIR") or "/tmp"
-
-
-def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def _hub() -> Finding:
-    cache = _hub_cache()
-    count = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    mode = "HF_HUB_OFFLINE is set: only what is cached" if offline else "online (not tried)"
-    return Finding(name="model hub", state="yes", purpose="by name", detail=f"{mode}; {count} models in {cache}")
+    return lines
 
 
 def table(findings: list[Finding]) -> str:
     """The findings, a line each: state, name, purpose, and what was found or the command that mends it."""
-    names, purposes = (max(len(getattr(f, field)) for f in findings) for field in ("name", "purpose"))
-    lines = [f"codeact {__version__}, {Path(__file__).resolve().parents[1]}", ""]
-    for finding in findings:
-        told = finding.detail
-        if finding.command:
-            told = f"{told}: {finding.command}" if told else finding.command
-        lines.append(f"{finding.state:7}  {finding.name:{names}}  {finding.purpose:{purposes}}  {told}".rstrip())
-    lines += ["", conclusion(findings)]
-    return "\n".join(lines)
+    rows = [(f.state, f.name, f.purpose, ": ".join(filter(None, (f.detail, f.command)))) for f in findings]
+    return "\n".join([f"codeact {__version__}, {_FOLDER}", "", aligned(rows, 4), "", conclusion(findings)])
 
 
 def conclusion(findings: list[Finding]) -> str:
     """One sentence over all."""
-    if vital := [finding.name for finding in findings if finding.vital and finding.state == "broken"]:
-        return f"codeact cannot run: mend {', '.join(vital)}"
-    broken = [finding.name for finding in findings if finding.state == "broken"]
+    broken = [finding for finding in findings if finding.state == "broken"]
+    if any(finding.vital for finding in broken):
+        return f"codeact cannot run: mend {', '.join(finding.name for finding in broken if finding.vital)}"
     works = "codeact works here; yes: works, idle: installed, but of no use on this machine"
-    return f"{works}; broken: {', '.join(broken)}" if broken else works
+    return f"{works}; broken: {', '.join(finding.name for finding in broken)}" if broken else works
 
 
 def run(as_json: bool = False) -> int:
@@ -312,9 +135,8 @@ def run(as_json: bool = False) -> int:
     findings = examine()
     healthy = all(finding.state != "broken" for finding in findings if finding.vital)
     if as_json:
-        where = str(Path(__file__).resolve().parents[1])
-        report = {"codeact": __version__, "folder": where, "works": healthy, "findings": [*map(asdict, findings)]}
-        print(json.dumps(report, indent=1))
+        report = {"codeact": __version__, "folder": str(_FOLDER), "works": healthy}
+        print(json.dumps({**report, "findings": [*map(asdict, findings)]}, indent=1))
     else:
         print(table(findings))
     return 0 if healthy else 1

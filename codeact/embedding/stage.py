@@ -15,7 +15,7 @@ from codeact.data.settings import DataSettings
 if TYPE_CHECKING:
     from codeact.embedding.vectors import EmbeddingMetadata
 
-FILE = "embeddings.npy"
+EMBEDDINGS_FILE = "embeddings.npy"
 
 
 class EmbedSettings(Settings):
@@ -78,7 +78,7 @@ class Embed(Stage):
 
     name = section = "embed"
     settings, default = EmbedSettings, EmbedSettings()
-    outputs, products = (FILE, "embeddings.rows.parquet"), (FILE,)
+    outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet"), (EMBEDDINGS_FILE,)
     told = False
 
     def inputs(self, run: Run) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Embed(Stage):
 
     def work(self, run: Run) -> Lines:
         """Embed them all."""
-        metadata = embed_data(run.data, run.of(EmbedSettings), run.output / FILE)
+        metadata = embed_data(run.data, run.of(EmbedSettings), run.output / EMBEDDINGS_FILE)
         return [
             ("embedded", f"{metadata.rows:,} questions, {metadata.tokens:,} tokens"),
             ("cut", f"{metadata.truncated:,} to the embedder's length"),
@@ -96,11 +96,11 @@ class Embed(Stage):
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Records -> vectors."""
-        if not (output / FILE).exists():
+        if not (output / EMBEDDINGS_FILE).exists():
             return
         from codeact.embedding.vectors import read_embeddings
 
-        embeddings = read_embeddings(output / FILE)
+        embeddings = read_embeddings(output / EMBEDDINGS_FILE)
         yield Entry(
             stage="embed",
             what="questions",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_MODEL = "sentence-transformers/all-mpnet-base-v2"
-BLOCK_ROWS = 10_000  # rows of a data set that are in memory at a time
+_BLOCK_ROWS = 10_000  # rows of a data set that are in memory at a time
 FORMAT_VERSION = 1
 
 _TOKENIZE_TEXTS = 1_000  # texts whose token ids are in memory at a time, only to be counted
@@ -122,6 +122,7 @@ def load_embedder(
     from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import check_weights
 
     torch_device = resolve_device(device)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
@@ -136,6 +137,7 @@ def load_embedder(
             f"cannot load the embedding model {name!r}: {reason}; "
             "give a folder with safetensors weights or a hub name as the model"
         ) from None
+    check_weights(f"embedding model {name!r}", encoder)
     with suppress(OSError):  # the hub was reached a moment ago
         if not is_sentence_transformer_model(name):
             kind = (getattr(encoder[0].auto_model.config, "architectures", None) or ["a model"])[0]
@@ -219,7 +221,7 @@ def embed_records(
 ) -> EmbeddingMetadata:
     """Embed the questions of all readable records and write them to ``path`` as `write_embeddings` does.
 
-    Reads, embeds and writes `BLOCK_ROWS` rows at a time, so memory does not grow with the data.
+    Reads, embeds and writes `_BLOCK_ROWS` rows at a time, so memory does not grow with the data.
 
     Args:
         data: whatever `codeact.data.records.open_records` opens.
@@ -239,8 +241,8 @@ def embed_records(
         nonlocal rows_done, skipped, truncated, tokens
         with Progress(len(record_set), "rows", "embedding", show=progress) as bar:
             # the block of no rows gives the file its number of dimensions where no record is readable
-            for start in range(0, max(len(record_set), 1), BLOCK_ROWS):
-                block = record_set.rows(start, min(start + BLOCK_ROWS, len(record_set)))
+            for start in range(0, max(len(record_set), 1), _BLOCK_ROWS):
+                block = record_set.rows(start, min(start + _BLOCK_ROWS, len(record_set)))
                 records = [record for record in block if isinstance(record, Record)]
                 result = embed_texts(
                     [record.question for record in records],

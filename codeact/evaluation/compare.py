@@ -19,6 +19,7 @@ from codeact.evaluation.sandbox.runner import decode
 _RELATIVE = 1e-7
 _FLOAT_TOLERANCE = 1e-6
 _SPARE_BYTES = 1 << 16
+_SPARE_VALUES = 1 << 12
 _LONGEST_RATIO = 1000  # digits: reducing a fraction takes time that grows with their square
 
 _NUMBERS = {"int", "float", "complex", "ratio"}
@@ -64,8 +65,8 @@ class Judge:
         """
         if line == expected and b'"nan"' not in expected and not self._special:
             return True
-        if len(line) > _SPARE_BYTES + 8 * len(expected):
-            return False  # no right result is so much longer, and reading it would cost memory
+        if len(line) > _SPARE_BYTES + 8 * len(expected) or _values(line) > _SPARE_VALUES + 4 * _values(expected):
+            return False  # no right result holds so much more, and reading it would cost memory
         try:
             wire, wanted = json.loads(line)["value"], decode(json.loads(expected)["value"])
             return self._passes(arguments, wire, wanted, self._problem.tolerance or (_FLOAT_TOLERANCE * after_floats))
@@ -93,6 +94,11 @@ class Judge:
         if exact or tolerance == 0:
             return exact
         return _same_type(wire, expected) and _close(wire, expected, tolerance)
+
+
+def _values(line: bytes) -> int:
+    """About how many objects a line of JSON becomes."""
+    return line.count(b",") + line.count(b"[") + line.count(b"{")
 
 
 def equal(wire: Any, expected: Any) -> bool:  # noqa: PLR0911 - a line for every type

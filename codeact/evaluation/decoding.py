@@ -83,7 +83,7 @@ class Manner:
 
 
 @torch.inference_mode()
-def decode(
+def decode_batches(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     ends: Callable[[int, list[int]], bool],
@@ -209,10 +209,11 @@ def next_logits(
     """Logits (B, V) of what follows ``ids`` (B, S), after what the cache holds; None: after nothing."""
     known = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+    recurrent = "cache_params" in known  # Mamba: a state instead of keys; its mask is of these ids alone
     if len(ids) > 1 or cache is not None:
-        inputs |= {"attention_mask": mask, "position_ids": positions}
-    if cache is not None:  # Mamba has another name for it
-        inputs["cache_params" if "cache_params" in known else "past_key_values"] = cache
+        inputs |= {"attention_mask": mask[:, -ids.shape[1] :] if recurrent else mask, "position_ids": positions}
+    if cache is not None:
+        inputs["cache_params" if recurrent else "past_key_values"] = cache
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = 1
     return model(**inputs).logits[:, -1]  # type: ignore[no-any-return]

@@ -18,14 +18,14 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.machine import free_memory
 from codeact.evaluation.problems import ProblemSet
-from codeact.evaluation.programs import SampleLog
+from codeact.evaluation.programs import SampleLog, discard_samples
 from codeact.evaluation.prompts import Prompt, PromptWriter
 from codeact.evaluation.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from codeact.evaluation.decoding import Manner
 
-BACKENDS = ("hf", "vllm")
+GENERATORS = ("hf", "vllm")
 _MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
@@ -97,21 +97,23 @@ class HuggingFaceGenerator:
     def batch_size(self, longest: int) -> int:
         """By the memory that is free now."""
         config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        a_token = 2 * config.num_hidden_layers * heads * dim * self._model.dtype.itemsize
+        width = config.hidden_size
+        if heads := getattr(config, "num_attention_heads", None):  # else a state, which is smaller than keys would be
+            dim = getattr(config, "head_dim", None) or width // heads
+            width = (getattr(config, "num_key_value_heads", None) or heads) * dim
         device = self._model.device
-        return largest_batch(a_token * longest, free_memory(device), device.type)
+        row_bytes = 2 * config.num_hidden_layers * width * self._model.dtype.itemsize * longest
+        return largest_batch(row_bytes, free_memory(device), device.type)
 
     def complete(
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings
     ) -> Iterator[tuple[Request, Completion]]:
         """See ``Generator``."""
-        from codeact.evaluation.decoding import Sampling, decode, exact_manner
+        from codeact.evaluation.decoding import Sampling, decode_batches, exact_manner
 
         self._manner = self._manner or exact_manner(self._model)
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
-        finished = decode(
+        finished = decode_batches(
             self._model,
             [request.prompt.ids for request in requests],
             lambda row, ids: watches[row].ends(ids),
@@ -275,7 +277,7 @@ def _claim(
             )
         return int(known["batch_size"])
     size = wanted or by_memory()
-    output.unlink(missing_ok=True)
+    discard_samples(output)
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from codeact.base.errors import InputError, MissingExtraError, one_of
 from codeact.evaluation.generate import (
-    BACKENDS,
+    GENERATORS,
     Completion,
     Generator,
     HuggingFaceGenerator,
@@ -27,7 +26,7 @@ def load_generator(
         InputError: model or adapter cannot be loaded.
         MissingExtraError: the backend, or peft for an adapter, is absent.
     """
-    one_of("backend", backend, BACKENDS)
+    one_of("backend", backend, GENERATORS)
     folder = None if adapter is None else _adapter_folder(adapter)
     if backend == "vllm":
         return VllmGenerator(model, folder, dtype)
@@ -39,6 +38,8 @@ def load_generator(
     loaded, tokenizer = load_causal_lm(model, where, precision)
     identity = _identity(model, folder, str(precision).removeprefix("torch."), model_fingerprint(model, loaded))
     if folder is not None:
+        from codeact.models.adapters import apply_adapter
+
         loaded = apply_adapter(loaded, folder)
     return HuggingFaceGenerator(loaded, tokenizer, {**identity, "backend": "hf", "device": where.type})
 
@@ -70,24 +71,6 @@ def _adapter_folder(adapter: str) -> Path:
         if not (folder / name).is_file():
             raise InputError(f"adapter {adapter} has no {name}; save it with peft, as safetensors")
     return folder
-
-
-def apply_adapter(model: Any, folder: Path) -> Any:
-    """Load a LoRA adapter and add it to the weights, so that it costs nothing while decoding.
-
-    Raises:
-        InputError: it does not fit the model.
-        MissingExtraError: peft is absent.
-    """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtraError("peft", "train", "an adapter") from None
-    try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"adapter {folder} does not fit the model: {reason}") from None
 
 
 class VllmGenerator:

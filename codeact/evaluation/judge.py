@@ -5,15 +5,15 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codeact.base.console import visible
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path
+from codeact.base.files import atomic_path, cache_path
 from codeact.evaluation.compare import Judge, is_floats, result_form
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.sandbox.runner import decode, encode
@@ -22,7 +22,7 @@ from codeact.evaluation.sandbox.sandbox import Sandbox
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-FORMAT = 1
+VERDICT_FORMAT = 2
 """Of the cached truth and of verdicts: both are made anew where it differs."""
 
 _REFERENCE_SECONDS = 60.0
@@ -31,7 +31,15 @@ _REFERENCE_BYTES = 1 << 30
 _SPARE_BYTES = 1 << 20
 _DONE = b'{"done":true}'
 _DIGEST = b'{"value":{"digest":'
-_SIGNALS = {128 + 9: "memory", 128 + 24: "time"}  # SIGKILL: the kernel was out of memory; SIGXCPU: of CPU time
+_LONGEST_MESSAGE = 10_000
+_KILLED, _CPU_TIME = 128 + 9, 128 + 24  # SIGKILL, SIGXCPU
+_UNTOLD = {
+    "time": ("time", "no result in time"),
+    "flood": ("crash", "it wrote more results than any right ones need"),
+    "files": ("memory", "it made more files than any right program needs"),
+    "lingering": ("crash", "it closed its results before its tests were done"),
+}
+"""What became of a program that does not say so itself, by how its run ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +55,14 @@ class Verdict:
     message: str = ""
 
     @property
-    def timed_out(self) -> bool:
+    def late(self) -> bool:
         """Whether it failed by a time-out."""
         return "time" in (self.base, self.plus)
+
+    @property
+    def starved(self) -> bool:
+        """Whether it failed for want of memory, or was killed: a machine that is short of it can be the reason."""
+        return "memory" in (self.base, self.plus) or self.message.endswith(f"exit code {_KILLED}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +87,8 @@ class GroundTruth:
     """What the canonical solutions return. Computed once a data set and kept as JSON, a file a problem."""
 
     def __init__(self, problems: ProblemSet, sandbox: Sandbox) -> None:
-        cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
-        self._folder = cache / "ground-truth" / f"{problems.dataset}-{problems.fingerprint[:32]}-{FORMAT}"
+        name = f"{problems.dataset}-{problems.fingerprint[:32]}-{VERDICT_FORMAT}"
+        self._folder = cache_path(f"ground-truth/{name}", grows=True)
         self._sandbox = sandbox
 
     def _compute(self, problem: Problem) -> None:
@@ -131,7 +144,8 @@ def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list
     request = {"program": problem.reference, "entry_point": problem.entry_point}
     header: dict[str, Any] = {}
     if problem.base_input is None:
-        sandbox.run({**request, "check": problem.test}, _REFERENCE_SECONDS, _REFERENCE_TOTAL, keep, _REFERENCE_BYTES)
+        check = {**request, "check": problem.test, "seconds": [_REFERENCE_TOTAL]}
+        sandbox.run(check, keep, total=_REFERENCE_TOTAL, most_bytes=_REFERENCE_BYTES)
         if lines[-1:] != [_DONE]:
             raise InputError(f"{problem.task_id}: its test program fails on the canonical solution: {lines[-1:]}")
         header["inputs"] = inputs = [json.loads(line)["arguments"] for line in lines[:-1]]
@@ -149,10 +163,9 @@ def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list
             "form": "reference not none" if form == "not none" else form,
             "timed": True,
         },
-        _REFERENCE_SECONDS,
-        _REFERENCE_TOTAL,
         keep,
-        _REFERENCE_BYTES,
+        total=_REFERENCE_TOTAL,
+        most_bytes=_REFERENCE_BYTES,
     )
     if len(lines) != 2 * len(inputs) + 1 or lines[-1] != _DONE:
         last = lines[-1][:200] if lines else b"nothing"
@@ -194,28 +207,28 @@ def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: b
             "form": result_form(problem),
             "timed": False,
         },
-        max(allowed, default=limits.min_seconds),
-        min(sum(allowed), max(limits.total_seconds, limits.factor * sum(tests.seconds[:count]))),
         consume,
-        _SPARE_BYTES + 4 * sum(map(len, tests.expected[:count])),
+        total=min(sum(allowed), max(limits.total_seconds, limits.factor * sum(tests.seconds[:count]))),
+        most_bytes=_SPARE_BYTES + 4 * sum(map(len, tests.expected[:count])),
     )
     if failure is None and passed < count:
-        if ended.how == "time":
-            failure = ("time", "no result in time")
-        elif ended.how == "flood":
-            failure = ("crash", "it wrote more results than any right ones need")
-        else:
-            failure = (_SIGNALS.get(ended.status, "crash"), f"its process ended with exit code {ended.status}")
+        failure = _UNTOLD.get(ended.how) or (
+            ("memory", "it was killed when memory ran out")
+            if ended.status == _KILLED and ended.starved
+            else ("time", "it used up its CPU time")
+            if ended.status == _CPU_TIME
+            else ("crash", f"its process ended with exit code {ended.status}")
+        )
     return _verdict(passed, failure, tests.base, plus)
 
 
 def _told_failure(line: bytes) -> tuple[str, str]:
     """What the program's own process says about its failure."""
     try:
-        row = json.loads(line)
+        row = json.loads(line[:_LONGEST_MESSAGE])
         kind = row.get("load", row.get("error"))
         if kind in KINDS[1:]:
-            return kind, str(row.get("message"))[:300]
+            return kind, visible(str(row.get("message"))[:300])
     except (ValueError, AttributeError, RecursionError):
         pass
     return "crash", "its results cannot be read"

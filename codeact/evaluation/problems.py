@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
+import http.client
 import json
 import os
-import subprocess
-import sys
+import time
+import urllib.parse
+import urllib.request
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeact.base.errors import InputError, MissingExtraError, one_of
+from codeact.base.console import say
+from codeact.base.errors import InputError, one_of
+from codeact.base.files import atomic_path, cache_path
 
 DATASETS = ("humaneval", "mbpp")
 _FILES = {"humaneval": ("HumanEvalPlus", "HumanEval"), "mbpp": ("MbppPlus",)}
-_DOWNLOAD_SECONDS = 180
-_FETCH = (
-    "import sys; from evalplus.data import {module} as m; sys.stdout = sys.stderr; "
-    "print(m.{path}(), file=sys.__stdout__)"
-)
-_EVALPLUS = {
-    "humaneval": ("humaneval", "_ready_human_eval_plus_path"),
-    "mbpp": ("mbpp", "_ready_mbpp_plus_path"),
+_RELEASES = {
+    "humaneval": (
+        "https://github.com/evalplus/humanevalplus_release/releases/download/v0.1.10/HumanEvalPlus.jsonl.gz",
+        "42526ec0e7d5f3ee0b06d6ced98f8c8bae3d76519151bfb3d36f79010645bd7f",
+    ),
+    "mbpp": (
+        "https://github.com/evalplus/mbppplus_release/releases/download/v0.2.0/MbppPlus.jsonl.gz",
+        "b54e762755248ca411b523c917fa9f93c07b5ff2966bf60b3917b853926a3dad",
+    ),
 }
+"""Where evalplus 0.3.1 takes a data set from, and the sha256 of its text."""
+_DOWNLOAD_SECONDS = 180.0
+_MOST_BYTES = 1 << 26
 _TOLERANCES = {"HumanEval/2": 1e-6, "HumanEval/4": 1e-6, "HumanEval/32": 1e-4}
 
 
@@ -82,28 +90,27 @@ def load_problems(
     Args:
         dataset: "humaneval" or "mbpp".
         data: HumanEvalPlus.jsonl or MbppPlus.jsonl of evalplus, or HumanEval.jsonl of OpenAI, plain or gz. By default
-            it is looked for in the folder that CODEACT_EVAL_DATA names, else evalplus gives it (cache or download).
+            it is looked for in the folder that CODEACT_EVAL_DATA names, else in the cache, else it is downloaded.
         limit: only so many, from the first.
         tasks: only these task ids.
 
     Raises:
         InputError: the file cannot be had or read; says what to put where.
-        MissingExtraError: there is no file, and evalplus is absent.
     """
     one_of("dataset", dataset, DATASETS)
     path = Path(data).expanduser() if data is not None else _find(dataset)
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; {_remedy(dataset)}") from None
     problems = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             problems.append(_problem(dataset, json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {_remedy(dataset)}"
             ) from None
@@ -143,25 +150,38 @@ def _find(dataset: str) -> Path:
         if path is not None:
             return path
         raise InputError(f"CODEACT_EVAL_DATA={folder} holds no {_FILES[dataset][0]}.jsonl.gz; put it there")
-    if importlib.util.find_spec("evalplus") is None:
-        raise MissingExtraError("evalplus", "evalplus", f"{_remedy(dataset)}; its download")
-    return _download(dataset)
+    path = downloaded_file(dataset)
+    if not path.is_file():
+        content = _download(dataset)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return path
 
 
-def _download(dataset: str) -> Path:
-    """Let evalplus find or download its file, in a process of its own: its download knows no time-out."""
-    module, path = _EVALPLUS[dataset]
-    command = [sys.executable, "-c", _FETCH.format(module=module, path=path)]
+def downloaded_file(dataset: str) -> Path:
+    """Where the file of a data set is kept once it was downloaded; its name holds the release."""
+    version, name = _RELEASES[dataset][0].rsplit("/", 2)[1:]
+    return cache_path(f"problems/{version}-{name}")
+
+
+def _download(dataset: str) -> bytes:
+    """Take the file from where evalplus publishes it, and refuse any other text than the one known."""
+    url, expected = _RELEASES[dataset]
+    host = urllib.parse.urlsplit(url).hostname
+    say(f"downloading the problems of {dataset} from {host} ...")
+    content, until = b"", time.monotonic() + _DOWNLOAD_SECONDS
     try:
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(f"evalplus' download of {dataset} hangs; {_remedy(dataset)}") from None
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"evalplus cannot download {dataset} ({reason}); {_remedy(dataset)}")
-    return Path(result.stdout.strip())
+        with urllib.request.urlopen(url, timeout=min(20.0, _DOWNLOAD_SECONDS)) as answer:
+            while part := answer.read1(1 << 16):
+                content += part
+                if time.monotonic() > until or len(content) > _MOST_BYTES:
+                    raise TimeoutError(f"{len(content):,} bytes in {_DOWNLOAD_SECONDS:.0f} s, and no end")
+        digest = hashlib.sha256(gzip.decompress(content)).hexdigest()
+    except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+        raise InputError(f"cannot download the problems of {dataset} ({error}); {_remedy(dataset)}") from None
+    if digest != expected:
+        raise InputError(f"{url} has sha256 {digest}, expected {expected}: refused; {_remedy(dataset)}")
+    return content
 
 
 def _problem(dataset: str, row: dict[str, Any]) -> Problem:

@@ -1,4 +1,4 @@
-"""Samples -> verdicts -> pass@k: what is done already is kept, time-outs are tried again alone, nothing is left out."""
+"""Samples -> verdicts -> pass@k: what is done already is kept, time-outs are tried again, nothing is left out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from codeact.base.console import visible
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
-from codeact.evaluation.judge import FORMAT, GroundTruth, Verdict, judge_program
+from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
-from codeact.evaluation.programs import Program, SampleLog
+from codeact.evaluation.programs import Program, SampleLog, as_code, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
 
 _KS = (1, 10, 100)
@@ -38,13 +39,17 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """``samples``: by task id, in the order of the problems; a task without samples is there with none."""
+    """``samples``: by task id, in the order of the problems; a task without samples is there with none.
+
+    ``left_out``: how many samples there were of each task that the problems lack.
+    """
 
     problems: ProblemSet
     plus: bool
     isolated: bool
     samples: Mapping[str, Sequence[Judged]]
     reused: int
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def missing(self) -> list[str]:
@@ -80,6 +85,7 @@ class Results:
             "tasks": len(self.samples),
             "pass_at": {kind: {f"pass@{k}": value for k, value in self.pass_at(kind).items()} for kind in kinds},
             "missing": self.missing,
+            "left_out": dict(self.left_out),
             "outcomes": dict(self.failures()),
             "samples": {
                 task_id: [{**asdict(item.verdict), "solution": item.sample.solution} for item in judged]
@@ -101,9 +107,11 @@ class Results:
         lines += [f"| {kind} | {count} |" for kind, count in self.failures().most_common()]
         if self.missing:
             lines += ["", f"{len(self.missing)} tasks without a sample count as failed: {', '.join(self.missing)}"]
+        if self.left_out:
+            lines += ["", left_out_note(self.left_out)]
         if not self.isolated:
             lines += ["", "The programs were run WITHOUT isolation."]
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
     def table(self) -> str:
         """A Markdown table of every task."""
@@ -114,14 +122,13 @@ class Results:
             plus = str(self._passed(judged, "plus")) if self.plus else ""
             cells = (task_id, len(judged), self._passed(judged, "base"), plus, why if judged else "missing")
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
 
 
 def _why(verdict: Verdict) -> str:
     kind = verdict.plus or verdict.base
     at = "" if verdict.test is None else f", test {verdict.test}"
-    message = f": {' '.join(verdict.message.split())[:80]}" if verdict.message else ""
-    return f"{kind}{at}{message}".replace("|", "\\|")
+    return f"{kind}{at}" + (f": {as_code(verdict.message[:80])}" if verdict.message else "")
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -168,10 +175,10 @@ def evaluate(
         groups[sample.task_id].append(sample)
     with SampleLog(results) as log:
         run = _Run(problems, sandbox, base_only, log, progress or (lambda count: None))
-        with ThreadPoolExecutor(parallel) as pool:
-            # What a task expects can be 100 MB: its samples are judged by one thread, one after the other.
-            list(pool.map(run.judge, problems.problems, groups.values()))
-        run.retry()
+        # What a task expects can be 100 MB: its samples are judged by one thread, one after the other.
+        run.in_parallel(parallel, run.judge, list(zip(problems.problems, groups.values(), strict=True)))
+        run.in_parallel(min(parallel, default_parallel()), run.retry, run.late)
+        run.in_parallel(1, run.retry, run.starved)
     return Results(
         problems=problems,
         plus=not base_only,
@@ -201,9 +208,12 @@ class _Run:
         self._log = log
         self._progress = progress
         self._lock = threading.Lock()
-        self._late: list[tuple[Problem, Program]] = []
-        self._settings = json.dumps([FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only])
-        self.verdicts = {row["key"]: Verdict(**row["verdict"]) for row in log.rows if "key" in row}
+        self.late: list[tuple[Problem, Program]] = []
+        self.starved: list[tuple[Problem, Program]] = []
+        self._settings = json.dumps(
+            [VERDICT_FORMAT, problems.fingerprint, asdict(sandbox.limits), sandbox.isolated, base_only]
+        )
+        self.verdicts = {row["key"]: Verdict(**row["verdict"]) for row in log.rows if row.keys() >= {"key", "verdict"}}
         self.reused = 0
 
     def key(self, sample: Program) -> str:
@@ -221,20 +231,33 @@ class _Run:
         tests = self._truth.tests(problem)
         for sample in new.values():
             verdict = judge_program(sample.solution, tests, self._sandbox, self._base_only)
-            if verdict.timed_out:
-                self._late.append((problem, sample))
+            if verdict.late:
+                self.late.append((problem, sample))
+            elif verdict.starved:
+                self.starved.append((problem, sample))
             else:
                 self._note(sample, verdict)
-            self._progress(1)
 
-    def retry(self) -> None:
-        """Run what timed out once more, alone: a busy machine is no fault of the program."""
-        for problem, sample in self._late:
-            tests = self._truth.tests(problem)
-            self._note(sample, judge_program(sample.solution, tests, self._sandbox, self._base_only))
+    def retry(self, problem: Problem, sample: Program) -> None:
+        """Run a program again: that the machine was busy, or short of memory, is no fault of it."""
+        self._note(sample, judge_program(sample.solution, self._truth.tests(problem), self._sandbox, self._base_only))
+
+    def in_parallel(self, workers: int, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call a function with each of ``arguments``; the first error, and ^C, end all that runs at once."""
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for future in wait([pool.submit(function, *each) for each in arguments], return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            self._sandbox.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._sandbox.resume()
 
     def _note(self, sample: Program, verdict: Verdict) -> None:
         with self._lock:
+            self._progress(1)
             key = self.key(sample)
             self.verdicts[key] = verdict
             self._log.append({"key": key, "task_id": sample.task_id, "verdict": asdict(verdict)})

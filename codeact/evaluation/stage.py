@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,31 +87,32 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
 
     The entry points are those in the rows (`codeact generate` writes them), or of the data sets that the task ids name.
     """
+    from codeact.base.console import say
     from codeact.evaluation.problems import DATASETS, load_problems
-    from codeact.evaluation.programs import read_rows, write_samples
+    from codeact.evaluation.programs import left_out_note, read_rows, write_samples
     from codeact.evaluation.sanitize import sanitize
 
     problems: dict[str, Problem] = {}
     rows = read_rows(samples)
-    needed = {
-        dataset
-        for row in rows
-        if "entry_point" not in row or "solution" not in row
-        for prefix, dataset in _PREFIXES.items()
-        if str(row.get("task_id")).startswith(prefix)
-    }
-    for dataset in sorted(needed):
-        problems |= load_problems(dataset, data).by_id()
+    incomplete = [row["task_id"] for row in rows if "entry_point" not in row or "solution" not in row]
+    for prefix, dataset in _PREFIXES.items():
+        if any(task.startswith(prefix) for task in incomplete):
+            problems |= load_problems(dataset, data).by_id()
+    unknown = Counter(task for task in incomplete if task not in problems and task.startswith(tuple(_PREFIXES)))
+    if unknown:
+        say(f"{samples}: {left_out_note(unknown)}")
     cleaned, changed = [], 0
     for number, row in enumerate(rows, 1):
-        problem = problems.get(str(row.get("task_id")))
+        problem = problems.get(row["task_id"])
         entry_point = row.get("entry_point") or (problem and problem.entry_point)
         text = row.get("solution")
+        if row["task_id"] in unknown and not (entry_point and text):
+            continue
         if text is None and problem is not None and isinstance(row.get("completion"), str):
             text = problem.prompt + row["completion"]
-        if not isinstance(text, str) or not entry_point:
+        if not isinstance(text, str) or not isinstance(entry_point, str):
             raise InputError(
-                f"{samples}, line {number}: no sample of {' or '.join(DATASETS)}: it needs task_id and solution"
+                f"{samples}, sample {number}: no sample of {' or '.join(DATASETS)}: it needs task_id and solution"
             )
         solution = sanitize(text, entry_point)
         changed += solution.strip() != text.strip()
@@ -135,7 +137,7 @@ def evaluate_file(
     """Judge a file of samples; returns the results and the files they were written to."""
     from codeact.base.console import Progress, say
     from codeact.evaluation.problems import load_problems
-    from codeact.evaluation.programs import read_samples
+    from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
     from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
@@ -146,9 +148,11 @@ def evaluate_file(
             "codeact: WARNING: generated programs run without isolation: they can read, change and send away whatever "
             "you can"
         )
-    programs = read_samples(samples, problems.by_id())
+    programs, left_out = read_samples(samples, problems.by_id())
     if not programs:
         raise InputError(f"{samples} holds no sample of a task in {problems.source}; is it of another data set?")
+    if left_out:
+        say(f"{samples}: {left_out_note(left_out)}")
     with Progress(len(programs), "samples", "judging") as step:
         results = evaluate(
             problems,
@@ -159,6 +163,7 @@ def evaluate_file(
             base_only=settings.base_only,
             progress=step,
         )
+    results = replace(results, left_out=left_out)
     return results, list(write_results(results, samples))
 
 
@@ -173,21 +178,28 @@ def problems_of(settings: GenerationSettings) -> ProblemSet:
     return load_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
 
-class Generate(Stage):
+class _Part(Stage):
+    """``part``: of ``PARTS``."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.name = part, f"{self.section}.{part}"
+
+    def configured(self, run: Run) -> bool:
+        """Before training only where that is asked for."""
+        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
+
+
+class Generate(_Part):
     """Programs of the model before training, or after it."""
 
     section = "generate"
     settings = GenerationSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"generate.{part}"
+        super().__init__(part)
         self.needs = ("train",) if part == "after" else ()
         self.outputs = (f"programs/{part}",)
         self.products = (f"programs/{part}/*.jsonl",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """The problems are there."""
@@ -217,29 +229,27 @@ class Generate(Stage):
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Tasks -> programs."""
+        from codeact.evaluation.programs import read_rows
+
         for samples in sorted((output / "programs" / self.part).glob("*.jsonl")):
             settings = json.loads(samples.with_name(f"{samples.name}.settings.json").read_text(encoding="utf-8"))
-            rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+            rows = read_rows(samples)
             tasks = len({row["task_id"] for row in rows})
             rows_in = tasks * settings["samples"]
             yield Entry(stage=self.name, what="programs", after=None, rows_in=rows_in, rows_out=len(rows))
 
 
-class Evaluate(Stage):
+class Evaluate(_Part):
     """Verdicts on these programs."""
 
     section = "evaluate"
     settings = EvaluateSettings
 
     def __init__(self, part: str) -> None:
-        self.part, self.name = part, f"evaluate.{part}"
+        super().__init__(part)
         self.needs = (f"generate.{part}",)
         self.outputs = (f"evaluation/{part}",)
         self.products = (f"evaluation/{part}/*_eval.json",)
-
-    def configured(self, run: Run) -> bool:
-        """Before training only where that is asked for."""
-        return super().configured(run) and (self.part == "after" or run.of(GenerationSettings).before)
 
     def check(self, run: Run) -> None:
         """Programs can be isolated here."""

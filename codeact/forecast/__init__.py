@@ -7,27 +7,29 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from codeact.base.console import aligned, duration, short, size
+from codeact.base.console import aligned, duration, if_known, short, size
 from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.machine import GIB
 from codeact.base.stage import Stage
-from codeact.forecast.cost import GIB
 from codeact.forecast.models import hub_if_reached, weight_bytes
-from codeact.forecast.steps import TO_DO, Plan, StepForecast
+from codeact.forecast.steps import TO_DO, RunPlan, StepForecast
+from codeact.models.loading import quiet_transformers
 from codeact.run.flow import Flow
+from codeact.training.flags import check_flags
 from codeact.training.stage import TAKEN_FLAGS
 
 HASHED_BYTES = 2 * GIB
 """Weights above this are not hashed for a plan."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Forecast:
     """The plan: steps in order, where the figures come from, what is assumed, and what will not work."""
 
     output: str
     steps: list[StepForecast]
-    sources: list[str]
-    assumptions: list[str]
+    sources: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -40,7 +42,7 @@ class Forecast:
         head = ("step", "state", "rows", "tokens", "time", "peak memory", "disk")
         disk = sum(step.disk or 0.0 for step in self.steps)
         total = ("in all", "", "", "", duration(self.seconds), "", size(disk))
-        table = aligned([head, *(_cells(step) for step in self.steps), total])
+        table = aligned([head, *map(_cells, self.steps), total])
         lines = [f"plan of a run into {self.output}; nothing is done or written", "", table]
         for title, texts in (("from", self.sources), ("assumed", self.assumptions), ("beware", self.warnings)):
             lines += ["", *(f"  {title if n == 0 else '':<8} {text}" for n, text in enumerate(texts))] if texts else []
@@ -49,6 +51,15 @@ class Forecast:
     def json(self) -> str:
         """Return all figures, with every part of the memory, as JSON."""
         return json.dumps({**dataclasses.asdict(self), "seconds": self.seconds}, indent=1)
+
+
+def _cells(step: StepForecast) -> list[str | None]:
+    tokens = if_known(short, step.tokens)
+    if step.error:
+        tokens = f"{tokens} ± {short(step.error)}"
+    rows, seconds = if_known("{:,}".format, step.rows), if_known(duration, step.seconds)
+    memory, disk = if_known(size, step.memory and step.memory.total), if_known(size, step.disk)
+    return [step.name, step.state, rows, tokens, seconds, memory, disk]
 
 
 def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> Forecast:
@@ -62,54 +73,46 @@ def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> F
         InputError: settings that would stop the run at once; or data or model cannot be reached and the section
             ``forecast`` does not say what to assume.
     """
-    from codeact.models.loading import quiet_transformers
-    from codeact.training.flags import check_flags
-
     quiet_transformers()
     settings = flow.settings
     here = settings.forecast.device is None
-    flags = None if settings.train is None else check_flags(settings.train, "train", TAKEN_FLAGS, here=here)
+    with flow.naming_the_line("train"):
+        flags = None if settings.train is None else check_flags(settings.train, "train", TAKEN_FLAGS, here=here)
     planned = flow.between(first, last)
     with hub_if_reached():
         states, warnings = _states(flow, planned)
-        warnings += _obstacles(flow, [stage for stage, _ in planned if states[stage.name] in TO_DO])
-        to_do = {stage.section for stage, _ in planned if states[stage.name] in TO_DO}
-        if not to_do:  # so nothing has to be known of data and machine
-            steps = [StepForecast(name=stage.name, state=states[stage.name]) for stage, _ in planned]
-            return Forecast(output=str(flow.output), steps=steps, sources=[], assumptions=[], warnings=warnings)
-        plan = Plan(settings, flags, states, to_do)
-        steps = plan.steps([(stage, states[stage.name]) for stage, _ in planned])
-    return Forecast(
-        output=str(flow.output),
-        steps=steps,
-        sources=plan.sources,
-        assumptions=plan.assumptions(to_do),
-        warnings=[*warnings, *plan.warnings(steps)],
-    )
+        steps = [StepForecast(name=stage.name, state=states[stage.name]) for stage, _ in planned]
+        to_do = [stage for stage, _ in planned if states[stage.name] in TO_DO]
+        result = Forecast(output=str(flow.output), steps=steps, warnings=[*warnings, *_obstacles(flow, to_do)])
+        if to_do:  # else nothing has to be known of data and machine
+            sections = {stage.section for stage in to_do}
+            plan = RunPlan(settings, flags, states, sections)
+            plan.fill_in(steps)
+            result.sources, result.assumptions = plan.sources, plan.assumptions(sections)
+            result.warnings += plan.warnings(steps)
+    return result
 
 
 def _states(flow: Flow, planned: list[tuple[Stage, bool]]) -> tuple[dict[str, str], list[str]]:
     """What would become of every stage, by its name, and what would stop the run."""
     states: dict[str, str] = {}
     warnings: list[str] = []
-    started = flow.folder.started()
-    weights = weight_bytes(flow.model)
+    started, weights = flow.folder.started(), weight_bytes(flow.model)
     for stage, to_do in planned:
         try:
             if to_do:
                 states[stage.name] = _state(flow, stage, started, states, weights > HASHED_BYTES)
-                continue
-            there = flow.folder.finished(stage)
-            states[stage.name] = "left as it is" if there else "not done"
-            if not there:
+            elif flow.folder.finished(stage):
+                states[stage.name] = "left as it is"
+            else:
+                states[stage.name] = "not done"
                 warnings.append(f"will stop: step {stage.name} is not done in {flow.output}; leave out --from")
         except InputError as error:
             states[stage.name] = "to do"
             warnings.append(f"will stop: {error}")
     if weights > HASHED_BYTES and started:
-        warnings.append(
-            f"{weights / GIB:,.0f} GiB of weights are not hashed for a plan: what is done follows from settings alone"
-        )
+        unhashed = f"{weights / GIB:,.0f} GiB of weights are not hashed for a plan"
+        warnings.append(f"{unhashed}: what is done follows from settings alone")
     return states, warnings
 
 
@@ -144,18 +147,3 @@ def _obstacles(flow: Flow, stages: list[Stage]) -> Iterator[str]:
             stage.check(flow)
         except (InputError, MissingExtraError) as error:
             yield f"will stop: {error}"
-
-
-def _cells(step: StepForecast) -> tuple[str, ...]:
-    tokens = "" if step.tokens is None else short(step.tokens)
-    if step.error:
-        tokens += f" ± {short(step.error)}"
-    return (
-        step.name,
-        step.state,
-        "" if step.rows is None else f"{step.rows:,}",
-        tokens,
-        "" if step.seconds is None else duration(step.seconds),
-        "" if step.memory is None else size(step.memory.total),
-        "" if step.disk is None else size(step.disk),
-    )

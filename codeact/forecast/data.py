@@ -13,23 +13,24 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, RecordSet
+from codeact.models.loading import load_tokenizer
+from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
-from codeact.text.conversations import IGNORE, Sample, encode_conversations
+from codeact.scoring.tokens import tokenize
+from codeact.text.conversations import IGNORE, Sample, encode_conversations, open_conversations
+from codeact.text.templates import PromptBuilder
 
 SAMPLE_ROWS = 400
 TEMPLATE_TOKENS = 20  # of a row, where no template is rendered
 LENGTH_SPREAD = 0.6  # standard deviation of the logarithm of a length, where lengths are assumed
 
-Integers = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
     """Token counts of some rows, (n,), that stand for ``rows`` rows; ``counted``: on data, so with an error."""
 
-    values: Integers
-    rows: float
-    counted: bool = True
+    def __init__(self, values: npt.ArrayLike, rows: float, counted: bool = True) -> None:
+        self.values: Integers = np.asarray(values, dtype=np.int64)
+        self.rows, self.counted = rows, counted
 
     @property
     def total(self) -> float:
@@ -55,14 +56,9 @@ class Sampled:
 class DataFacts:
     """Rows, and the tokens that every stage makes of them.
 
-    Attributes:
-        rows: of the data.
-        conditional, unconditional, scored: tokens of the two passes of scoring, and what of both is scored.
-        questions: tokens for the embedder.
-        conversations, supervised: tokens of a training sample, and how many of them have a label.
-        row_bytes: of a row as UTF-8 text, on average.
-        records: the rows that were looked at; none where lengths are assumed.
-        source: where all this is known from.
+    ``conditional``, ``unconditional`` and ``scored`` are the two passes of scoring and what of both is scored;
+    ``questions`` go to the embedder; ``conversations`` are training samples, ``supervised`` those tokens of them that
+    have a label. ``row_bytes``: of a row as text, on average. ``records``: the rows that were looked at, if any.
     """
 
     rows: int
@@ -73,7 +69,7 @@ class DataFacts:
     conversations: Sampled
     supervised: Sampled
     row_bytes: float
-    records: tuple[Record | BadRow, ...]
+    records: Sequence[Record | BadRow]
     source: str
 
 
@@ -92,37 +88,29 @@ def data_facts(
     Raises:
         InputError: neither data nor section tells.
     """
-    wanted = settings.forecast
-    tokenizer, no_tokenizer = _tried(lambda: _tokenizer(settings.score.model))
+    assumed = settings.forecast
+    tokenizer, no_tokenizer = _tried(load_tokenizer, settings.score.model)
     records, no_data = _tried(settings.data.open)
-    rows = len(records) if records is not None else wanted.rows
+    rows, why = assumed.rows if records is None else len(records), no_data or no_tokenizer
     if rows is None:
-        raise InputError(f"{no_data}; or say what it holds, in the settings: {_section(wanted)}")
-    if records is not None and tokenizer is not None:
+        raise InputError(f"{no_data}; or say what it holds, in the settings: {_section(assumed)}")
+    if not why:
         return _counted(settings, records, tokenizer, flags, embedder, embedder_length, chosen)
-    if wanted.question_tokens is None or wanted.answer_tokens is None:
-        raise InputError(
-            f"{no_data or no_tokenizer}; or say how long its rows are, in the settings: {_section(wanted)}"
-        )
-    return _assumed(settings, rows, flags, embedder_length, f"{no_data or no_tokenizer}")
+    if assumed.question_tokens is None or assumed.answer_tokens is None:
+        raise InputError(f"{why}; or say how long its rows are, in the settings: {_section(assumed)}")
+    return _assumed(settings, rows, assumed.question_tokens, assumed.answer_tokens, flags, embedder_length, why)
 
 
-def _section(wanted: ForecastSettings) -> str:
+def _section(assumed: ForecastSettings) -> str:
     missing = {"rows": "80000", "question_tokens": "120", "answer_tokens": "300"}
-    return "forecast: {" + ", ".join(f"{k}: {v}" for k, v in missing.items() if getattr(wanted, k) is None) + "}"
+    return "forecast: {" + ", ".join(f"{k}: {v}" for k, v in missing.items() if getattr(assumed, k) is None) + "}"
 
 
-def _tried(make: Any) -> tuple[Any, str]:
+def _tried(make: Any, *arguments: Any) -> tuple[Any, str]:
     try:
-        return make(), ""
+        return make(*arguments), ""
     except InputError as error:
         return None, str(error)
-
-
-def _tokenizer(name: str) -> Any:
-    from codeact.models.loading import load_tokenizer
-
-    return load_tokenizer(name)
 
 
 def _counted(
@@ -134,19 +122,16 @@ def _counted(
     embedder_length: int,
     chosen: Path | None,
 ) -> DataFacts:
-    from codeact.scoring.tokens import tokenize
-    from codeact.text.conversations import open_conversations
-    from codeact.text.templates import PromptBuilder
-
     score, rows = settings.score, len(records)
     drawn = _draw(records)
-    share = rows / len(drawn)
     prompts = PromptBuilder(tokenizer, score.template)
-    scored = [
-        item for item in tokenize(drawn, tokenizer, prompts, score.max_length, score.protocol) if item.conditional
-    ]
+    items = [item for item in tokenize(drawn, tokenizer, prompts, score.max_length, score.protocol) if item.conditional]
+    both = [(len(item.conditional), len(item.unconditional)) for item in items]
+    starts = [item.conditional_start + item.unconditional_start for item in items]
     good = [row for row in drawn if isinstance(row, Record)]
-    question_tokens = _lengths([row.question for row in good], embedder, tokenizer, embedder_length)
+    texts = [row.question.encode("utf-8", "replace").decode("utf-8") for row in good]
+    embeds, _ = _tried(load_tokenizer, embedder) if embedder else (None, "")
+    questions = (embeds or tokenizer)(texts, verbose=False)["input_ids"] if texts else []
     samples: list[Sample] = []
     stands_for = 0.0
     if flags is not None:
@@ -154,29 +139,22 @@ def _counted(
         among = drawn if conversations is None else _draw(conversations)
         results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]
-        whole = rows * settings.select.ratio if conversations is None else len(conversations)
+        mean = float(np.mean([length for length, _ in both] or [0]))
+        whole = settings.select.rows_of(rows, mean) if conversations is None else len(conversations)
         stands_for = whole * len(samples) / len(among)
-    source = f"{records.source}: {rows:,} rows"
-    source += (
-        ", all of them tokenized" if len(drawn) == rows else f", {len(drawn):,} of them tokenized (drawn by seed 0)"
-    )
+    how = "all of them tokenized" if len(drawn) == rows else f"{len(drawn):,} of them tokenized (drawn by seed 0)"
+    scored = len(items) * rows / len(drawn)
     return DataFacts(
         rows=rows,
-        conditional=_sampled([len(item.conditional) for item in scored], len(scored) * share),
-        unconditional=_sampled([len(item.unconditional) for item in scored], len(scored) * share),
-        scored=_sampled(
-            [
-                len(item.conditional) - item.conditional_start + len(item.unconditional) - item.unconditional_start
-                for item in scored
-            ],
-            len(scored) * share,
-        ),
-        questions=_sampled(question_tokens, len(good) * share),
-        conversations=_sampled([len(sample.input_ids) for sample in samples], stands_for),
-        supervised=_sampled([int(np.count_nonzero(sample.labels[1:] != IGNORE)) for sample in samples], stands_for),
+        conditional=Sampled([conditional for conditional, _ in both], scored),
+        unconditional=Sampled([unconditional for _, unconditional in both], scored),
+        scored=Sampled([sum(lengths) - start for lengths, start in zip(both, starts, strict=True)], scored),
+        questions=Sampled([min(len(ids), embedder_length) for ids in questions], len(good) * rows / len(drawn)),
+        conversations=Sampled([len(sample.input_ids) for sample in samples], stands_for),
+        supervised=Sampled([np.count_nonzero(sample.labels[1:] != IGNORE) for sample in samples], stands_for),
         row_bytes=float(np.mean([len((r.question + r.answer).encode(errors="replace")) for r in good] or [0])),
-        records=tuple(drawn),
-        source=source,
+        records=drawn,
+        source=f"{records.source}: {rows:,} rows, {how}",
     )
 
 
@@ -187,44 +165,30 @@ def _draw(records: RecordSet) -> list[Record | BadRow]:
     return [row for position in picked for row in records.rows(position, position + 1)]
 
 
-def _lengths(texts: Sequence[str], embedder: str, tokenizer: Any, most: int) -> list[int]:
-    found, _ = _tried(lambda: _tokenizer(embedder)) if embedder else (None, "")
-    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    ids = (found or tokenizer)(texts, verbose=False)["input_ids"] if texts else []
-    return [min(len(item), most) for item in ids]
-
-
-def _sampled(values: Sequence[int], rows: float) -> Sampled:
-    return Sampled(values=np.array(values, dtype=np.int64), rows=rows)
-
-
-def _assumed(settings: RunSettings, rows: int, flags: Any, embedder_length: int, why: str) -> DataFacts:
+def _assumed(
+    settings: RunSettings, rows: int, question: float, answer: float, flags: Any, embedder_length: int, why: str
+) -> DataFacts:
     """Lengths spread lognormally around the averages that the settings give."""
-    wanted, most = settings.forecast, settings.score.max_length
-    assert wanted.question_tokens is not None
-    assert wanted.answer_tokens is not None
+    most = settings.score.max_length
     rng = np.random.default_rng(0)
-    questions = _spread(rng, wanted.question_tokens)
-    answers = np.maximum(_spread(rng, wanted.answer_tokens), 2)
+    questions = _spread(rng, question)
+    answers = np.maximum(_spread(rng, answer), 2)
     prompts = np.minimum(questions + TEMPLATE_TOKENS, most - 2)
     kept = np.minimum(answers, most - prompts)
-    longest = most if flags is None else flags.max_seq_len
-    conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, longest)
-    chosen = rows * settings.select.ratio if flags is not None else 0
+    conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, most if flags is None else flags.max_seq_len)
+    chosen = settings.select.rows_of(rows, float(np.mean(prompts + kept))) if flags is not None else 0
+    averages = f"{rows:,} rows of {question:g} + {answer:g} tokens on average, as the section forecast says"
     return DataFacts(
         rows=rows,
-        conditional=Sampled(values=prompts + kept, rows=rows, counted=False),
-        unconditional=Sampled(values=kept, rows=rows, counted=False),
-        scored=Sampled(values=2 * kept, rows=rows, counted=False),
-        questions=Sampled(values=np.minimum(questions, embedder_length), rows=rows, counted=False),
-        conversations=Sampled(values=conversations, rows=chosen, counted=False),
-        supervised=Sampled(values=np.minimum(answers, conversations - 1), rows=chosen, counted=False),
-        row_bytes=3.5 * (wanted.question_tokens + wanted.answer_tokens),
+        conditional=Sampled(prompts + kept, rows, counted=False),
+        unconditional=Sampled(kept, rows, counted=False),
+        scored=Sampled(2 * kept, rows, counted=False),
+        questions=Sampled(np.minimum(questions, embedder_length), rows, counted=False),
+        conversations=Sampled(conversations, chosen, counted=False),
+        supervised=Sampled(np.minimum(answers, conversations - 1), chosen, counted=False),
+        row_bytes=3.5 * (question + answer),
         records=(),
-        source=(
-            f"{rows:,} rows of {wanted.question_tokens:g} + {wanted.answer_tokens:g} tokens on average, as the section "
-            f"forecast says, spread lognormally (not looked at: {why})"
-        ),
+        source=f"{averages}, spread lognormally (not looked at: {why})",
     )
 
 

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import datasets
+import huggingface_hub.constants as hub
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
+
 from codeact.base.errors import InputError
-from codeact.forecast.cost import ModelFacts
-from codeact.ops.flops import ModelShape, ParameterCounts
+from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts
 
 
 def model_facts(name: str, assumed: float | None) -> ModelFacts:
@@ -22,88 +26,63 @@ def model_facts(name: str, assumed: float | None) -> ModelFacts:
     Raises:
         InputError: neither is there.
     """
-    from transformers import LlamaConfig
-
-    config = _config(name)
-    if config is not None:
-        facts = _facts_of(config, f"{name}: its config.json")
-        if facts is None:
-            raise InputError(
-                f"the configuration of {name} lacks a width, or is a mixture of experts, whose cost is not known here"
-            )
-        return facts
-    if assumed is None:
+    config, source = _config(name), f"{name}: its config.json"
+    if config is None and assumed is None:
         raise InputError(
             f"cannot reach the configuration of {name}; add to the settings: forecast: {{parameters: 6.7e9}}"
         )
-    # 12 hidden^2 parameters a layer, beside embeddings and head; hidden / 128 layers, as Llama has.
-    hidden = max(128, 128 * round((assumed * 128 / 12) ** (1 / 3) / 128))
-    layers = max(1, round((assumed - 2 * 32_000 * hidden) / (12 * hidden**2)))
-    width = round(8 / 3 * hidden / 64) * 64
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 128,
-        num_key_value_heads=hidden // 128,
-        vocab_size=32_000,
-    )
-    facts = _facts_of(config, f"{name} is not here: a Llama of the usual shape is assumed")
-    assert facts is not None
-    return facts
+    if config is None and assumed is not None:
+        # 12 hidden^2 parameters a layer, beside embeddings and head; hidden / 128 layers, as Llama has.
+        hidden = max(128, 128 * round((assumed * 128 / 12) ** (1 / 3) / 128))
+        config, source = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=round(8 / 3 * hidden / 64) * 64,
+            num_hidden_layers=max(1, round((assumed - 2 * 32_000 * hidden) / (12 * hidden**2))),
+            num_attention_heads=hidden // 128,
+            num_key_value_heads=hidden // 128,
+            vocab_size=32_000,
+        ), f"{name} is not here: a Llama of the usual shape is assumed"  # fmt: skip
+    return _facts_of(name, config, source)
 
 
 def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
     """The same of an embedding model, the tokens it takes, and a name to load its tokenizer by ("": there is none)."""
-    from transformers import BertConfig
-
-    config, place = _config(name), name
-    if config is None:
-        config, place = BertConfig(), ""  # as all-mpnet-base-v2: 12 layers of 768
+    config = _config(name)
+    if config is None:  # as all-mpnet-base-v2: 12 layers of 768
         source = f"{name} is not here: 12 layers of width 768 are assumed"
-    else:
-        source = f"{name}: its config.json"
-    facts = _facts_of(config, source, causal=False)
-    if facts is None:
-        raise InputError(f"the configuration of the embedding model {name} lacks a width")
-    length = 384 if not place else int(getattr(config, "max_position_embeddings", 512))
+        return _facts_of(name, BertConfig(), source, causal=False), 384, ""
+    length = int(getattr(config, "max_position_embeddings", 512))
     with suppress(OSError, ValueError, TypeError, KeyError):
         path = Path(name).expanduser() / "sentence_bert_config.json"
         length = int(json.loads(path.read_text(encoding="utf-8"))["max_seq_length"])
-    return facts, length, place
+    return _facts_of(name, config, f"{name}: its config.json", causal=False), length, name
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            str(Path(name).expanduser()) if name.startswith("~") else name, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError):
-        return None
+    with suppress(OSError, ValueError, ImportError):
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return None
 
 
-def _facts_of(config: Any, source: str, causal: bool = True) -> ModelFacts | None:
+def _facts_of(name: str, config: Any, source: str, causal: bool = True) -> ModelFacts:
     """Build the model without memory for its weights, and count."""
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM
-
     shape = ModelShape.from_config(config)
     if shape is None:
-        return None
+        why = "lacks a width, or is a mixture of experts, whose cost is not known here"
+        raise InputError(f"the configuration of {name} {why}")
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(config, trust_remote_code=False)
     counts = ParameterCounts.of(model)
-    head = counts.head_trained
-    lookup = sum(p.numel() for p in model.parameters()) - counts.trained - head
-    output = model.get_output_embeddings()
     layers = tuple(
         (name, module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     )
-    return ModelFacts(shape=shape, trunk=counts.trained, head=head, lookup=lookup, layers=layers, source=source)
+    lookup = sum(p.numel() for p in model.parameters()) - counts.trained - counts.head_trained
+    return ModelFacts(
+        shape=shape, trunk=counts.trained, head=counts.head_trained, lookup=lookup, layers=layers, source=source
+    )
 
 
 def weight_bytes(name: str) -> int:
@@ -115,28 +94,24 @@ def weight_bytes(name: str) -> int:
 @contextmanager
 def hub_if_reached() -> Iterator[None]:
     """Let hub clients look into their caches only while the hub does not answer; they would try again for a minute."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    places = ((hub, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"))
-    before = [getattr(module, name) for module, name in places]
-    offline = not any(before) and not _answers(hub.ENDPOINT)
+    places: tuple[Any, ...] = (hub, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in places]
     try:
-        for module, name in places if offline else ():
-            setattr(module, name, True)
+        if not any(before) and not _answers(hub.ENDPOINT):
+            for module in places:
+                module.HF_HUB_OFFLINE = True
         yield
     finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
+        for module, value in zip(places, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _answers(endpoint: str, seconds: float = 3.0) -> bool:
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
         return True  # only the client knows how to ask
     place = urlsplit(endpoint)
-    try:
+    with suppress(OSError):
         address = (place.hostname or "", place.port or (443 if place.scheme == "https" else 80))
-        with socket.create_connection(address, timeout=seconds):
-            return True
-    except OSError:
-        return False
+        socket.create_connection(address, timeout=seconds).close()
+        return True
+    return False

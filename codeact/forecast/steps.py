@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from codeact.base.devices import GPUS, Gpu, default_tokens_per_pack, find_gpu, resolve_device
+from codeact.base.devices import GPUS, default_tokens_per_pack, find_gpu, resolve_device, resolve_dtype
 from codeact.base.errors import one_of
-from codeact.base.machine import total_memory
-from codeact.base.stage import Stage
+from codeact.base.machine import GIB
 from codeact.evaluation.generate import largest_batch
 from codeact.evaluation.results import default_parallel
-from codeact.forecast.cost import CUDA_CONTEXT, GIB, Memory, ModelFacts, decoding_seconds, inference_memory
-from codeact.forecast.data import DataFacts, data_facts
+from codeact.forecast.calibration import LOAD_BYTES_PER_SECOND, Machine, calibrate
+from codeact.forecast.data import data_facts
 from codeact.forecast.models import embedder_facts, model_facts
-from codeact.forecast.training import TrainingShape, training_memory, training_shape
-from codeact.padding.strategies import StrategyStats, strategy_stats
-from codeact.run.settings import RunSettings
+from codeact.ops.flops import Memory, ModelFacts, decoding_seconds, inference_memory
+from codeact.padding.strategies import StrategyStats, strategy_of, strategy_stats
+from codeact.run.settings import ForecastSettings, RunSettings
+from codeact.training.room import PlannedTraining, checkpoints
 
+CUDA_CONTEXT = 1.5 * GIB
+"""What a process takes on a GPU before its first tensor, with the workspaces of its libraries."""
 GPU_UTILISATION = 0.4
 """Assumed share of a GPU's peak FLOP/s."""
 BANDWIDTH_UTILISATION = 0.6
 """Assumed share of a GPU's memory bandwidth, while generating."""
 GPU_START_SECONDS = 30.0
 """Assumed for a GPU process, before it computes."""
-LOAD_BYTES_PER_SECOND = 1e9
 PROGRAM_SECONDS = 1.5
 """Assumed for a program under its tests, in its sandbox."""
 SELECT_SECONDS = 0.1
@@ -40,7 +40,7 @@ TO_DO = ("to do", "goes on")
 TASKS = {"humaneval": 164, "mbpp": 378}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepForecast:
     """One step. ``state``: to do, done already, goes on, left as it is; costs are None where there is nothing to do.
 
@@ -58,115 +58,203 @@ class StepForecast:
     disk: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What computes. ``flops``: FLOP/s that a device reaches, by stage; ``base``: bytes of a process without a model.
-
-    ``decoding``: seconds of a decoding step and the answers it was measured with; None: from ``gpu``'s bandwidth.
-    """
-
-    gpu: Gpu | None
-    devices: int
-    memory: float
-    base: float
-    flops: dict[str, float]
-    start_seconds: float
-    decoding: tuple[float, int] | None
-    lines: list[str]
-
-
-def machine_of(
-    settings: RunSettings,
-    model: ModelFacts,
-    embedder: ModelFacts,
-    training: TrainingShape | None,
-    flags: Any,
-    data: DataFacts,
-    to_do: set[str],
-) -> Machine:
-    """The GPU that the settings name, or this machine, calibrated."""
-    wanted = settings.forecast
-    if wanted.device is not None:
-        gpu = find_gpu(wanted.device)
-        if gpu is None:
-            one_of("forecast.device", wanted.device, [known.name for known in GPUS])
-            raise AssertionError
-        rate = GPU_UTILISATION * gpu.flops
-        return Machine(
-            gpu=gpu,
-            devices=wanted.devices,
-            memory=gpu.memory,
-            base=CUDA_CONTEXT,
-            flops=dict.fromkeys(("score", "embed", "train"), rate),
-            start_seconds=GPU_START_SECONDS + model.parameters * 2 / LOAD_BYTES_PER_SECOND,
-            decoding=None,
-            lines=[
-                f"time: {wanted.devices} x {wanted.device}, by its data sheet {gpu.flops / 1e12:,.0f} TFLOP/s and "
-                f"{gpu.memory / 1e9:.0f} GB; not measured"
-            ],
-        )
-    from codeact.forecast.calibration import calibrate
-
-    found = calibrate(settings, model, embedder, training, flags, data.records, to_do)
+def _assumed_machine(forecast: ForecastSettings, name: str, model: ModelFacts) -> Machine:
+    """The GPUs that the settings name."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        one_of("forecast.device", name, [known.name for known in GPUS])
+        raise AssertionError
     return Machine(
-        gpu=None,
-        devices=1,
-        memory=float(total_memory(resolve_device())),
-        base=found.base,
-        flops=found.flops,
-        start_seconds=found.load_seconds or model.parameters * 2 / LOAD_BYTES_PER_SECOND,
-        decoding=None if found.decoding is None else (found.decoding, found.decoded_rows),
-        lines=[f"time: this machine; {line}" if n == 0 else f"      {line}" for n, line in enumerate(found.lines)],
+        gpu=gpu,
+        devices=forecast.devices,
+        memory=gpu.memory,
+        base=CUDA_CONTEXT,
+        flops=dict.fromkeys(("score", "embed", "train"), GPU_UTILISATION * gpu.flops),
+        start_seconds=GPU_START_SECONDS + model.parameters * 2 / LOAD_BYTES_PER_SECOND,
+        lines=[
+            f"{forecast.devices} x {name}, by its data sheet {gpu.flops / 1e12:,.0f} TFLOP/s and "
+            f"{gpu.memory / 1e9:.0f} GB; not measured"
+        ],
     )
 
 
-class Plan:
-    """Costs of steps; the methods are named as the stages."""
+class RunPlan:
+    """Costs of steps; the methods are named as the stages and return fields of a ``StepForecast``."""
 
     def __init__(self, settings: RunSettings, flags: Any, states: dict[str, str], to_do: set[str]) -> None:
-        """Look at data, models and machine; ``states``: of the steps by name, ``to_do``: stages."""
-        self.settings, self.flags = settings, flags
-        self.training = None if flags is None else training_shape(flags, settings)
+        """Look at data, models and machine; ``states``: of the steps by name, ``to_do``: sections."""
+        self.settings = settings
+        self.training = None if flags is None else PlannedTraining(flags, settings.processes)
         self.model = model_facts(settings.score.model, settings.forecast.parameters)
         self.embedder, length, tokenizer = embedder_facts(settings.embed.model)
         done = states.get("select") in ("done already", "left as it is")
         self.chosen = settings.output / "selected.jsonl" if done else None
         self.data = data_facts(settings, flags, tokenizer, length, self.chosen)
-        self.machine = machine_of(settings, self.model, self.embedder, self.training, flags, self.data, to_do)
+        if device := settings.forecast.device:
+            self.machine, where = _assumed_machine(settings.forecast, device, self.model), "time: "
+        else:
+            records, where = self.data.records, "time: this machine; "
+            self.machine = calibrate(settings, self.model, self.embedder, self.training, records, to_do)
         self.sources = [
             f"data: {self.data.source}",
             f"model: {self.model.source}, {self.model.parameters / 1e9:.3g}e9 parameters",
             f"embedder: {self.embedder.source}",
-            *self.machine.lines,
+            *(f"{'      ' if n else where}{line}" for n, line in enumerate(self.machine.lines)),
         ]
+        stages = (self.score, self.embed, self.select, self.train, self.generate, self.evaluate, self.report)
+        self._costs = {stage.__name__: stage for stage in stages}
+        self.on_cpu = self.machine.gpu is None and resolve_device().type == "cpu"
 
-    def steps(self, planned: list[tuple[Stage, str]]) -> list[StepForecast]:
-        """Costs of these stages in their states, in order; of a stage that is not known here, none."""
-        costs = {
-            "score": self.score,
-            "embed": self.embed,
-            "select": self.select,
-            "train": self.train,
-            "generate.before": self.generate,
-            "generate.after": self.generate,
-            "evaluate.before": self.evaluate,
-            "evaluate.after": self.evaluate,
-            "report": self.report,
-        }
-        found = []
+    def fill_in(self, steps: list[StepForecast]) -> None:
+        """Add the costs of these steps, which are in order; of a stage that is not known here, none."""
         kept = 0.0
-        for stage, state in planned:
-            step = StepForecast(name=stage.name, state=state)
-            if state in TO_DO and stage.name in costs:
-                step = costs[stage.name](stage.name, state)
-            if self._on_cpu and self.settings.processes == 1 and step.memory is not None:
+        for step in steps:
+            cost = self._costs.get(step.name.partition(".")[0]) if step.state in TO_DO else None
+            for name, value in cost().items() if cost else ():
+                setattr(step, name, value)
+            if self.on_cpu and self.settings.processes == 1 and step.memory is not None:
                 # What a process took of the machine's memory it seldom gives back.
-                missing = max(0.0, kept - step.memory.total)
-                parts = {**step.memory.parts, **({"left by steps before": missing} if missing else {})}
-                step = dataclasses.replace(step, memory=Memory(parts=parts))
-                kept = max(kept, step.memory.total if step.memory else 0.0)
-            found.append(step)
-        return found
+                if (missing := kept - step.memory.total) > 0:
+                    step.memory.parts["left by steps before"] = missing
+                kept = step.memory.total
+
+    def score(self) -> dict[str, Any]:
+        """A loss for every token of an answer, with its question and alone."""
+        data, settings, machine = self.data, self.settings.score, self.machine
+        tokens = data.conditional.total + data.unconditional.total
+        squares = data.conditional.squares + data.unconditional.squares
+        flops = self.model.forward_flops(tokens, squares, data.scored.total)
+        pack = settings.tokens_per_pack or default_tokens_per_pack(self._kind, self.model.parameters)
+        longest = max([pack, *data.conditional.values.tolist()])
+        return {
+            "rows": data.rows,
+            "tokens": tokens,
+            "error": math.hypot(data.conditional.error, data.unconditional.error),
+            "seconds": machine.start_seconds + flops / (machine.flops["score"] * self._parallel),
+            "memory": self._shared(inference_memory(self.model, self._bytes(settings.dtype), longest, machine.base)),
+            "disk": 20e3 + 100.0 * data.rows,
+        }
+
+    def embed(self) -> dict[str, Any]:
+        """A vector for every question."""
+        questions, settings, machine, model = self.data.questions, self.settings.embed, self.machine, self.embedder
+        flops = model.forward_flops(questions.total, 2 * questions.squares, 0)  # every token sees all others
+        batch = settings.batch_size * int(questions.values.max(initial=1))
+        # From the seconds until the causal model computes.
+        start = machine.start_seconds * model.parameters / self.model.parameters + 1.0
+        return {
+            "rows": round(questions.rows),
+            "tokens": questions.total,
+            "error": questions.error,
+            "seconds": (GPU_START_SECONDS if machine.gpu else start) + flops / machine.flops["embed"],
+            "memory": inference_memory(model, self._bytes(settings.dtype), batch, machine.base),
+            "disk": questions.rows * (4.0 * model.shape.hidden + 20),
+        }
+
+    def select(self) -> dict[str, Any]:
+        """Clusters, and the rows that are chosen."""
+        rows = self.data.rows
+        lengths, vectors = self.data.conditional, 4.0 * rows * self.embedder.shape.hidden
+        chosen = self.settings.select.rows_of(rows, lengths.total / max(1.0, lengths.rows))
+        return {
+            "rows": rows,
+            "seconds": SELECT_SECONDS + rows * SELECT_SECONDS_PER_ROW,
+            "memory": Memory({"the process": self.machine.base, "vectors": 2 * vectors}),
+            "disk": chosen * (self.data.row_bytes + 150) + 60 * rows,
+        }
+
+    def train(self) -> dict[str, Any]:
+        """Epochs over the chosen rows, and passes over those held out."""
+        training, model, data, machine = self.training, self.model, self.data.conversations, self.machine
+        assert training is not None
+        epoch, flags = self._epoch(training), training.flags
+        if epoch is None:
+            return {"rows": 0}
+        scale = data.rows * (1 - flags.eval_ratio) / epoch.samples
+        computed = (epoch.tokens + epoch.padding) * scale
+        head = epoch.supervised * scale if training.packs and flags.supervised_only else computed
+        passes = epoch.forwards * scale / training.packs_a_pass
+        times = float(flags.num_train_epochs)
+        steps = max(1.0, passes / (flags.gradient_accumulation_steps * training.processes)) * times
+        if flags.max_steps > 0:
+            times, steps = times * flags.max_steps / steps, float(flags.max_steps)
+        flops = training.flops(model, computed, head, epoch.squared_lengths * scale) * times
+        held_out = data.total * flags.eval_ratio * training.evaluations
+        flops += model.forward_flops(held_out, 0, held_out)
+        trained = training.trained(model)
+        kept, bytes_of_one = checkpoints(flags, trained, round(steps))
+        saved = trained * (2.0 if training.sharding.startswith("zero") and not flags.lora else 4.0)
+        return {
+            "rows": round(data.rows),
+            "tokens": computed * times + held_out,
+            "error": data.error * times,
+            "seconds": machine.start_seconds + flops / (machine.flops["train"] * self._parallel),
+            "memory": self._shared(training.memory(model, epoch.largest_forward * training.packs_a_pass, machine.base)),
+            "disk": saved + TOKENIZER_BYTES + kept * bytes_of_one,
+        }
+
+    def _epoch(self, training: PlannedTraining) -> StrategyStats | None:
+        """The strategy's figures on the sampled conversations, which stand for all."""
+        data, flags = self.data, training.flags
+        lengths, supervised = data.conversations.values, data.supervised.values
+        if not len(lengths):
+            return None
+        # As many as there are, up to so many that a pack is filled as it will be.
+        count = max(1, min(round(data.conversations.rows * (1 - flags.eval_ratio)), len(lengths)))
+        batch = flags.per_device_train_batch_size
+        return strategy_stats(
+            strategy_of(flags.pad_mode, flags.pack_scope),
+            lengths[:count],
+            supervised[:count],
+            flags.max_seq_len,
+            batch,
+            None,
+            0,
+        )
+
+    def generate(self) -> dict[str, Any]:
+        """Programs for every task."""
+        settings, machine, model = self.settings.generate, self.machine, self.model
+        assert settings is not None
+        count, new, weight = self._programs(), settings.max_new_tokens, self._bytes(settings.dtype)
+        length, rate = PROMPT_TOKENS + new, machine.flops["score"]
+        room = max(0.0, machine.memory - machine.base - model.parameters * weight)
+        batch = settings.batch_size or largest_batch(model.shape.cache_bytes(length, weight), room, self._kind)
+        batches, batch = math.ceil(count / batch), min(batch, count)
+        if machine.decoding is not None:
+            step, measured = machine.decoding
+            decoding = new * step * max(1.0, batch / measured)
+        else:
+            bandwidth = BANDWIDTH_UTILISATION * (machine.gpu.bandwidth if machine.gpu else rate / 10)
+            decoding = decoding_seconds(model, weight, new, batch, PROMPT_TOKENS + new / 2, rate, bandwidth)
+        reading = model.forward_flops(count * PROMPT_TOKENS, count * PROMPT_TOKENS**2, count)
+        return {
+            "rows": count,
+            "tokens": float(count * new),
+            "seconds": machine.start_seconds + batches * decoding + reading / rate,
+            "memory": inference_memory(model, weight, batch * PROMPT_TOKENS, machine.base, batch * length),
+            "disk": 4.0 * count * new,
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """Every program under its tests."""
+        settings, count = self.settings.evaluate, self._programs()
+        assert settings is not None
+        seconds = count * PROGRAM_SECONDS / (settings.parallel or default_parallel())
+        return {"rows": count, "seconds": seconds, "disk": 1500.0 * count}
+
+    def report(self) -> dict[str, Any]:
+        """A page."""
+        return {"seconds": REPORT_SECONDS, "disk": 1e6}
+
+    def _programs(self) -> int:
+        settings = self.settings.generate
+        assert settings is not None
+        return (TASKS[settings.dataset] if settings.tasks is None else len(settings.tasks)) * settings.samples
+
+    @property
+    def _kind(self) -> str:
+        return "cpu" if self.on_cpu else "cuda"
 
     @property
     def _parallel(self) -> int:
@@ -175,189 +263,14 @@ class Plan:
 
     def _shared(self, memory: Memory) -> Memory:
         """On a CPU all processes take of the same memory."""
-        if self.machine.gpu is not None or self.settings.processes == 1:
-            return memory
-        return Memory(parts={name: size * self.settings.processes for name, size in memory.parts.items()})
-
-    def score(self, name: str, state: str) -> StepForecast:
-        data, settings = self.data, self.settings
-        tokens = data.conditional.total + data.unconditional.total
-        squares = data.conditional.squares + data.unconditional.squares
-        flops = self.model.forward_flops(tokens, squares, data.scored.total)
-        kind = "cpu" if self._on_cpu else "cuda"
-        pack = settings.score.tokens_per_pack or default_tokens_per_pack(kind, self.model.parameters)
-        longest = max([pack, *data.conditional.values.tolist()])
-        return StepForecast(
-            name=name,
-            state=state,
-            rows=data.rows,
-            tokens=tokens,
-            error=math.hypot(data.conditional.error, data.unconditional.error),
-            seconds=self.machine.start_seconds + flops / (self.machine.flops["score"] * self._parallel),
-            memory=self._shared(
-                inference_memory(self.model, self._bytes(settings.score.dtype), longest, self.machine.base)
-            ),
-            disk=20e3 + 100.0 * data.rows,
-        )
-
-    def embed(self, name: str, state: str) -> StepForecast:
-        questions = self.data.questions
-        squares = 2 * questions.squares  # every token sees all others
-        flops = self.embedder.forward_flops(questions.total, squares, 0)
-        batch = self.settings.embed.batch_size * int(questions.values.max(initial=1))
-        return StepForecast(
-            name=name,
-            state=state,
-            rows=round(questions.rows),
-            tokens=questions.total,
-            error=questions.error,
-            seconds=self._start(self.embedder) + flops / self.machine.flops["embed"],
-            memory=inference_memory(self.embedder, self._bytes(self.settings.embed.dtype), batch, self.machine.base),
-            disk=questions.rows * (4.0 * self.embedder.shape.hidden + 20),
-        )
-
-    def select(self, name: str, state: str) -> StepForecast:
-        rows, ratio = self.data.rows, self.settings.select.ratio
-        vectors = 4.0 * rows * self.embedder.shape.hidden
-        return StepForecast(
-            name=name,
-            state=state,
-            rows=rows,
-            seconds=SELECT_SECONDS + rows * SELECT_SECONDS_PER_ROW,
-            memory=Memory(parts={"the process": self.machine.base, "vectors": 2 * vectors}),
-            disk=rows * (ratio * (self.data.row_bytes + 150) + 40),
-        )
-
-    def train(self, name: str, state: str) -> StepForecast:
-        shape, model, settings = self.training, self.model, self.settings
-        assert shape is not None
-        data = self.data.conversations
-        epoch = self._epoch()
-        if epoch is None:
-            return StepForecast(name=name, state=state, rows=0)
-        scale = data.rows * (1 - shape.eval_ratio) / epoch.samples
-        computed = (epoch.tokens + epoch.padding) * scale
-        packs = shape.pad_mode == "dynamic_pack"
-        head = epoch.supervised * scale if packs and shape.supervised_only else computed
-        forwards = epoch.forwards * scale
-        if packs and shape.pack_scope == "epoch":
-            forwards /= shape.micro_batch
-        steps = max(1.0, forwards / (shape.accumulation * settings.processes)) * shape.epochs
-        times = shape.epochs
-        if shape.max_steps > 0:
-            times *= shape.max_steps / steps
-            steps = shape.max_steps
-        flops = shape.flops(model, computed, head, epoch.squared_lengths * scale) * times
-        held_out = data.total * shape.eval_ratio * shape.evaluations
-        evaluated = model.forward_flops(held_out, 0, held_out)
-        largest = epoch.largest_forward * (shape.micro_batch if packs and shape.pack_scope == "epoch" else 1)
-        memory = training_memory(model, shape, settings.processes, largest, self.machine.base)
-        trained = shape.trained(model)
-        saved = 4.0 * trained if shape.lora_rank is not None else (2.0 if "zero" in shape.sharding else 4.0) * trained
-        checkpoints = 0.0
-        if shape.checkpoint_every:
-            checkpoints = min(steps // shape.checkpoint_every, shape.checkpoints_kept or math.inf)
-        return StepForecast(
-            name=name,
-            state=state,
-            rows=round(data.rows),
-            tokens=computed * times + held_out,
-            error=data.error * times,
-            seconds=self.machine.start_seconds + (flops + evaluated) / (self.machine.flops["train"] * self._parallel),
-            memory=self._shared(memory),
-            disk=saved + TOKENIZER_BYTES + checkpoints * (saved + 12.0 * trained),
-        )
-
-    def _epoch(self) -> StrategyStats | None:
-        """The strategy's figures on the sampled conversations, which stand for all."""
-        shape, data = self.training, self.data
-        assert shape is not None
-        if not len(data.conversations.values):
-            return None
-        lengths, supervised = data.conversations.values, data.supervised.values
-        # As many as there are, up to so many that a pack is filled as it will be.
-        wanted = max(1, min(round(data.conversations.rows * (1 - shape.eval_ratio)), len(lengths)))
-        return strategy_stats(
-            shape.strategy, lengths[:wanted], supervised[:wanted], shape.capacity, shape.micro_batch, None, 0
-        )
-
-    def generate(self, name: str, state: str) -> StepForecast:
-        wanted = self.settings.generate
-        assert wanted is not None
-        count = self._programs()
-        weight = self._bytes(wanted.dtype)
-        length = PROMPT_TOKENS + wanted.max_new_tokens
-        a_row = 2 * self.model.shape.layers * self.model.shape.key_width * length * weight
-        room = max(0.0, self.machine.memory - self.machine.base - self.model.parameters * weight)
-        batch = wanted.batch_size or largest_batch(a_row, room, "cpu" if self._on_cpu else "cuda")
-        batches, batch = math.ceil(count / batch), min(batch, count)
-        if self.machine.decoding is not None:
-            seconds, measured = self.machine.decoding
-            decoding = batches * wanted.max_new_tokens * seconds * max(1.0, batch / measured)
-        else:
-            bandwidth = self.machine.gpu.bandwidth if self.machine.gpu else self.machine.flops["score"] / 10
-            decoding = batches * decoding_seconds(
-                self.model,
-                weight,
-                wanted.max_new_tokens,
-                batch,
-                PROMPT_TOKENS + wanted.max_new_tokens / 2,
-                self.machine.flops["score"],
-                BANDWIDTH_UTILISATION * bandwidth,
-            )
-        reading = self.model.forward_flops(count * PROMPT_TOKENS, count * PROMPT_TOKENS**2, count)
-        memory = inference_memory(self.model, weight, batch * PROMPT_TOKENS, self.machine.base, batch * length)
-        return StepForecast(
-            name=name,
-            state=state,
-            rows=count,
-            tokens=float(count * wanted.max_new_tokens),
-            seconds=self.machine.start_seconds + decoding + reading / self.machine.flops["score"],
-            memory=memory,
-            disk=4.0 * count * wanted.max_new_tokens,
-        )
-
-    def evaluate(self, name: str, state: str) -> StepForecast:
-        judged = self.settings.evaluate
-        assert judged is not None
-        parallel = judged.parallel or default_parallel()
-        count = self._programs()
-        return StepForecast(
-            name=name, state=state, rows=count, seconds=count * PROGRAM_SECONDS / parallel, disk=1500.0 * count
-        )
-
-    def report(self, name: str, state: str) -> StepForecast:
-        return StepForecast(name=name, state=state, seconds=REPORT_SECONDS, disk=1e6)
-
-    def _programs(self) -> int:
-        wanted = self.settings.generate
-        assert wanted is not None
-        if wanted.tasks is not None:
-            return len(wanted.tasks) * wanted.samples
-        return TASKS[wanted.dataset] * wanted.samples
-
-    @property
-    def _on_cpu(self) -> bool:
-        if self.machine.gpu is not None:
-            return False
-        import torch
-
-        return not torch.cuda.is_available()
+        times = 1 if self.machine.gpu else self.settings.processes
+        return Memory({name: size * times for name, size in memory.parts.items()})
 
     def _bytes(self, dtype: str) -> float:
-        if dtype != "auto":
-            return 4.0 if dtype == "float32" else 2.0
-        if not self._on_cpu:
-            return 2.0
-        from codeact.base.devices import cpu_has_bf16
-
-        return 2.0 if cpu_has_bf16() else 4.0
-
-    def _start(self, model: ModelFacts) -> float:
-        """Seconds until this model computes, from those of the causal one."""
+        """Of a weight."""
         if self.machine.gpu is not None:
-            return GPU_START_SECONDS
-        return self.machine.start_seconds * model.parameters / self.model.parameters + 1.0
+            return 4.0 if dtype == "float32" else 2.0
+        return float(resolve_dtype(dtype, resolve_device()).itemsize)
 
     # ------------------------------------------------------------------------------------------- what stands below it
 
@@ -371,8 +284,7 @@ class Plan:
             )
         if "train" in stages and self.chosen is None:
             lines.append("chosen rows are as long as all rows; cdas tends to take longer ones (1.4 times in the demo)")
-        if "generate" in stages:
-            assert self.settings.generate is not None
+        if "generate" in stages and self.settings.generate is not None:
             lines.append(f"generation: {self.settings.generate.max_new_tokens:,} tokens an answer, which is the most")
         if "evaluate" in stages:
             lines.append(f"evaluation: {PROGRAM_SECONDS:g} s a program; one that hangs takes longer")
@@ -389,27 +301,22 @@ class Plan:
         if self.machine.gpu is not None and processes > devices:
             yield f"processes is {processes} on {devices} devices; set processes: {devices}"
         for step in steps:
-            if step.memory is None or step.memory.total <= self.machine.memory:
-                continue
-            need, have = step.memory.total / GIB, self.machine.memory / GIB
-            yield (
-                f"{step.name} needs about {need:,.0f} GiB of {have:,.0f}, most for {step.memory.largest()}; "
-                f"{_remedy(step, self.training)}"
-            )
+            if step.memory is not None and step.memory.total > self.machine.memory:
+                need, have, largest = step.memory.total / GIB, self.machine.memory / GIB, step.memory.largest()
+                remedy = self._remedy(step.name, largest)
+                yield f"{step.name} needs about {need:,.0f} GiB of {have:,.0f}, most for {largest}; {remedy}"
 
-
-def _remedy(step: StepForecast, training: TrainingShape | None) -> str:
-    assert step.memory is not None
-    largest = step.memory.largest()
-    if step.name != "train" or training is None:
-        settings = {"score": "score.tokens_per_pack or processes", "embed": "embed.batch_size"}
-        return f"lower {settings.get(step.name, 'generate.batch_size')}, or take a smaller model"
-    if largest == "activations":
-        if not training.checkpointing:
-            return "set activation_checkpointing: true, or lower per_device_train_batch_size"
-        return "lower per_device_train_batch_size and raise gradient_accumulation_steps"
-    if largest == "logits":
-        return "set fused_loss: true"
-    if training.lora_rank is None and training.sharding not in ("zero3", "fsdp"):
-        return "set deepspeed: zero3 (in several processes), or lora: true"
-    return "set lora: true, quantize: nf4, or use more devices"
+    def _remedy(self, name: str, largest: str) -> str:
+        training = self.training
+        if name != "train" or training is None:
+            settings = {"score": "score.tokens_per_pack or processes", "embed": "embed.batch_size"}
+            return f"lower {settings.get(name, 'generate.batch_size')}, or take a smaller model"
+        if largest == "activations":
+            if not training.checkpointing:
+                return "set activation_checkpointing: true, or lower per_device_train_batch_size"
+            return "lower per_device_train_batch_size and raise gradient_accumulation_steps"
+        if largest == "logits":
+            return "set fused_loss: true"
+        if not training.flags.lora and not training.whole:
+            return "set deepspeed: zero3 (in several processes), or lora: true"
+        return "set lora: true, quantize: nf4, or use more devices"

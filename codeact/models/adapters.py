@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.models.loading import load_causal_lm
+from codeact.models.loading import check_weights, load_causal_lm
 
 
 def quantization_config(quantize: str, compute: torch.dtype) -> Any:
@@ -84,6 +84,38 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
     return peft.get_peft_model(model, config)
 
 
+def apply_adapter(model: Any, folder: str | Path, exact: bool = False) -> Any:
+    """Return the model with the adapter in a folder added to its weights; it costs nothing while computing.
+
+    Args:
+        model: a causal model of transformers; it is changed.
+        folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as peft saves them.
+        exact: look for NaN in the sums as well.
+
+    Raises:
+        InputError: it does not fit the model: it names other layers, lacks weights, has more or of other shapes, or
+            holds NaN. peft by itself warns, and goes on with the base model or random numbers.
+        MissingExtraError: peft is absent.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtraError("peft", "train", "an adapter") from None
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        adapted = peft.get_peft_model(model, config)
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        peft.set_peft_model_state_dict(adapted, weights)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"adapter {folder} does not fit the model: {reason}") from None
+    report = {"missing_keys": expected - set(weights), "unexpected_keys": set(weights) - expected}
+    check_weights(f"adapter {folder}", adapted, report)
+    return adapted.merge_and_unload(safe_merge=exact).eval()
+
+
 def merge_adapters(base: str, adapters: str | Path, output: str | Path, dtype: torch.dtype) -> None:
     """Write the model that ``base`` with ``adapters`` is, as a full model with its tokenizer.
 
@@ -96,14 +128,13 @@ def merge_adapters(base: str, adapters: str | Path, output: str | Path, dtype: t
         dtype: of the weights that are written.
 
     Raises:
-        InputError: the base cannot be loaded.
+        InputError: the base cannot be loaded, or the adapters do not fit it.
     """
-    import peft
     from transformers import AutoTokenizer
 
     model, _ = load_causal_lm(base, None, torch.float32)
     generation = Path(adapters) / "generation_config.json"
-    merged = peft.PeftModel.from_pretrained(model, str(adapters)).merge_and_unload(safe_merge=True)
+    merged = apply_adapter(model, adapters, exact=True)
     if generation.exists():
         merged.generation_config = type(merged.generation_config).from_pretrained(adapters)
     merged.to(dtype).save_pretrained(output)

@@ -47,7 +47,7 @@ def load_causal_lm(
         "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
     ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        _check_layers(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        _check_layers(f"model {name!r}", AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -67,16 +67,14 @@ def load_causal_lm(
 _LARGEST_DEPTH = 1000  # layers; the deepest models have some 130
 
 
-def _check_layers(name: str, config: Any) -> None:
+def _check_layers(what: str, config: Any) -> None:
     depth = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(depth, int) or not 1 <= depth <= _LARGEST_DEPTH:
-        raise InputError(
-            f"model {name!r}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it"
-        )
+        raise InputError(f"{what}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it")
 
 
 def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collection[Any]] | None = None) -> None:
-    """Refuse weights that are not there: missing, unexpected, of another shape, or not finite.
+    """Refuse weights that are not there: missing, unexpected, of another shape, or not finite; and layers that are not.
 
     Args:
         what: names the model or the adapter in the message.
@@ -88,6 +86,8 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
             or leave it out, and say so in a log only.
     """
     kind = type(model).__name__
+    if hasattr(config := getattr(model, "config", None), "get_text_config"):
+        _check_layers(what, config)
     report = report or {}
     lacking = sorted(map(str, {*report.get("missing_keys", ()), *map(_first, report.get("mismatched_keys", ()))}))
     if lacking:

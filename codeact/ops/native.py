@@ -11,14 +11,14 @@ from torch import Tensor
 import codeact._native as _native
 from codeact.base.errors import one_of
 
-DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def why_not(tensor: Tensor) -> str | None:
     """Why the compiled kernels cannot compute with a tensor here; None where they can."""
     if tensor.device.type != "cpu":
         return f"runs on cpu, and the operands are on {tensor.device}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in _DTYPES:
         return f"computes float32, bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
     return None if _native.instruction_sets() else "needs an x86-64 CPU with AVX2"
 

@@ -17,7 +17,7 @@ import codeact._native as _native
 from codeact.base.errors import InputError, one_of
 from codeact.ops import native
 
-BACKENDS = ("triton", "native", "torch")
+NLL_BACKENDS = ("triton", "native", "torch")
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +64,27 @@ def token_nll(
             machine or does not compute these operands.
     """
     check_operands(hidden, weight, targets, bias, softcap, ignore_index)
-    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *BACKENDS))
-    if name == "auto":
-        best = "triton" if hidden.device.type == "cuda" else "native"
-        name = "torch" if _why_not(best, hidden) else best
+    name = nll_backend(hidden, backend)
+    if backend == "auto":
         _say_once(name, hidden.device.type, hidden.dtype)
-    elif reason := _why_not(name, hidden):
-        raise InputError(f"backend {name!r} {reason}; choose another one, or auto")
-    run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name]
+    run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name.partition(" ")[0]]
     with torch.no_grad():
         return run(hidden, weight, targets, bias, softcap, ignore_index)
+
+
+def nll_backend(operand: Tensor, backend: str = "auto") -> str:
+    """What ``token_nll`` computes operands like this one with: its name, of "native" also the instruction set.
+
+    Raises:
+        InputError: the backend is unknown, is not on this machine or does not compute such operands.
+    """
+    name = one_of("backend", os.environ.get("CODEACT_BACKEND") or backend, ("auto", *NLL_BACKENDS))
+    if name == "auto":
+        best = "triton" if operand.device.type == "cuda" else "native"
+        name = "torch" if _why_not(best, operand) else best
+    elif reason := _why_not(name, operand):
+        raise InputError(f"backend {name!r} {reason}; choose another one, or auto")
+    return f"{name} ({native.instruction_set()})" if name == "native" else name
 
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,8 +115,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _say_once(backend: str, device_type: str, dtype: torch.dtype) -> None:
-    which = f" ({native.instruction_set()})" if backend == "native" else ""
-    logger.info("NLL of %s on %s: backend %s%s", _name(dtype), device_type, backend, which)
+    logger.info("NLL of %s on %s: backend %s", _name(dtype), device_type, backend)
 
 
 def check_operands(

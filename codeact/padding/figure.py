@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from codeact.base.console import percent, short
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.base.files import atomic_path
 from codeact.packing.packs import pack
@@ -78,12 +79,17 @@ def plot_packs(
         axes.set_xlabel("position in the row (tokens)")
     panels[0, 0].set_xlim(0, capacity)
     panels[0, 0].set_ylim(len(drawn), 0)
-    figure.suptitle(
-        f"The same {len(drawn)} samples ({drawn.sum():,} tokens) under every strategy: area is compute",
-        fontsize=15,
-        weight="bold",
+    title = f"The same {len(drawn)} samples ({drawn.sum():,} tokens) under every strategy: area is compute"
+    figure.suptitle(title, fontsize=15, weight="bold")
+    caption = (
+        "A coloured block is one real sample, blue the shortest, red the longest, in the same colour in every panel. "
+        "Hatched is padding: computed and thrown away. A dashed line ends a forward pass; below the last one nothing "
+        f"is computed. Drawn are the first {len(drawn)} samples of a random order in micro-batches of {batch_size}; "
+        "every strategy sorts or packs these alone, while the second line above a panel is about all "
+        f"{len(everything):,} samples. In the paper's packs the samples of a row attend to one another; in "
+        "dynamic_pack none does."
     )
-    figure.supxlabel(_caption(len(drawn), len(everything), batch_size), fontsize=10.5, color=_INK)
+    figure.supxlabel(textwrap.fill(caption, 170), fontsize=10.5, color=_INK)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=130)
 
@@ -94,16 +100,18 @@ def first_batches(lengths: Integers, batch_size: int, seed: int) -> Integers:
     return lengths[order[: max(1, _ROWS // batch_size) * batch_size]]
 
 
+def length_ranks(lengths: Integers) -> Integers:
+    """Of every sample, from 0, the shortest: (samples,) int64."""
+    return np.argsort(np.argsort(lengths, kind="stable"), kind="stable")
+
+
 def _colours(lengths: Integers) -> list[Any]:
     """A colour for every sample, by its rank in length: short ones blue, long ones red."""
     from matplotlib import colormaps
 
-    ranks = np.empty(len(lengths))
-    ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths))
+    places = 0.08 + 0.84 * length_ranks(lengths) / max(1, len(lengths) - 1)
     # Towards white: a block must not shout down the hatching, nor the full ends of the map look alike.
-    return [
-        tuple(0.8 * c + 0.2 for c in colormaps["turbo"](0.08 + 0.84 * r / max(1, len(lengths) - 1))[:3]) for r in ranks
-    ]
+    return list(0.8 * colormaps["turbo"](places)[:, :3] + 0.2)
 
 
 def _draw(
@@ -116,58 +124,37 @@ def _draw(
         axes.axhline(float(end), color=_INK, linewidth=0.9, linestyle=(0, (6, 4)))
     if len(widths) < len(lengths) / 2:
         axes.text(capacity / 2, (len(widths) + len(lengths)) / 2, "not computed", ha="center", color="#999999")
-    computed = int(widths.sum())
     axes.set_title(f"{STRATEGIES[whole.strategy]}\n\n", fontsize=12.5, weight="bold", loc="left")
-    here = _counts("here", computed, len(widths), 1 - int(filled.sum()) / computed)
-    there = _counts("whole set", whole.tokens + whole.padding, whole.rows, whole.padding_share)
-    note = axes.text(0, 1.015, f"{here}\n{there}", transform=axes.transAxes, fontsize=10.5, color=_INK)
+    computed, tokens = int(widths.sum()), whole.tokens + whole.padding
+    counts = (
+        f"here: {short(computed)} tokens in {len(widths):,} rows, {percent(1 - int(filled.sum()) / computed)} padding\n"
+        f"whole set: {short(tokens)} tokens in {whole.rows:,} rows, {percent(whole.padding_share)} padding"
+    )
+    note = axes.text(0, 1.015, counts, transform=axes.transAxes, fontsize=10.5, color=_INK)
     note.set_in_layout(False)  # a long line must not narrow the panels; the title's empty lines keep its place
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelbottom=True, labelleft=True)
 
 
 def draw_rows(
-    axes: Axes,
-    made: Plan,
-    lengths: Integers,
-    capacity: int,
-    colours: Sequence[Any],
-    *,
-    padding: Mapping[str, Any],
+    axes: Axes, rows: Plan, lengths: Integers, capacity: int, colours: Sequence[Any], *, padding: Mapping[str, Any],
     edge: Mapping[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Draw the rows of a plan from y = 0 on, one high each: samples as blocks, then the padding.
 
     Args:
         axes: of matplotlib.
-        made: the plan of ``lengths``.
+        rows: the plan of ``lengths``.
         lengths: (samples,) tokens of each.
         capacity: tokens of a row.
         colours: (samples,) of the blocks.
         padding, edge: what the bars of the padding and the edges of the blocks look like, in matplotlib's words.
     """
-    widths, filled = made.row_widths(lengths, capacity), made.row_tokens(lengths)
-    rows = np.arange(len(widths))
+    widths, filled = rows.row_widths(lengths, capacity), rows.row_tokens(lengths)
     padded = np.flatnonzero(widths > filled)  # no bar of no width: a renderer may draw its edge
     axes.barh(padded, (widths - filled)[padded], left=filled[padded], height=1.0, align="edge", **padding)
-    ends = np.cumsum(lengths[made.samples])
-    row_of = np.repeat(rows, np.diff(made.row_offsets))
-    starts = ends - lengths[made.samples] - np.concatenate([[0], np.cumsum(filled)])[row_of]
-    drawn = [colours[sample] for sample in made.samples]
-    axes.barh(row_of, lengths[made.samples], left=starts, height=1.0, align="edge", color=drawn, **edge)
-
-
-def _counts(where: str, tokens: int, rows: int, padding_share: float) -> str:
-    shown = f"{tokens / 1e6:,.1f} M" if tokens >= 1e7 else f"{tokens:,}"
-    return f"{where}: {shown} tokens in {rows:,} rows, {padding_share:.1%} padding"
-
-
-def _caption(samples: int, everything: int, batch_size: int) -> str:
-    text = (
-        f"A coloured block is one real sample, blue the shortest, red the longest, in the same colour in every panel. "
-        f"Hatched is padding: computed and thrown away. A dashed line ends a forward pass; below the last one nothing "
-        f"is computed. Drawn are the first {samples} samples of a random order in micro-batches of {batch_size}; every "
-        f"strategy sorts or packs these alone, while the second line above a panel is about all {everything:,} "
-        f"samples. In the seed's packs the samples of a row attend to one another; in dynamic_pack none does."
-    )
-    return textwrap.fill(text, 170)
+    ends = np.cumsum(lengths[rows.samples])
+    row_of = np.repeat(np.arange(len(widths)), np.diff(rows.row_offsets))
+    starts = ends - lengths[rows.samples] - np.concatenate([[0], np.cumsum(filled)])[row_of]
+    drawn = [colours[sample] for sample in rows.samples]
+    axes.barh(row_of, lengths[rows.samples], left=starts, height=1.0, align="edge", color=drawn, **edge)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from codeact.base.console import aligned, percent, size
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.data.records import RecordSet
@@ -55,15 +56,17 @@ def pack_stats(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    size, labels = np.asarray(lengths, dtype=np.int64), np.asarray(supervised, dtype=np.int64)
-    if not size.size:
+    tokens, labels = np.asarray(lengths, dtype=np.int64), np.asarray(supervised, dtype=np.int64)
+    if not tokens.size:
         raise InputError("there is no sample to pack")
-    if size.shape != labels.shape:
-        raise InputError(f"lengths has shape {size.shape}, supervised {labels.shape}; they must be of the same samples")
-    pack(size, capacity)  # for its checks: it names the first bad length
-    if (labels < 0).any() or (labels > size).any():
+    if tokens.shape != labels.shape:
+        raise InputError(
+            f"lengths has shape {tokens.shape}, supervised {labels.shape}; they must be of the same samples"
+        )
+    pack(tokens, capacity)  # for its checks: it names the first bad length
+    if (labels < 0).any() or (labels > tokens).any():
         raise InputError("supervised holds a number below 0 or over the sample's length")
-    return [strategy_stats(name, size, labels, capacity, batch_size, shape, seed) for name in STRATEGIES]
+    return [strategy_stats(name, tokens, labels, capacity, batch_size, shape, seed) for name in STRATEGIES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +102,10 @@ class PackReport:
 
     def summary(self) -> str:
         """One line about the samples."""
-        first = self.strategies[0]
-        refused = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
+        first, refused = self.strategies[0], _listed(dict(sorted(self.refused.items()))) or "none"
         return (
             f"{self.data}: {first.samples:,} samples of {self.rows:,} rows ({self.truncated:,} truncated; refused: "
-            f"{refused or 'none'}), {first.tokens:,} tokens, {first.supervised:,} supervised; "
+            f"{refused}), {first.tokens:,} tokens, {first.supervised:,} supervised; "
             f"median {np.median(self.lengths):.0f}, longest {self.lengths.max():,}"
         )
 
@@ -113,11 +115,10 @@ class PackReport:
         Raises:
             InputError: the file cannot be written.
         """
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lengths"}
-        content["shape"] = self.shape and dataclasses.asdict(self.shape)
-        content["strategies"] = [
-            {**dataclasses.asdict(stats), "padding_share": stats.padding_share} for stats in self.strategies
-        ]
+        content = dataclasses.asdict(dataclasses.replace(self, lengths=np.array([], np.int64)))
+        del content["lengths"]
+        for fields, stats in zip(content["strategies"], self.strategies, strict=True):
+            fields["padding_share"] = stats.padding_share
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -156,8 +157,7 @@ def stats_for_data(
                 truncated += result.truncated
                 kept.append((len(result.input_ids), int(np.count_nonzero(result.labels[1:] != IGNORE))))
     if not kept:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in refused.items())
-        raise InputError(f"{records.source}: no row gives a sample of at most {capacity:,} tokens ({reasons})")
+        raise InputError(f"{records.source}: no row gives a sample of at most {capacity:,} tokens ({_listed(refused)})")
     lengths, supervised = np.array(kept, dtype=np.int64).T
     return PackReport(
         data=records.source,
@@ -175,6 +175,10 @@ def stats_for_data(
     )
 
 
+def _listed(refused: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in refused.items())
+
+
 def _load(name: str) -> tuple[Any, ModelShape | None]:
     """The tokenizer, and the shape of the model of that name."""
     from transformers import AutoConfig
@@ -189,23 +193,14 @@ def _load(name: str) -> tuple[Any, ModelShape | None]:
 
 def strategy_table(strategies: Sequence[StrategyStats]) -> str:
     """Return a Markdown table, aligned so that it reads as plain text too; no estimates without a model's shape."""
-    head = ["strategy", "rows", "row fill", "forwards", "padding", "share", "largest forward"]
-    estimates = strategies[0].attention_flops is not None
-    head += ["attention", "activations", "logits"] if estimates else ["sum of length²"]
-    body = []
+    table = [["strategy", "rows", "row fill", "forwards", "padding", "share", "largest forward"]]
     for s in strategies:
-        cells = [STRATEGIES[s.strategy], f"{s.rows:,}", f"{s.fill:.1%}", f"{s.forwards:,}", f"{s.padding:,}"]
-        cells += [f"{s.padding_share:.1%}", f"{s.largest_forward:,} tokens"]
-        if s.attention_flops is None or s.activation_bytes is None or s.logit_bytes is None:
-            cells.append(f"{s.squared_lengths:.3g}")
-        else:
-            gib = (f"{size / 2**30:.2f} GiB" for size in (s.activation_bytes, s.logit_bytes))
-            cells += [f"{s.attention_flops / 1e12:,.2f} TFLOP", *gib]
-        body.append(cells)
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(head), rule, *map(line, body)])
+        padding = [f"{s.padding:,}", percent(s.padding_share), f"{s.largest_forward:,} tokens"]
+        table.append([STRATEGIES[s.strategy], f"{s.rows:,}", percent(s.fill), f"{s.forwards:,}", *padding])
+    if strategies[0].attention_flops is None:
+        columns = [["sum of length²", *(f"{s.squared_lengths:.3g}" for s in strategies)]]
+    else:
+        columns = [["attention", *(f"{(s.attention_flops or 0) / 1e12:,.2f} TFLOP" for s in strategies)]]
+        columns.append(["activations", *(size(s.activation_bytes or 0) for s in strategies)])
+        columns.append(["logits", *(size(s.logit_bytes or 0) for s in strategies)])
+    return aligned([[*row, *more] for row, *more in zip(table, *columns, strict=True)], 1, markdown=True)

@@ -25,6 +25,11 @@ STRATEGIES: Mapping[str, str] = {
 """Names, and how they are shown."""
 
 
+def strategy_of(pad_mode: str, pack_scope: str) -> str:
+    """The name of what these flags of training ask for."""
+    return f"dynamic_pack_{pack_scope}" if pad_mode == "dynamic_pack" else pad_mode
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Samples -> rows -> forward passes.
@@ -34,14 +39,17 @@ class Plan:
         row_offsets: (rows + 1,) int64; row i holds ``samples[row_offsets[i]:row_offsets[i + 1]]``.
         forward_offsets: (forwards + 1,) int64; forward pass i runs rows ``forward_offsets[i]`` to the next.
         width: what a row is padded to: "capacity", "longest" (row of the forward pass) or "own" (not padded).
-        isolated: whether attention is computed within samples; otherwise over all of the padded row.
     """
 
     samples: Integers
     row_offsets: Integers
     forward_offsets: Integers
     width: str
-    isolated: bool
+
+    @property
+    def isolated(self) -> bool:
+        """Whether attention is computed within samples; otherwise over all of the padded row."""
+        return self.width == "own"
 
     def row_tokens(self, lengths: Integers) -> Integers:
         """Real tokens of every row, (rows,)."""
@@ -61,55 +69,35 @@ class Plan:
 def plan(strategy: str, lengths: Integers, capacity: int, batch_size: int, seed: int) -> Plan:
     """Plan an epoch; ``lengths``: (samples,), 1 to ``capacity``, at least one.
 
-    Random orders are the same for every strategy, so micro-batch i of the seed's packing and of "dynamic_pack_batch"
+    Random orders are the same for every strategy, so micro-batch i of the paper's packing and of "dynamic_pack_batch"
     holds the samples of micro-batch i of "dynamic_pad". In epoch scope every pack is a forward pass of its own. In
     batch scope a micro-batch is one, its packs laid end to end: where one ends makes no difference to the model, and
-    they are counted as rows to compare with the seed's.
+    they are counted as rows to compare with the paper's.
 
     Raises:
         InputError: there is no such strategy.
     """
     one_of("strategy", strategy, STRATEGIES)
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    if strategy == "dynamic_pack_epoch":
-        return _packed(np.arange(len(lengths)), lengths, capacity, len(lengths), "bfd", ours=True, forward_is="pack")
-    if strategy == "dynamic_pack_batch":
-        return _packed(order, lengths, capacity, batch_size, "bfd", ours=True, forward_is="batch")
-    if strategy == "paper_pack":
-        return _packed(order, lengths, capacity, batch_size, "next_fit", ours=False, forward_is="batch")
+    count, packs_all = len(lengths), strategy == "dynamic_pack_epoch"
+    order = np.arange(count) if packs_all else np.random.default_rng(seed).permutation(count)
     if strategy == "dynamic_pad_sorted":
         order = np.argsort(lengths, kind="stable")
-    width = "capacity" if strategy == "max_length" else "longest"
-    rows = np.arange(len(order) + 1)
-    return Plan(
-        samples=order, row_offsets=rows, forward_offsets=_steps(len(order), batch_size), width=width, isolated=False
+    width = {"max_length": "capacity", "dynamic_pack_batch": "own", "dynamic_pack_epoch": "own"}.get(
+        strategy, "longest"
     )
-
-
-def _packed(
-    order: Integers, lengths: Integers, capacity: int, batch_size: int, algorithm: str, *, ours: bool, forward_is: str
-) -> Plan:
-    """Pack every ``batch_size`` samples of ``order`` by themselves."""
-    samples, sizes, packs_of_batch = [], [], []
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    if strategy in ("max_length", "dynamic_pad", "dynamic_pad_sorted"):  # a row holds one sample
+        forwards = np.append(np.arange(0, count, batch_size), count)
+        return Plan(samples=order, row_offsets=np.arange(count + 1), forward_offsets=forwards, width=width)
+    algorithm, size = ("next_fit" if strategy == "paper_pack" else "bfd"), (count if packs_all else batch_size)
+    samples, sizes = [], []
+    for start in range(0, count, size):
+        batch = order[start : start + size]
         packs = pack(lengths[batch], capacity, algorithm)
         samples.append(batch[packs.indices])
         sizes.append(np.diff(packs.offsets))
-        packs_of_batch.append(len(packs))
     rows = _offsets(np.concatenate(sizes))
-    forwards = np.arange(len(rows)) if forward_is == "pack" else _offsets(np.array(packs_of_batch))
-    return Plan(
-        samples=np.concatenate(samples),
-        row_offsets=rows,
-        forward_offsets=forwards,
-        width="own" if ours else "longest",
-        isolated=ours,
-    )
-
-
-def _steps(rows: int, batch_size: int) -> Integers:
-    return np.append(np.arange(0, rows, batch_size), rows)
+    forwards = np.arange(len(rows)) if packs_all else _offsets(np.array([len(each) for each in sizes]))
+    return Plan(samples=np.concatenate(samples), row_offsets=rows, forward_offsets=forwards, width=width)
 
 
 def _offsets(sizes: Integers) -> Integers:
@@ -128,7 +116,7 @@ class StrategyStats:
         largest_forward: tokens computed, padding included, by the largest forward pass: what peak memory grows with.
         fill: real tokens / (rows x capacity).
         squared_lengths: sum of length² over what attention runs on: samples in our packs, else whole padded rows. In
-            the seed's packs samples attend to one another, which is part of that cost and also changes what is learnt.
+            the paper's packs samples attend to one another, which is part of that cost and also changes what is learnt.
         attention_flops: estimate from it, forward and backward (``ModelShape.attention_flops``). Causality is taken to
             halve it everywhere; attention under a padding mask often computes both halves.
         activation_bytes: estimate for the largest forward pass (``ModelShape.activation_bytes``), in 16 bits.
@@ -157,22 +145,17 @@ class StrategyStats:
 
 
 def strategy_stats(
-    strategy: str,
-    lengths: Integers,
-    supervised: Integers,
-    capacity: int,
-    batch_size: int,
-    shape: ModelShape | None,
+    strategy: str, lengths: Integers, supervised: Integers, capacity: int, batch_size: int, shape: ModelShape | None,
     seed: int,
-) -> StrategyStats:
+) -> StrategyStats:  # fmt: skip
     """Plan one strategy and count what it computes; the arguments of ``codeact.padding.stats.pack_stats``, valid."""
-    made = plan(strategy, lengths, capacity, batch_size, seed)
-    tokens, widths = int(lengths.sum()), made.row_widths(lengths, capacity)
-    forwards = np.add.reduceat(widths, made.forward_offsets[:-1])
-    logits = forwards
-    if made.isolated:
-        logits = np.add.reduceat(made.row_tokens(supervised), made.forward_offsets[:-1])
-    squared = int(np.square(lengths if made.isolated else widths).sum())
+    rows = plan(strategy, lengths, capacity, batch_size, seed)
+    tokens, widths = int(lengths.sum()), rows.row_widths(lengths, capacity)
+    forwards = np.add.reduceat(widths, rows.forward_offsets[:-1])
+    largest, logits = int(forwards.max()), int(forwards.max())
+    if rows.isolated:
+        logits = int(np.add.reduceat(rows.row_tokens(supervised), rows.forward_offsets[:-1]).max())
+    squared = int(np.square(lengths if rows.isolated else widths).sum())
     return StrategyStats(
         strategy=strategy,
         samples=len(lengths),
@@ -181,10 +164,10 @@ def strategy_stats(
         padding=int(widths.sum()) - tokens,
         rows=len(widths),
         forwards=len(forwards),
-        largest_forward=int(forwards.max()),
+        largest_forward=largest,
         fill=tokens / (len(widths) * capacity),
         squared_lengths=squared,
         attention_flops=None if shape is None else shape.attention_flops(squared),
-        activation_bytes=None if shape is None else shape.activation_bytes(int(forwards.max())),
-        logit_bytes=None if shape is None else shape.logit_bytes(int(logits.max())),
+        activation_bytes=None if shape is None else shape.activation_bytes(largest),
+        logit_bytes=None if shape is None else shape.logit_bytes(logits),
     )

@@ -2,7 +2,3 @@
 
 run folder -> data, rows -> plots, tables -> page, page.html
 """
-
-from codeact.report.page import write_report
-
-__all__ = ["write_report"]

@@ -7,10 +7,10 @@ model/cost.json model/training.json evaluation/{before,after}/NAME-sanitized_eva
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
-from codeact.padding.strategies import StrategyStats
-from codeact.report.rows import Rows, read_rows
+from codeact.padding.strategies import StrategyStats, strategy_of
+from codeact.report.rows import read_report_rows
 
 
 class _Record(BaseModel):
@@ -89,11 +89,16 @@ class Training(_Record):
     @property
     def strategy(self) -> str:
         """The mode of the run, a key of ``codeact.padding.strategies.STRATEGIES``."""
-        mode = str(self.settings.get("pad_mode"))
-        return f"{mode}_{self.settings.get('pack_scope')}" if mode == "dynamic_pack" else mode
+        return strategy_of(str(self.settings.get("pad_mode")), str(self.settings.get("pack_scope")))
+
+    def points(self, kind: str) -> NDArray[np.float64]:
+        """Steps and values of "loss" or "eval_loss" where one was logged and is a number: (points, 2)."""
+        pairs = [(entry.step, getattr(entry, kind)) for entry in self.log]
+        kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+        return np.array(kept, np.float64).reshape(-1, 2)
 
 
-class Verdict(_Record):
+class ProgramVerdict(_Record):
     """Of one program."""
 
     base: str
@@ -108,11 +113,14 @@ class Evaluation(_Record):
     tasks: int
     pass_at: dict[str, dict[str, float]]
     outcomes: dict[str, int]
-    samples: dict[str, list[Verdict]]
+    samples: dict[str, list[ProgramVerdict]]
+
+    def solved(self, kind: str) -> set[str]:
+        """Tasks whose first program passes the tests of a kind."""
+        return {task for task, verdicts in self.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluations:
+class Evaluations(NamedTuple):
     """Of one data set, of the base model and of the trained one."""
 
     before: Evaluation | None
@@ -120,54 +128,33 @@ class Evaluations:
 
     def pass_at(self, kind: str, k: str) -> tuple[float | None, float | None]:
         """Before and after, such as of kind "base" and k "pass@1"."""
-        sides = (self.before, self.after)
-        before, after = (None if side is None else side.pass_at.get(kind, {}).get(k) for side in sides)
+        before, after = (None if side is None else side.pass_at.get(kind, {}).get(k) for side in self)
         return before, after
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
-    """Everything in the folder that the report shows. ``lengths``: (conversations,), tokens of each chosen one."""
-
-    folder: Path
-    record: RunRecord
-    ledger: Ledger | None
-    rows: Rows | None
-    packs: PackFigures | None
-    lengths: NDArray[np.int64] | None
-    cost: Cost | None
-    training: Training | None
-    evaluations: dict[str, Evaluations]
-
-
-def read_run(folder: str | Path) -> Run:
-    """Read a run folder.
+class RunData:
+    """Everything in a run's folder that the report shows. ``lengths``: (conversations,), tokens of each chosen one.
 
     Raises:
-        InputError: it is none, or a file in it is damaged or of another run; the message names the file.
+        InputError: it is no run's folder, or a file in it is damaged or of another run; the message names the file.
     """
-    folder = Path(folder)
-    record = _read(folder / "run.json", RunRecord)
-    if record is None:
-        raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
-    sides, suffix = ("before", "after"), "-sanitized_eval.json"
-    paths = [path for side in sides for path in (folder / "evaluation" / side).glob(f"*{suffix}")]
-    return Run(
-        folder=folder,
-        record=record,
-        ledger=Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None,
-        rows=read_rows(folder),
-        packs=_read(folder / "pack_stats.json", PackFigures),
-        lengths=_read_lengths(folder / "pack_lengths.npy"),
-        cost=_read(folder / "model" / "cost.json", Cost),
-        training=_read(folder / "model" / "training.json", Training),
-        evaluations={
-            name: Evaluations(
-                **{side: _read(folder / "evaluation" / side / f"{name}{suffix}", Evaluation) for side in sides}
-            )
-            for name in sorted({path.name.removesuffix(suffix) for path in paths})
-        },
-    )
+
+    def __init__(self, folder: Path) -> None:
+        record = _read(folder / "run.json", RunRecord)
+        if record is None:
+            raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
+        self.record = record
+        self.ledger = Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None
+        self.rows = read_report_rows(folder)
+        self.packs = _read(folder / "pack_stats.json", PackFigures)
+        self.lengths = _read_lengths(folder / "pack_lengths.npy")
+        self.cost = _read(folder / "model" / "cost.json", Cost)
+        self.training = _read(folder / "model" / "training.json", Training)
+        self.evaluations: dict[str, Evaluations] = {}
+        suffix, sides = "-sanitized_eval.json", [folder / "evaluation" / side for side in ("before", "after")]
+        for name in sorted({path.name for side in sides for path in side.glob(f"*{suffix}")}):
+            both = (_read(side / name, Evaluation) for side in sides)
+            self.evaluations[name.removesuffix(suffix)] = Evaluations(*both)
 
 
 _R = TypeVar("_R", bound=_Record)

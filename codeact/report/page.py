@@ -12,12 +12,12 @@ from codeact.base.console import counted, percent, visible
 from codeact.base.errors import MissingExtraError
 from codeact.base.files import atomic_path
 from codeact.report import plots, tables
-from codeact.report.data import Run, moved, proper_name, read_run
+from codeact.report.data import RunData, moved, proper_name
 from codeact.report.rows import Example
 from codeact.report.svg import page_style
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Examples:
     """Examples under a heading."""
 
@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
     except ImportError:
         raise MissingExtraError("jinja2", "report", "the report") from None
     with page_style():
-        run = read_run(folder)
+        run = RunData(folder)
         sections = _sections(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -57,13 +57,9 @@ def write_report(folder: Path) -> Path:
     )
     environment.filters |= {"unbroken": _unbroken, "counted": counted}
     sentence, tiles = _head(run)
-    page = environment.get_template("page.html").render(
-        title=f"codeact run {folder.resolve().name}",
-        sentence=sentence,
-        tiles=tiles,
-        sections=sections,
-        codeact=run.record.codeact,
-    )
+    title, version = f"codeact run {folder.resolve().name}", run.record.codeact
+    shown = {"title": title, "sentence": sentence, "tiles": tiles, "sections": sections, "codeact": version}
+    page = environment.get_template("page.html").render(shown)
     target = folder / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
@@ -84,7 +80,7 @@ def _unbroken(value: Any) -> Any:
     return re.sub(r"(?<=\d) (?=[A-Za-z%])", "\N{NO-BREAK SPACE}", value) if isinstance(value, str) else value
 
 
-def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
+def _sections(run: RunData) -> list[tuple[str, str, str, list[Any]]]:
     """Id, title, stage and parts of each; one with no parts says that its stage was not run."""
     rows, packs, cost, training = run.rows, run.packs, run.cost, run.training
     modes: list[Any] = []
@@ -95,7 +91,7 @@ def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
     solved = [
         part
         for name, evaluations in run.evaluations.items()
-        for part in (tables.pass_table(name, evaluations), plots.outcomes(name, evaluations))
+        for part in (tables.pass_table(name, evaluations), plots.outcome_bars(name, evaluations))
     ]
     record = run.record
     stages = [tables.stage_table(record), *tables.line_tables(record)] if record.stages else []
@@ -118,7 +114,7 @@ def _sections(run: Run) -> list[tuple[str, str, str, list[Any]]]:
     return [(*section, list(filter(None, parts))) for *section, parts in sections]  # type: ignore[misc]
 
 
-def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
+def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     """The sentence on top, and the figures below it: name, value, what it is compared to."""
     parts, tiles = [], []
     total = None if run.rows is None else len(run.rows.ifd)
@@ -138,6 +134,10 @@ def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
     if used is not None and padded is not None:
         parts.append(f"{percent(used) if used else 'no'} padding where padded batches have {percent(padded)}")
         tiles.append(("padding", percent(used), f"{percent(padded)} if padded"))
+    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]) > 1:
+        first, last = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}"
+        parts.append(f"the held-out loss {moved(held_out[0], held_out[-1], '{:.3f}'.format)}")
+        tiles.append(("held-out loss", last, f"{first} at first"))
     for name, evaluations in run.evaluations.items():
         for kind, plus in (("plus", "+"), ("base", "")):
             before, after = evaluations.pass_at(kind, "pass@1")
@@ -150,10 +150,10 @@ def _head(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
     return "; ".join(parts) + "." if parts else "No stage has run yet.", tiles
 
 
-def _examples(run: Run) -> list[Examples]:
+def _examples(run: RunData) -> list[Examples]:
     if run.rows is None:
         return []
     hardest = "Highest IFD: the question helps least. Look for answers that do not follow from their question."
     easiest = "Lowest IFD of the chosen: where the budget ended. Look for answers that the question gives away."
     kinds = (("The hardest", hardest, run.rows.hardest), ("The easiest", easiest, run.rows.easiest))
-    return [Examples(title=title, intro=intro, examples=examples) for title, intro, examples in kinds if examples]
+    return [Examples(*kind) for kind in kinds if kind[2]]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from codeact.base.console import counted, percent, short
 from codeact.evaluation.judge import KINDS
-from codeact.padding.figure import draw_rows, first_batches
+from codeact.padding.figure import draw_rows, first_batches, length_ranks
 from codeact.padding.strategies import STRATEGIES, plan
 from codeact.report.data import Evaluations, PackFigures, Training, moved, proper_name, signed
-from codeact.report.rows import DRAWN, Floats, Map, Rows, sample
-from codeact.report.svg import COLOURS, classed, inline_svg, new_figure
+from codeact.report.rows import DRAWN, FloatArray, Map, Rows, draw_positions
+from codeact.report.svg import COLOURS, inline_svg, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,18 +32,13 @@ _OUTCOMES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """``svg``: an element for the page, trusted; ``caption``: plain text."""
+    """``svg``: an element for the page, trusted; ``caption``: plain text. ``label`` is for a screen reader."""
 
-    kind: ClassVar[str] = "plot"
-    name: str
-    svg: str
-    caption: str
+    kind = "plot"
 
-
-def _plot(figure: Figure, name: str, label: str, caption: str) -> Plot:
-    return Plot(name=name, svg=inline_svg(figure, name, label), caption=caption)
+    def __init__(self, figure: Figure, name: str, label: str, caption: str) -> None:
+        self.name, self.svg, self.caption = name, inline_svg(figure, name, label), caption
 
 
 def ifd_histogram(rows: Rows) -> Plot | None:
@@ -53,12 +47,11 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     ifd = rows.ifd[scored]
     if not len(ifd):
         return None
+    chosen = None if rows.chosen is None else rows.chosen[scored]
     edges = _edges(ifd)
-    figure = new_figure(2.6)
-    axes = figure.subplots()
-    _histogram(axes, ifd, None if rows.chosen is None else rows.chosen[scored], edges)
-    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
-    axes.set(xlabel="IFD (ratio of perplexities, no unit)", ylabel="rows")
+    figure, axes = new_figure(2.6)
+    _histogram(axes, ifd, chosen, edges)
+    _ifd_axis(axes, "rows")
     hard = ifd >= 1
     low, middle, high = np.percentile(ifd, [25, 50, 75])
     text = (
@@ -67,12 +60,13 @@ def ifd_histogram(rows: Rows) -> Plot | None:
         f"not help the model to the answer. Half of the rows lie between {low:.2f} and {high:.2f}, the median is "
         f"{middle:.2f}"
     )
-    if rows.chosen is not None and (taken := rows.chosen[scored]).any():
-        easier = float((ifd[~taken] < np.median(ifd[taken])).mean()) if not taken.all() else 0.0
+    if chosen is not None and chosen.any():
+        mine = np.median(ifd[chosen])
+        easier = 0.0 if chosen.all() else float((ifd[~chosen] < mine).mean())
         many = "all the" if easier == 1 else f"{percent(easier)} of the"
-        text += f". The chosen rows' median is {np.median(ifd[taken]):.2f}, higher than {many} others"
-        text += f"; {counted(int((hard & taken).sum()), 'chosen row')} of IFD 1 or more" if (hard & taken).any() else ""
-    return _plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}")
+        text += f". The chosen rows' median is {mine:.2f}, higher than {many} others"
+        text += f"; {counted(count, 'chosen row')} of IFD 1 or more" if (count := int((hard & chosen).sum())) else ""
+    return Plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}")
 
 
 def ifd_by_cluster(rows: Rows) -> Plot | None:
@@ -86,31 +80,29 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
         return None
     shown = np.sort(labels[np.argsort(-sizes, kind="stable")[:_CLUSTERS]])
     edges = _edges(ifd, most=30)
-    figure = new_figure(0.75 + 0.33 * len(shown))
-    axes = figure.subplots()
-    medians = {}
+    figure, axes = new_figure(0.75 + 0.33 * len(shown))
     for base, label in zip(range(len(shown))[::-1], shown, strict=True):
         inside = cluster == label
         _strip(axes, ifd[inside], chosen[inside], edges, base)
-        medians[int(label)] = float(np.median(ifd[inside]))
         taken, right = f"{chosen[inside].sum():,} of {inside.sum():,}", axes.get_yaxis_transform()
         axes.text(1.01, base + 0.15, taken, transform=right, color=COLOURS["muted"], size=9)
-    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
     axes.set_yticks(np.arange(len(shown)) + 0.28, [str(label) for label in shown[::-1]])
     _no_left_axis(axes)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.1, len(shown)))
-    axes.set(xlabel="IFD (ratio of perplexities, no unit)", ylabel="cluster")
+    _ifd_axis(axes, "cluster")
     axes.set_title("chosen of rows", loc="right", size=9, weight="normal", color=COLOURS["muted"])
-    easiest, hardest = min(medians, key=lambda k: medians[k]), max(medians, key=lambda k: medians[k])
+    medians = [np.median(ifd[cluster == label]) for label in shown]
+    easiest, hardest = int(np.argmin(medians)), int(np.argmax(medians))
     shares = [chosen[cluster == label].mean() for label in labels]
     text = (
-        f"Cluster {easiest} is the easiest by its median IFD (short line), {medians[easiest]:.2f}, cluster {hardest} "
-        f"the hardest, {medians[hardest]:.2f}. Between {percent(min(shares), 0)} and {percent(max(shares), 0)} of a "
-        "cluster's rows were chosen (blue). Every strip is as high as its own highest bin."
+        f"Cluster {shown[easiest]} is the easiest by its median IFD (short line), {medians[easiest]:.2f}, cluster "
+        f"{shown[hardest]} the hardest, {medians[hardest]:.2f}. Between {percent(min(shares), 0)} and "
+        f"{percent(max(shares), 0)} of a cluster's rows were chosen (blue). Every strip is as high as its own highest "
+        "bin."
     )
     if len(shown) < len(labels):
         text += f" Shown are the {len(shown)} largest of {len(labels)} clusters."
-    return _plot(figure, "clusters", "Histograms of IFD by cluster", text)
+    return Plot(figure, "clusters", "Histograms of IFD by cluster", text)
 
 
 def losses(rows: Rows) -> Plot | None:
@@ -119,22 +111,19 @@ def losses(rows: Rows) -> Plot | None:
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(rows.ifd))
     if not len(usable):
         return None
-    drawn = sample(usable, DRAWN)
+    drawn = draw_positions(usable, DRAWN)
     highest = max(_reach(x[usable])[1], _reach(y[usable])[1]) * 1.02
-    step = _round_up(highest / 10)
-    top = math.ceil(highest / step) * step
+    top = math.ceil(highest / (step := _round_up(highest / 10))) * step
     inside = drawn[(x[drawn] <= top) & (y[drawn] <= top)]
-    figure = new_figure(4.2)
-    axes = figure.subplots()
+    figure, axes = new_figure(4.2)
     axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
     taken = np.zeros(len(inside), np.bool_) if rows.chosen is None else rows.chosen[inside]
     _dots(axes, x[inside[~taken]], y[inside[~taken]], "other", 1.9, "scored" if rows.chosen is None else "not chosen")
     if taken.any():
         _dots(axes, x[inside[taken]], y[inside[taken]], "chosen", 2.1, "chosen")
-    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
+    xlabel, ylabel = (f"mean loss {given} (nats per token)" for given in ("of the answer alone", "given the question"))
+    axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel=xlabel, ylabel=ylabel)
     axes.locator_params(nbins=7, steps=[1, 2, 5, 10])
-    axes.set_xlabel("mean loss of the answer alone (nats per token)")
-    axes.set_ylabel("mean loss given the question (nats per token)")
     axes.annotate(
         "IFD = 1", (top, top), xytext=(-12, -2), textcoords="offset points", ha="right", rotation=45,
         rotation_mode="anchor", color=COLOURS["muted"], size=9,
@@ -151,13 +140,12 @@ def losses(rows: Rows) -> Plot | None:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(len(usable), 'row')}."
     if len(inside) < len(drawn):
         text += f" Not drawn: {counted(len(drawn) - len(inside), 'row')} beyond the axes."
-    return _plot(figure, "losses", "Scatter plot of mean losses", text)
+    return Plot(figure, "losses", "Scatter plot of mean losses", text)
 
 
 def cluster_map(rows: Rows, plane: Map) -> Plot:
     """The questions on a plane, coloured by cluster, the chosen ones marked."""
-    figure = new_figure(4.3)
-    axes = figure.subplots()
+    figure, axes = new_figure(4.3)
     drawn = plane.rows
     cluster = np.full(len(drawn), -1, np.int32) if rows.cluster is None else rows.cluster[drawn]
     chosen = np.zeros(len(drawn), np.bool_) if rows.chosen is None else rows.chosen[drawn]
@@ -173,30 +161,28 @@ def cluster_map(rows: Rows, plane: Map) -> Plot:
                     markeredgecolor=COLOURS["ink"] if mark else "none", markeredgewidth=0.6,
                     alpha=1.0 if mark else 0.55, zorder=2 + mark,
                 )  # fmt: skip
-    axes.set_aspect("equal")
+    first, second = map(percent, plane.explained)
     axes.margins(0.04)
-    axes.set_xlabel(f"first principal component ({percent(plane.explained[0])} of the variance)")
-    axes.set_ylabel(f"second ({percent(plane.explained[1])})")
+    axes.set(aspect="equal", xlabel=f"first principal component ({first} of the variance)", ylabel=f"second ({second})")
     centres = {n: np.median(plane.xy[cluster == n], axis=0) for n in labels if n >= 0}
     if len(centres) > 1:
         largest = sorted(centres, key=lambda n: -int((cluster == n).sum()))[:_CLUSTERS]
         _name_clusters(axes, {n: centres[n] for n in sorted(largest)})
     text = "Every dot is a question; dots that are near each other ask for like things"
     if centres:
-        text += f", colour and number are its cluster ({len(centres)} in all"
-        text += f", the {_CLUSTERS} largest named)" if len(centres) > _CLUSTERS else ")"
+        named = f", the {_CLUSTERS} largest named" if len(centres) > _CLUSTERS else ""
+        text += f", colour and number are its cluster ({len(centres)} in all{named})"
     if chosen.any():
         text += f". Ringed and larger are the {percent(chosen.mean())} that were chosen"
         if len(centres) > 1:
-            spread = sum(bool((chosen & (cluster == n)).any()) for n in centres)
+            spread = len({*cluster[chosen].tolist()} & {*centres})
             text += f", which lie in {spread} of {len(centres)} clusters"
-    shown = sum(plane.explained)
-    text += f". The plane holds {percent(shown)} of the embeddings' variance"
-    text += ", so clusters that overlap here may well be apart." if shown < 0.5 else "."
+    overlap = ", so clusters that overlap here may well be apart" if sum(plane.explained) < 0.5 else ""
+    text += f". The plane holds {percent(sum(plane.explained))} of the embeddings' variance{overlap}."
     if len(drawn) < plane.total:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(plane.total, 'question')}"
         text += f"; the axes were found from {plane.fitted:,}." if plane.fitted < plane.total else "."
-    return _plot(figure, "map", "Map of the questions", text)
+    return Plot(figure, "map", "Map of the questions", text)
 
 
 def length_histogram(rows: Rows) -> Plot | None:
@@ -207,13 +193,10 @@ def length_histogram(rows: Rows) -> Plot | None:
         return None
     middle, longest = float(np.median(tokens)), float(tokens.max())
     logarithmic = longest > 12 * middle
+    edges = _edges(tokens, whole=True)
     if logarithmic:
-        bins = int(np.clip(2 * len(tokens) ** (1 / 3), 12, 60))
-        edges = np.unique(np.geomspace(tokens.min(), longest * 1.0001, bins + 1))
-    else:
-        edges = _edges(tokens, whole=True)
-    figure = new_figure(2.6)
-    axes = figure.subplots()
+        edges = np.unique(np.geomspace(tokens.min(), longest * 1.0001, int(_bins(tokens)) + 1))
+    figure, axes = new_figure(2.6)
     chosen = None if rows.chosen is None else rows.chosen[usable]
     _histogram(axes, tokens, chosen, edges)
     axes.axvline(middle, color=COLOURS["ink"], linewidth=1, linestyle=(0, (1.2, 1.6)))
@@ -230,7 +213,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         axes.axvline(mine, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)))
         than = "longer than all" if mine > middle else "shorter than all" if mine < middle else "as long"
         text += f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}"
-    return _plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}")
+    return Plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}")
 
 
 def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot | None:
@@ -241,16 +224,14 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
     names = ("max_length", "dynamic_pad", used if used.startswith("dynamic_pack") else "dynamic_pack_epoch")
     plans = [plan(name, drawn, figures.capacity, figures.batch_size, figures.seed) for name in names]
     rows = [len(each.row_offsets) - 1 for each in plans]
-    figure = new_figure(0.7 + 0.055 * sum(rows) + 0.3 * len(rows))  # axis and labels, rows, titles
-    panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": rows})
-    ranks = np.argsort(np.argsort(drawn, kind="stable"), kind="stable")
-    colours = [COLOURS[f"s{rank * _SHADES // len(drawn)}"] for rank in ranks]
+    height = 0.7 + 0.055 * sum(rows) + 0.3 * len(rows)  # axis and labels, rows, titles
+    figure, panels = new_figure(height, 3, sharex=True, gridspec_kw={"height_ratios": rows})
+    colours = [COLOURS[f"s{rank * _SHADES // len(drawn)}"] for rank in length_ranks(drawn)]
     padding, edge = {"color": COLOURS["waste"], "linewidth": 0}, {"edgecolor": COLOURS["paper"], "linewidth": 0.7}
-    shares = []
-    for axes, name, each, count in zip(panels, names, plans, rows, strict=True):
+    shares = [1 - int(drawn.sum()) / int(each.row_widths(drawn, figures.capacity).sum()) for each in plans]
+    for axes, name, each, count, share in zip(panels, names, plans, rows, shares, strict=True):
         draw_rows(axes, each, drawn, figures.capacity, colours, padding=padding, edge=edge)
-        shares.append(1 - int(drawn.sum()) / int(each.row_widths(drawn, figures.capacity).sum()))
-        axes.set_title(f"{STRATEGIES[name]}: {percent(shares[-1])} padding", size=9)
+        axes.set_title(f"{STRATEGIES[name]}: {percent(share)} padding", size=9)
         axes.set(xlim=(0, figures.capacity), ylim=(count, 0), yticks=[])
         axes.set_ylabel(f"{count} rows", size=9)
         axes.tick_params(axis="x", labelbottom=axes is panels[-1])
@@ -264,19 +245,17 @@ def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot |
     )
     if len(drawn) < len(lengths):
         text += f" Drawn are the first of {len(lengths):,} chosen conversations in a random order."
-    return _plot(figure, "packs", "Rows of three padding modes", text)
+    return Plot(figure, "packs", "Rows of three padding modes", text)
 
 
 def training_loss(training: Training) -> Plot | None:
     """Loss by step, and the loss of held-out rows."""
-    trained, held_out = _points(training, "loss"), _points(training, "eval_loss")
+    trained, held_out = training.points("loss"), training.points("eval_loss")
     if not len(trained) + len(held_out):
         return None
-    figure = new_figure(2.8)
-    axes = figure.subplots()
-    line = trained
-    if len(trained) > _POINTS:
-        line = np.array([part.mean(axis=0) for part in np.array_split(trained, _POINTS)])
+    figure, axes = new_figure(2.8)
+    parts = np.array_split(trained, min(len(trained), _POINTS) or 1)
+    line = np.array([part.mean(axis=0) for part in parts]) if len(trained) else trained
     if len(line):
         marker = "o" if len(line) <= 40 else ""
         axes.plot(*line.T, color=COLOURS["chosen"], linewidth=1.5, marker=marker, markersize=3, label="training")
@@ -291,16 +270,10 @@ def training_loss(training: Training) -> Plot | None:
     axes.locator_params(axis="x", nbins=7, integer=True, steps=_STEPS)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     caption = _loss_caption(trained, held_out, len(line), training.held_out)
-    return _plot(figure, "loss", "Training and held-out loss by step", caption)
+    return Plot(figure, "loss", "Training and held-out loss by step", caption)
 
 
-def _points(training: Training, kind: str) -> Floats:
-    pairs = [(entry.step, getattr(entry, kind)) for entry in training.log]
-    kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
-    return np.array(kept, np.float64).reshape(-1, 2)
-
-
-def _loss_caption(trained: Floats, held_out: Floats, drawn: int, rows: int) -> str:
+def _loss_caption(trained: FloatArray, held_out: FloatArray, drawn: int, rows: int) -> str:
     parts = []
     held = f"The loss of the {counted(rows, 'held-out row')}"
     if len(held_out) > 1:
@@ -324,18 +297,17 @@ def _loss_caption(trained: Floats, held_out: Floats, drawn: int, rows: int) -> s
     return ". ".join(parts) + "."
 
 
-def outcomes(name: str, evaluations: Evaluations) -> Plot | None:
+def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
     """Programs solved before and after training, and how the others ended."""
-    sides = [(label, side) for label, side in (("before", evaluations.before), ("after", evaluations.after)) if side]
-    if not any(sum(side.outcomes.values()) for _, side in sides):
+    sides = {when: side.outcomes for when, side in evaluations._asdict().items() if side}
+    if not any(sum(outcomes.values()) for outcomes in sides.values()):
         return None
-    kinds = [kind for kind in KINDS if any(side.outcomes.get(kind) for _, side in sides)]
-    figure = new_figure(1.05 + 0.42 * len(sides))
-    axes = figure.subplots()
-    for at, (_, side) in enumerate(sides):
-        total, left = sum(side.outcomes.values()), 0.0
+    kinds = [kind for kind in KINDS if any(outcomes.get(kind) for outcomes in sides.values())]
+    figure, axes = new_figure(1.05 + 0.42 * len(sides))
+    for at, outcomes in enumerate(sides.values()):
+        total, left = sum(outcomes.values()), 0.0
         for place, kind in enumerate(kinds):
-            count = side.outcomes.get(kind, 0)
+            count = outcomes.get(kind, 0)
             share = 100 * count / total
             axes.barh(
                 -at, share, left=left, height=0.62, color=COLOURS[_OUTCOMES[kind]], edgecolor=COLOURS["paper"],
@@ -343,14 +315,14 @@ def outcomes(name: str, evaluations: Evaluations) -> Plot | None:
             )  # fmt: skip
             if share >= 6:
                 number = axes.text(left + share / 2, -at, f"{count:,}", ha="center", va="center", size=9)
-                classed(number, "onbar", at * 10 + place)
+                number.set_gid(f"class-onbar{at * 10 + place}")  # of the page's style sheet
             left += share
-    axes.set_yticks([-at for at in range(len(sides))], [label for label, _ in sides])
+    axes.set_yticks([-at for at in range(len(sides))], [*sides])
     _no_left_axis(axes)
     axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
     _legend(axes, 4, columnspacing=1.2)
     label = f"Outcomes of the programs of {proper_name(name)}"
-    return _plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations))
+    return Plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations))
 
 
 def _outcomes_caption(evaluations: Evaluations) -> str:
@@ -365,31 +337,25 @@ def _outcomes_caption(evaluations: Evaluations) -> str:
         if first is not None and last is not None:
             texts.append(f"On {tests} pass@1 {moved(first, last, percent)}")
     kind = "plus" if "plus" in before.pass_at and "plus" in after.pass_at else "base"
-    solved = [
-        {task for task, verdicts in side.samples.items() if verdicts and getattr(verdicts[0], kind) == "pass"}
-        for side in (before, after)
-    ]
-    won, lost = len(solved[1] - solved[0]), len(solved[0] - solved[1])
+    first_solved, last_solved = (side.solved(kind) for side in (before, after))
+    won, lost = len(last_solved - first_solved), len(first_solved - last_solved)
     many = f"{counted(won, 'task')} {'are' if won > 1 else 'is'}" if won else "No task is"
     texts.append(f"{many} solved only after training, {lost} only before")
-    if changed := won + lost:
-        chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(won, lost) + 1)) / 2**changed)
-        word = "no evidence" if chance > 0.05 else "evidence"
-        texts.append(
-            f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test): {word} of a change"
-        )
-    else:
-        texts.append("No verdict changed")
+    changed = won + lost
+    chance = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(won, lost) + 1)) / 2**changed)
+    split = f"A split at least so uneven comes by chance with p = {chance:.2f} (sign test)"
+    evidence = f"{split}: {'no ' if chance > 0.05 else ''}evidence of a change"
+    texts.append(evidence if changed else "No verdict changed")
     return ". ".join(texts) + "."
 
 
 # ------------------------------------------------------------------------------------------------- how things are drawn
 
 
-def _edges(values: Floats, most: int = 60, whole: bool = False) -> Floats:
+def _edges(values: FloatArray, most: int = 60, whole: bool = False) -> FloatArray:
     """Edges of bins of a round width; every multiple of it is one, so 1 is. Outliers may fall outside."""
     low, high = _reach(values)
-    target = (high - low) / np.clip(2 * len(values) ** (1 / 3), 12, most)
+    target = (high - low) / _bins(values, most)
     step = _round_up(float(target)) if target > 0 else 1.0 if whole else 0.05
     if whole:
         step = max(1.0, round(step))
@@ -397,6 +363,10 @@ def _edges(values: Floats, most: int = 60, whole: bool = False) -> Floats:
     if not whole:  # the line at 1 is always in the picture
         first, last = min(first, math.floor(0.9 / step)), max(last, math.ceil(1.1 / step))
     return np.array([round(number * step, 9) for number in range(first, last + 1)])
+
+
+def _bins(values: FloatArray, most: int = 60) -> float:
+    return float(np.clip(2 * len(values) ** (1 / 3), 12, most))
 
 
 def _reach(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
@@ -412,13 +382,13 @@ def _round_up(value: float) -> float:
     return next((step * scale for step in (1, 2, 2.5, 5, 10) if step * scale >= value * 0.999999), value)
 
 
-def _beyond(values: Floats, edges: Floats) -> str:
+def _beyond(values: FloatArray, edges: FloatArray) -> str:
     outside = int(((values < edges[0]) | (values > edges[-1])).sum())
     largest = short(float(values.max()))
     return f" Not drawn: {counted(outside, 'row')} beyond the axis, the largest at {largest}." if outside else ""
 
 
-def _histogram(axes: Axes, values: Floats, chosen: NDArray[np.bool_] | None, edges: Floats) -> None:
+def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> None:
     everything, _ = np.histogram(values, edges)
     if chosen is None:
         axes.stairs(everything, edges, fill=True, color=COLOURS["other"])
@@ -433,7 +403,7 @@ def _histogram(axes: Axes, values: Floats, chosen: NDArray[np.bool_] | None, edg
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
-def _strip(axes: Axes, values: Floats, chosen: NDArray[np.bool_], edges: Floats, base: float) -> None:
+def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> None:
     everything, _ = np.histogram(values, edges)
     scale = 0.82 / max(1, everything.max())
     top, taken = (base + scale * counts for counts in (everything, np.histogram(values[chosen], edges)[0]))
@@ -443,7 +413,7 @@ def _strip(axes: Axes, values: Floats, chosen: NDArray[np.bool_], edges: Floats,
     axes.plot([np.median(values)] * 2, [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
 
 
-def _dots(axes: Axes, x: Floats, y: Floats, colour: str, width: float, label: str) -> None:
+def _dots(axes: Axes, x: FloatArray, y: FloatArray, colour: str, width: float, label: str) -> None:
     axes.plot(
         x, y, linestyle="none", marker="o", markersize=width if len(x) > 400 else width * 2.1, label=label,
         markerfacecolor=COLOURS[colour], markeredgecolor="none", alpha=0.6,
@@ -456,6 +426,11 @@ def _legend(axes: Axes, columns: int, columnspacing: float = 1.4) -> Any:
         bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=0.9, handleheight=0.9, handletextpad=0.5,
         columnspacing=columnspacing,
     )  # fmt: skip
+
+
+def _ifd_axis(axes: Axes, ylabel: str) -> None:
+    axes.axvline(1, color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
+    axes.set(xlabel="IFD (ratio of perplexities, no unit)", ylabel=ylabel)
 
 
 def _no_left_axis(axes: Axes) -> None:
@@ -471,11 +446,11 @@ def _log_ticks(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _name_clusters(axes: Axes, centres: dict[int, Floats]) -> None:
+def _name_clusters(axes: Axes, centres: dict[int, FloatArray]) -> None:
     """Write the numbers of the clusters at their medians, moved apart where they would touch."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     apart = max(right - left, top - bottom) / 18
-    placed: list[Floats] = []
+    placed: list[FloatArray] = []
     for number, (label, centre) in enumerate(centres.items()):
         at = centre
         for turn in range(1, 60):
@@ -485,4 +460,4 @@ def _name_clusters(axes: Axes, centres: dict[int, Floats]) -> None:
             at = centre + apart * 0.25 * math.sqrt(turn) * 1.4 * np.array([math.cos(angle), math.sin(angle)])
         placed.append(at)
         text = axes.text(at[0], at[1], str(label), ha="center", va="center", weight="bold", size=11, zorder=5)
-        classed(text, "halo", number)
+        text.set_gid(f"class-halo{number}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,10 +28,11 @@ DRAWN = 2_500
 _FITTED = 20_000  # vectors that the axes of the map are found from
 _SHOWN = 3  # examples of each kind
 _PART = 1 << 20  # rows of a table that are in memory at a time
+_TABLE = "scores/scores.parquet"
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 
-Floats = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,85 +54,82 @@ class Map:
     ``total``: embedded rows; ``fitted``: how many the axes were found from.
     """
 
-    xy: Floats
+    xy: FloatArray
     rows: NDArray[np.int64]
     explained: tuple[float, float]
     total: int
     fitted: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """The score table, and what was chosen of it.
+    """The score table, and what was chosen of it, read from a run's folder.
 
     All arrays are (rows,), in the order of the data. ``ifd``, ``cond`` and ``uncond`` (mean loss of a token in nats,
     with and without the question) are NaN where there is no score. ``chosen`` and ``cluster`` (-1: none) are None
-    before selection; ``reasons``: how many rows were not chosen, by why.
-    """
-
-    status: Counter[str]
-    ifd: Floats
-    cond: NDArray[np.float32]
-    uncond: NDArray[np.float32]
-    tokens: NDArray[np.int32]
-    chosen: NDArray[np.bool_] | None
-    cluster: NDArray[np.int32] | None
-    reasons: Counter[str]
-    map: Map | None
-    hardest: tuple[Example, ...]
-    easiest: tuple[Example, ...]
-
-
-def read_rows(folder: Path) -> Rows | None:
-    """Read what the stages score, embed and select wrote; None before the first.
+    before selection; ``status`` and ``reasons`` count rows: by how scoring went, and by why they were not chosen.
+    ``length`` is a line about the answers' length, of a selection that says it.
 
     Raises:
         InputError: a file is damaged, or they are not of one run.
     """
-    path = folder / "scores" / "scores.parquet"
-    if not path.exists():
-        return None
-    try:
-        return _read(folder, path)
-    except (pa.ArrowException, KeyError) as error:  # a column is missing, or of another type
-        what = str(error).splitlines()[0]
-        raise InputError(f"the tables of {folder} are damaged: {what}; run stages score and select again") from None
+
+    def __init__(self, folder: Path) -> None:
+        path, selected = folder / _TABLE, folder / "selected.rows.parquet"
+        with _reading(path):
+            count = int(pq.read_metadata(path).num_rows)
+            self.status, self.reasons = Counter[str](), Counter[str]()
+            self.ifd, self.tokens = np.empty(count), np.empty(count, np.int32)
+            self.cond, self.uncond = np.empty(count, np.float32), np.empty(count, np.float32)
+            self._read_scores(path)
+        self.chosen: NDArray[np.bool_] | None = None
+        self.cluster: NDArray[np.int32] | None = None
+        self.length = ""
+        self.hardest: tuple[Example, ...] = ()
+        self.easiest: tuple[Example, ...] = ()
+        if selected.exists():
+            with _reading(selected):
+                self._read_selected(selected, count)
+            conversations = folder / "selected.jsonl"
+            with _reading(conversations):
+                self.hardest, self.easiest = _examples(conversations, self.ifd, self.chosen)
+        self.map = _read_map(folder / "embeddings.npy", count)
+
+    def _read_scores(self, path: Path) -> None:
+        for part, table in _parts(path, _SCORES):
+            if not np.array_equal(_numpy(table["row"], pa.int64()), np.arange(part.start, part.stop)):
+                raise InputError(f"{path} does not hold every row once, in order; run codeact merge {path.parent}")
+            self.status += _counts(table["status"])
+            scores = _numpy(table["ifd"], pa.float64())
+            self.ifd[part] = np.where(np.isfinite(scores), scores, np.nan)
+            self.tokens[part] = _numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32())
+            with np.errstate(divide="ignore", invalid="ignore"):
+                for mean, total, scored in (
+                    (self.cond, "cond_nll_sum", "scored_tokens"),
+                    (self.uncond, "uncond_nll_sum", "uncond_scored_tokens"),
+                ):
+                    mean[part] = _numpy(table[total], pa.float64()) / _numpy(table[scored], pa.int64())
+
+    def _read_selected(self, path: Path, rows: int) -> None:
+        self.length = (pq.read_schema(path).metadata or {}).get(b"length", b"").decode("utf-8", "replace")
+        self.chosen, self.cluster, done = np.zeros(rows, np.bool_), np.full(rows, -1, np.int32), 0
+        for part, table in _parts(path, ("row", "cluster", "chosen", "reason")):
+            numbers = _numpy(table["row"], pa.int64())
+            if part.stop > rows or not np.array_equal(numbers, np.arange(part.start, part.stop)):
+                break
+            self.cluster[part] = pc.fill_null(table["cluster"].cast(pa.int32()), -1).to_numpy()
+            self.chosen[part] = pc.fill_null(table["chosen"], False).to_numpy()
+            self.reasons += _counts(table["reason"])
+            done = part.stop
+        if done != rows:
+            raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
 
 
-def _read(folder: Path, path: Path) -> Rows:
-    count, status = _rows(path), Counter[str]()
-    ifd, tokens = np.empty(count), np.empty(count, np.int32)
-    cond, uncond = np.empty(count, np.float32), np.empty(count, np.float32)
-    for part, table in _parts(path, _SCORES):
-        if not np.array_equal(_numpy(table["row"], pa.int64()), np.arange(part.start, part.stop)):
-            raise InputError(f"{path} does not hold every row once, in order; run codeact merge {path.parent}")
-        status += _counts(table["status"])
-        scores = _numpy(table["ifd"], pa.float64())
-        ifd[part] = np.where(np.isfinite(scores), scores, np.nan)
-        tokens[part] = _numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32())
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for mean, prefix in ((cond, ""), (uncond, "un")):
-                scored = table["scored_tokens" if not prefix else "uncond_scored_tokens"]
-                mean[part] = _numpy(table[f"{prefix}cond_nll_sum"], pa.float64()) / _numpy(scored, pa.int64())
-    selected = folder / "selected.rows.parquet"
-    chosen, cluster, reasons = _read_selected(selected, count) if selected.exists() else (None, None, Counter())
-    hardest, easiest = ((), ()) if chosen is None else _examples(folder / "selected.jsonl", ifd, chosen)
-    return Rows(
-        status=status,
-        ifd=ifd,
-        cond=cond,
-        uncond=uncond,
-        tokens=tokens,
-        chosen=chosen,
-        cluster=cluster,
-        reasons=reasons,
-        map=_read_map(folder / "embeddings.npy", count),
-        hardest=hardest,
-        easiest=easiest,
-    )
+def read_report_rows(folder: Path) -> Rows | None:
+    """Read what the stages score, embed and select wrote; None before the first. Errors: see ``Rows``."""
+    return Rows(folder) if (folder / _TABLE).exists() else None
 
 
-def sample(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
+def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
     """At most ``size`` of ``positions``, drawn without replacement, in their order; the same ones every time."""
     if len(positions) <= size:
         return positions
@@ -138,34 +137,28 @@ def sample(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
     return positions[np.sort(drawn)]
 
 
-def _rows(path: Path) -> int:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file that is damaged: cut, or a column is missing or of another type."""
     try:
-        return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from None
+        yield
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}; run its stage again") from None
 
 
 def _parts(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[slice, pa.Table]]:
     """Read some million rows at a time, and where they belong: a table takes three times the memory of its arrays."""
     start = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PART, columns=list(columns)):
-                yield slice(start, start + batch.num_rows), pa.Table.from_batches([batch])
-                start += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is damaged: {str(error).splitlines()[0]}; run its stage again")
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_PART, columns=list(columns)):
+            yield slice(start, start + batch.num_rows), pa.Table.from_batches([batch])
+            start += batch.num_rows
 
 
 def _numpy(column: pa.ChunkedArray, kind: pa.DataType) -> NDArray[Any]:
     """A column as numpy; null becomes NaN, or 0 in a column of integers."""
-    filled = pc.fill_null(column.cast(kind, safe=False), float("nan") if pa.types.is_floating(kind) else 0)
-    values: NDArray[Any] = filled.to_numpy()
-    return values
+    missing = float("nan") if pa.types.is_floating(kind) else 0
+    return np.asarray(pc.fill_null(column.cast(kind, safe=False), missing).to_numpy())
 
 
 def _counts(column: pa.ChunkedArray) -> Counter[str]:
@@ -173,23 +166,7 @@ def _counts(column: pa.ChunkedArray) -> Counter[str]:
     return Counter({item["values"]: item["counts"] for item in counted.to_pylist() if item["values"] is not None})
 
 
-def _read_selected(path: Path, rows: int) -> tuple[NDArray[np.bool_], NDArray[np.int32], Counter[str]]:
-    chosen, cluster, reasons = np.zeros(rows, np.bool_), np.full(rows, -1, np.int32), Counter[str]()
-    done = 0
-    for part, table in _parts(path, ("row", "cluster", "chosen", "reason")):
-        numbers = _numpy(table["row"], pa.int64())
-        if part.stop > rows or not np.array_equal(numbers, np.arange(part.start, part.stop)):
-            break
-        cluster[part] = pc.fill_null(table["cluster"].cast(pa.int32()), -1).to_numpy()
-        chosen[part] = pc.fill_null(table["chosen"], False).to_numpy()
-        reasons += _counts(table["reason"])
-        done = part.stop
-    if done != rows:
-        raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
-    return chosen, cluster, reasons
-
-
-def _examples(path: Path, ifd: Floats, chosen: NDArray[np.bool_]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _examples(path: Path, ifd: FloatArray, chosen: Any) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The chosen conversations of highest and of lowest IFD; no conversation is in both."""
     rows = np.flatnonzero(chosen)
     ranked = np.flatnonzero(np.isfinite(ifd[rows]))
@@ -205,17 +182,14 @@ def _examples(path: Path, ifd: Floats, chosen: NDArray[np.bool_]) -> tuple[tuple
 
 def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
     """The lines of these numbers, ascending; of the others only the ends are looked for."""
-    try:
-        with path.open("rb") as file:
-            at = 0
-            for number in wanted:
-                line = next(islice(file, number - at, None), None)
-                if line is None:
-                    raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
-                at = number + 1
-                yield line
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; run stage select again") from None
+    at = 0
+    with path.open("rb") as file:
+        for number in wanted:
+            line = next(islice(file, number - at, None), None)
+            if line is None:
+                raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
+            at = number + 1
+            yield line
 
 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:
@@ -235,11 +209,11 @@ def _read_map(path: Path, rows: int) -> Map | None:
     from codeact.embedding.vectors import read_embeddings
 
     table = read_embeddings(path)
-    if len(table.rows) < 3 or not 0 <= table.rows[-1] < rows:
-        if len(table.rows) and not 0 <= table.rows[-1] < rows:
-            raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage embed again")
+    if len(table.rows) and not 0 <= table.rows[-1] < rows:
+        raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage embed again")
+    if len(table.rows) < 3:
         return None
-    fitted = sample(np.arange(len(table.rows)), _FITTED)
+    fitted = draw_positions(np.arange(len(table.rows)), _FITTED)
     vectors = np.asarray(table.vectors[fitted], dtype=np.float64)
     centre = vectors.mean(axis=0)
     variances, axes = np.linalg.eigh(np.cov(vectors - centre, rowvar=False, bias=True))
@@ -248,7 +222,7 @@ def _read_map(path: Path, rows: int) -> Map | None:
     total = float(variances.sum())
     if not total > 0:  # all questions are the same
         return None
-    drawn = sample(np.arange(len(fitted)), DRAWN, seed=1)
+    drawn = draw_positions(np.arange(len(fitted)), DRAWN, seed=1)
     return Map(
         xy=(vectors[drawn] - centre) @ axes,
         rows=table.rows[fitted[drawn]],

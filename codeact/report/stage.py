@@ -22,7 +22,7 @@ class Report(Stage):
 
     def work(self, run: Run) -> Lines:
         """Write the ledger, and the page about all of it."""
-        from codeact.report import write_report
+        from codeact.report.page import write_report
 
         run.ledger().write(run.output / "ledger.json")
         return [("report", str(write_report(run.output)))]

@@ -56,14 +56,17 @@ def page_style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure of the page's width; ``height`` in inches. Only within ``page_style``."""
+def new_figure(height: float, panels: int = 1, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure of the page's width and its axes, ``panels`` one below the other; only within ``page_style``.
+
+    ``height`` in inches; ``subplots``: more for matplotlib's function of that name.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)  # pyplot would choose a backend, and keep the figure
-    return figure
+    return figure, figure.subplots(panels, 1, **subplots)
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
@@ -95,12 +98,6 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def classed(artist: Any, name: str, number: int = 0) -> Any:
-    """Give an artist a class of the page's style sheet; ``number`` keeps apart several of one class."""
-    artist.set_gid(f"class-{name}{number}")
-    return artist
-
-
 def _attributes(element: ElementTree.Element, name: str, used: set[str]) -> Iterator[tuple[str, str]]:
     """Take an element's attributes; return them short, in the page's colours, with ids only where they are used."""
     attributes = dict(element.attrib)
@@ -113,13 +110,10 @@ def _attributes(element: ElementTree.Element, name: str, used: set[str]) -> Iter
         elif key == "style":
             yield key, _style(text)
         elif key in ("d", "x", "y", "width", "height", "transform", "points"):
-            yield key, " ".join(re.sub(r"-?\d+\.\d+", _rounded, text).split())
+            rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), text)
+            yield key, " ".join(rounded.split())
         elif key != "id":
             yield key, text
-
-
-def _rounded(match: re.Match[str]) -> str:
-    return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _style(text: str) -> str:

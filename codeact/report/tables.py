@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from codeact.base.console import counted, duration, percent, size
+from codeact.base.console import counted, duration, if_known, percent, size
 from codeact.base.ledger import Change, Ledger
 from codeact.padding.strategies import STRATEGIES
 from codeact.report.data import Cost, Evaluations, PackFigures, RunRecord, StageRecord, Training, proper_name, signed
@@ -16,7 +16,7 @@ _LINES = 40  # of a stage's summary
 Cell = str | int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Table:
     """``columns``: heads; ``numbers`` are set to the right, ``texts`` are never narrow.
 
@@ -36,28 +36,18 @@ class Table:
     folded: bool = False
 
 
-def _if_known(show: Callable[[float], str], value: float | None) -> str | None:
-    return None if value is None else show(value)
-
-
 def ledger_table(ledger: Ledger) -> Table:
     """What went into and out of every stage."""
-    complaints = ledger.complaints()
-    verdict = (
-        "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
-        if not complaints
-        else f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
-    )
-    return Table(
-        caption=f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}",
-        columns=["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"],
-        rows=[
-            [e.stage, e.what, e.rows_in, e.rows_out, e.tokens_in, e.tokens_out, *(_changes(c, e.what) for c in changes)]
-            for e, changes in ((entry, (entry.lost, entry.added)) for entry in ledger.entries)
-        ],
-        numbers=range(2, 6),
-        texts=(6, 7),
-    )
+    verdict = "It balances: in and added are out and lost, and a stage takes in what the one before gave out."
+    if complaints := ledger.complaints():
+        verdict = f"IT DOES NOT BALANCE: {'; '.join(complaints)}."
+    caption = f"Rows and tokens into and out of every stage, and why some were lost or added. {verdict}"
+    rows: list[list[Cell]] = []
+    for e in ledger.entries:
+        changes = (_changes(each, e.what) for each in (e.lost, e.added))
+        rows.append([e.stage, e.what, e.rows_in, e.rows_out, e.tokens_in, e.tokens_out, *changes])
+    columns = ["stage", "of", "in", "out", "tokens in", "tokens out", "lost", "added"]
+    return Table(caption, columns, rows, numbers=range(2, 6), texts=(6, 7))
 
 
 def _changes(changes: Iterable[Change], what: str) -> str | None:
@@ -65,8 +55,7 @@ def _changes(changes: Iterable[Change], what: str) -> str | None:
     for change in changes:
         parts = [counted(change.rows, what.removesuffix("s"))] if change.rows else []
         parts += [counted(change.tokens, "token")] if change.tokens else []
-        if parts:
-            texts.append(f"{_reason(change.reason)}: {', '.join(parts)}")
+        texts += [f"{_reason(change.reason)}: {', '.join(parts)}"] if parts else []
     return "\n".join(texts) or None
 
 
@@ -82,14 +71,11 @@ def fate_table(rows: Rows) -> Table:
     else:
         fates = [("chosen", int(rows.chosen.sum())), *rows.reasons.most_common()]
     shares = [number / max(1, total) for _, number in fates]
-    return Table(
-        caption=f"What became of the {counted(total, 'row')}.",
-        columns=["fate", "rows", "share"],
-        rows=[[_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)],
-        numbers=(1, 2),
-        bars=shares,
-        bar_column=2,
-    )
+    body: list[list[Cell]] = [
+        [_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)
+    ]
+    caption = f"What became of the {counted(total, 'row')}.{rows.length and f' {rows.length}.'}"
+    return Table(caption, ["fate", "rows", "share"], body, numbers=(1, 2), bars=shares, bar_column=2)
 
 
 def mode_tables(packs: PackFigures, cost: Cost | None, training: Training | None) -> list[Table]:
@@ -103,46 +89,34 @@ def mode_tables(packs: PackFigures, cost: Cost | None, training: Training | None
     rate = None if cost is None or not cost.seconds else (cost.tokens + cost.padding) / cost.seconds
     for s in packs.strategies:
         name = STRATEGIES.get(s.strategy, s.strategy)
-        flops = _if_known(lambda value: f"{value / 1e12:,.2f}", s.attention_flops)
+        flops = if_known("{:,.2f}".format, s.attention_flops and s.attention_flops / 1e12)
         computed.append([name, s.rows, s.forwards, percent(s.fill), s.padding, percent(s.padding_share), flops])
         seconds = memory = None
-        if cost is not None and rate and s.strategy == used:
-            seconds = f"{duration(cost.seconds)} (measured)"
-            memory = size(cost.peak_cuda_allocated_bytes or cost.peak_resident_bytes)
-        elif cost is not None and rate:
-            seconds = f"{duration(cost.tokens / max(1e-9, 1 - s.padding_share) / rate)} (estimated)"
-            memory = "not run"
-        estimates = (_if_known(size, s.activation_bytes), _if_known(size, s.logit_bytes))
+        if cost is not None and rate:
+            own, estimate = s.strategy == used, cost.tokens / max(1e-9, 1 - s.padding_share) / rate
+            seconds = f"{duration(cost.seconds)} (measured)" if own else f"{duration(estimate)} (estimated)"
+            memory = size(cost.peak_cuda_allocated_bytes or cost.peak_resident_bytes) if own else "not run"
+        estimates = (if_known(size, s.activation_bytes), if_known(size, s.logit_bytes))
         taken.append([name, seconds, memory, s.largest_forward, *estimates])  # the largest is what memory grows with
-    caption = "Activations and logits are estimates for the largest forward pass, in 16 and 32 bits."
+    conversations = f"{counted(first.samples, 'chosen conversation')} ({first.tokens:,} tokens)"
+    counts = (
+        f"One epoch over the {conversations}, {packs.capacity:,} tokens a row, {packs.batch_size} samples a batch; "
+        "counted, not run. Attention is estimated from the lengths."
+    )
+    costs = "Activations and logits are estimates for the largest forward pass, in 16 and 32 bits."
     if cost is not None and rate:
         where = "of the GPU" if cost.peak_cuda_allocated_bytes else "resident set of the process, weights and all"
-        caption = (
+        costs = (
             f"Time for the {cost.tokens:,} tokens of the training. The mode used was measured; the others are "
             f"estimated from their padding share at the measured {rate:,.0f} computed tokens/s. Peak memory is the "
-            f"{where}. {caption}"
+            f"{where}. {costs}"
         )
+    columns = ["mode", "rows", "passes", "row fill", "padding (tokens)", "padding share", "attention (TFLOP)"]
+    shares = [s.padding_share for s in packs.strategies]
+    estimated = ["mode", "time", "peak memory", "largest pass (tokens)", "activations", "logits"]
     return [
-        Table(
-            caption=(
-                f"One epoch over the {counted(first.samples, 'chosen conversation')} ({first.tokens:,} tokens), "
-                f"{packs.capacity:,} tokens a row, {packs.batch_size} samples a batch; counted, not run. Attention is "
-                "estimated from the lengths."
-            ),
-            columns=["mode", "rows", "passes", "row fill", "padding (tokens)", "padding share", "attention (TFLOP)"],
-            rows=computed,
-            numbers=range(1, 7),
-            bars=[s.padding_share for s in packs.strategies],
-            bar_column=5,
-            marked=marked,
-        ),
-        Table(
-            caption=caption,
-            columns=["mode", "time", "peak memory", "largest pass (tokens)", "activations", "logits"],
-            rows=taken,
-            numbers=range(1, 6),
-            marked=marked,
-        ),
+        Table(counts, columns, computed, numbers=range(1, 7), marked=marked, bars=shares, bar_column=5),
+        Table(costs, estimated, taken, numbers=range(1, 6), marked=marked),
     ]
 
 
@@ -158,11 +132,10 @@ def training_table(cost: Cost) -> Table:
         ["speed", f"{cost.tokens / max(1e-9, cost.seconds):,.0f} tokens/s"],
         ["peak resident set", size(cost.peak_resident_bytes)],
     ]
-    if cost.peak_cuda_allocated_bytes is not None:
-        rows.append(["peak GPU memory", size(cost.peak_cuda_allocated_bytes)])
-    if cost.model_utilisation is not None:
-        rows.append(["share of the peak speed (MFU)", percent(cost.model_utilisation)])
-    return Table(caption="Cost of the training, measured.", columns=["quantity", "value"], rows=rows, numbers=(1,))
+    rows.append(["peak GPU memory", if_known(size, cost.peak_cuda_allocated_bytes)])
+    rows.append(["share of the peak speed (MFU)", if_known(percent, cost.model_utilisation)])
+    rows = [row for row in rows if row[1] is not None]
+    return Table("Cost of the training, measured.", ["quantity", "value"], rows, numbers=(1,))
 
 
 def pass_table(name: str, evaluations: Evaluations) -> Table:
@@ -179,7 +152,7 @@ def pass_table(name: str, evaluations: Evaluations) -> Table:
     caption = f"Of {counted(tasks, 'task')}; one task is {100 / max(1, tasks):.1f} points."
     if not all(side.isolated for side in sides):
         caption += " The programs were run WITHOUT isolation."
-    return Table(caption=caption, columns=["tests", "before", "after", "change (points)"], rows=body, numbers=(1, 2, 3))
+    return Table(caption, ["tests", "before", "after", "change (points)"], body, numbers=(1, 2, 3))
 
 
 def stage_table(record: RunRecord) -> Table:
@@ -189,25 +162,17 @@ def stage_table(record: RunRecord) -> Table:
     shares = [(stage.seconds or 0) / total if total else 0.0 for stage in stages.values()]
     rows: list[list[Cell]] = []
     for (name, stage), share in zip(stages.items(), shares, strict=True):
-        time, started = _if_known(duration, stage.seconds), stage.started[:16].replace("T", " ")
-        rows.append([name, time or "unfinished", percent(share), _if_known(size, stage.peak_memory), started or None])
-    return Table(
-        caption=f"The stages took {duration(total)} together. Peak memory is the resident set of the process.",
-        columns=["stage", "time", "share", "peak memory", "started (UTC)"],
-        rows=rows,
-        numbers=range(1, 5),
-        bars=shares,
-        bar_column=2,
-    )
+        time, started = if_known(duration, stage.seconds), stage.started[:16].replace("T", " ")
+        rows.append([name, time or "unfinished", percent(share), if_known(size, stage.peak_memory), started or None])
+    caption = f"The stages took {duration(total)} together. Peak memory is the resident set of the process."
+    columns = ["stage", "time", "share", "peak memory", "started (UTC)"]
+    return Table(caption, columns, rows, numbers=range(1, 5), bars=shares, bar_column=2)
 
 
 def line_tables(record: RunRecord) -> list[Table]:
     """The lines that each stage printed."""
-    return [
-        Table(caption=f"What {name} printed", columns=["line", "value"], rows=stage.lines[:_LINES], folded=True)
-        for name, stage in _stages(record).items()
-        if stage.lines
-    ]
+    printed = ((name, stage.lines[:_LINES]) for name, stage in _stages(record).items() if stage.lines)
+    return [Table(f"What {name} printed", ["line", "value"], lines, folded=True) for name, lines in printed]
 
 
 def _stages(record: RunRecord) -> dict[str, StageRecord]:
@@ -221,14 +186,13 @@ def origin_table(record: RunRecord) -> Table:
     rows += [[name, value or None] for name, value in record.versions.items()]
     for name, value in record.machine.items():
         rows.append([name, size(value) if name == "memory" and isinstance(value, int) else _value(value)])
-    return Table(caption="Versions and machine.", columns=["what", "value"], rows=rows)
+    return Table("Versions and machine.", ["what", "value"], rows)
 
 
 def settings_table(record: RunRecord) -> Table:
     """All settings, by their path."""
     rows = list(_flat(record.settings, ""))
-    caption = f"All {counted(len(rows), 'setting')}"
-    return Table(caption=caption, columns=["setting", "value"], rows=rows, folded=True)
+    return Table(f"All {counted(len(rows), 'setting')}", ["setting", "value"], rows, folded=True)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterable[list[Cell]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 from codeact.base.devices import cpu_has_bf16
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, MissingExtraError
 from codeact.data.harvest import write_harvest
 from codeact.evaluation.settings import GenerationSettings
 from codeact.run import demo_models
@@ -21,6 +22,9 @@ def demo(output: Path, rows: int) -> None:
         output: the folder of the run.
         rows: how many rows to score.
     """
+    for library in ("torch", "transformers", "sentence_transformers", "peft", "matplotlib", "gguf"):
+        if importlib.util.find_spec(library) is None:  # not only after the download
+            raise MissingExtraError(library, "demo", "the demo")
     shipped = read_settings("demo", settings_class(STAGES))
     data, config = output / "stdlib.jsonl", output / "run.yaml"
     print(write_harvest("stdlib", data, limit=rows), file=sys.stderr)

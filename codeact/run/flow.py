@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,13 +18,14 @@ from codeact.base.errors import InputError, one_of
 from codeact.base.ledger import Entry, Ledger
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
+from codeact.base.yaml_files import located, read_yaml
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import Embed
 from codeact.evaluation.stage import Evaluate, Generate
 from codeact.padding.stage import Padding
 from codeact.report.stage import Report
 from codeact.run.folder import RunFolder, key_of
-from codeact.run.settings import RunSettings, read_settings, settings_class
+from codeact.run.settings import RunSettings, read_settings, settings_class, shipped
 from codeact.scoring.stage import Score, ScoreSettings
 from codeact.selection.stage import Select
 from codeact.training.stage import Train
@@ -52,8 +54,10 @@ class LedgerError(RuntimeError):
 class Flow:
     """One run: its settings, its folder and its stages. What a stage may ask of it: ``codeact.base.stage.Run``."""
 
-    def __init__(self, settings: RunSettings, stages: Sequence[Stage] = STAGES) -> None:
-        self.settings, self.all_stages = settings, stages
+    def __init__(
+        self, settings: RunSettings, stages: Sequence[Stage] = STAGES, source: str | Path | None = None
+    ) -> None:
+        self.settings, self.all_stages, self.source = settings, stages, source
         self.output, self.processes = settings.output, settings.processes
         self.folder = RunFolder(settings.output)
         self._identities: dict[str, str] = {}
@@ -134,7 +138,19 @@ class Flow:
             InputError: what it is.
         """
         for stage in self.stages:
-            stage.check(self)
+            with self.naming_the_line(stage.section):
+                stage.check(self)
+
+    @contextmanager
+    def naming_the_line(self, section: str) -> Iterator[None]:
+        """Begin an InputError about a section with the file and the line that it is about."""
+        try:
+            yield
+        except InputError as error:
+            if self.source is None:
+                raise
+            path = shipped(Path(self.source))
+            raise InputError(located(str(error), path, read_yaml(path)[1], section)) from None
 
     def run(self, first: str | None = None, last: str | None = None) -> Ledger:
         """Do the stages; what is there already for the same inputs and settings is kept.
@@ -200,10 +216,10 @@ def ledger_of(output: Path, stages: Sequence[Stage] = STAGES) -> Ledger:
     )
 
 
-def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES) -> Flow:
-    """The run that a YAML file tells, or one that codeact brings.
+def open_flow(config: str | Path, stages: Sequence[Stage] = STAGES, changes: Sequence[str] = ()) -> Flow:
+    """The run that a YAML file tells, or one that codeact brings, with changes such as ``select.ratio=0.5``.
 
     Raises:
         InputError: see ``codeact.run.settings.read_settings``.
     """
-    return Flow(read_settings(config, settings_class(stages)), stages)
+    return Flow(read_settings(config, settings_class(stages), changes), stages, config)

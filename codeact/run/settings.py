@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -15,13 +15,14 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
+from codeact.base.yaml_files import line_of, read_yaml
 from codeact.data.settings import DataSettings
 
 if TYPE_CHECKING:
     from codeact.embedding.stage import EmbedSettings
     from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
     from codeact.scoring.stage import ScoreSettings
-    from codeact.selection.stage import SelectSettings
+    from codeact.selection.settings import SelectSettings
 
 S = TypeVar("S", bound=Settings)
 
@@ -84,27 +85,44 @@ def settings_class(stages: Sequence[Stage]) -> type[RunSettings]:
     return create_model("RunSettings", __base__=RunSettings, __validators__={"follow": check}, **sections)
 
 
-def read_settings(path: str | Path, kind: type[RunSettings]) -> RunSettings:
+def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[str] = ()) -> RunSettings:
     """Read a run's YAML file, or one that codeact brings, by its name without ``.yaml``.
+
+    Args:
+        path: the file or the name.
+        kind: of the settings; see ``settings_class``.
+        changes: ``section.key=value`` each, the value in YAML; they win over the file.
 
     Raises:
         InputError: it cannot be read, or a key is unknown, missing, there twice or of a wrong type; the message names
             the line, and the closest key there is.
     """
-    path = _shipped(Path(path))
-    try:
-        text = path.read_text(encoding="utf-8")
-        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    path = shipped(Path(path))
+    content, tree = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings; it needs output, data and score")
-    for line, key in _repeated(tree):
-        raise InputError(f"{path}, line {line}: the key {key} is there twice; remove one")
+    for change in changes:
+        _change(content, change)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}{'; '.join(_complaint(item, tree, kind) for item in error.errors())}") from None
+        complaints = [_complaint(item, tree, kind) for item in error.errors()]
+        raise InputError(f"{path}{'; '.join(complaints).replace('; , ', '; ')}") from None
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    name, given, text = change.partition("=")
+    *parents, key = name.split(".")
+    if not (given and key and all(parents)):
+        raise InputError(f"--set {change}: write section.key=value, such as select.ratio=0.5")
+    for parent in parents:
+        if not isinstance(content.setdefault(parent, {}), dict):
+            content[parent] = {}
+        content = content[parent]
+    try:
+        content[key] = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content[key] = text
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:
@@ -124,7 +142,8 @@ def _is_run(entry: Any) -> bool:
     return entry.name.endswith(".yaml") and "\noutput:" in entry.read_text(encoding="utf-8")
 
 
-def _shipped(path: Path) -> Path:
+def shipped(path: Path) -> Path:
+    """The file of that path, or that codeact brings under that name."""
     names = shipped_configs()
     if path.exists() or (path.suffix and str(path) not in names):  # a name may hold a dot: 6.7b
         return path
@@ -135,7 +154,7 @@ def _shipped(path: Path) -> Path:
 
 def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
-    where = f", line {_line(tree, keys)}: {'.'.join(keys)}" if keys else ""
+    where = f", line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
     if item["type"] != "extra_forbidden":
         return f"{where}: {item['msg'].removeprefix('Value error, ').lower()}"
     for parent in keys[:-1]:
@@ -144,28 +163,3 @@ def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
         kind = next(model for model in models if issubclass(model, BaseModel))
     closest = difflib.get_close_matches(keys[-1], kind.model_fields, n=1, cutoff=0.0)[0]
     return f"{where}: unknown key; did you mean {closest}?"
-
-
-def _line(node: Any, keys: Sequence[str]) -> int:
-    """The line of the last of ``keys`` that is there, from 1."""
-    line: int = node.start_mark.line + 1
-    for key in keys:
-        pairs = [pair for pair in getattr(node, "value", []) if isinstance(pair, tuple) and pair[0].value == key]
-        if not pairs:
-            break
-        line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
-    return line
-
-
-def _repeated(node: Any) -> Iterator[tuple[int, str]]:
-    """Keys that are in one mapping twice; YAML's reader would keep the last and say nothing."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if str(key.value) in seen:
-                yield key.start_mark.line + 1, str(key.value)
-            seen.add(str(key.value))
-            yield from _repeated(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated(value)

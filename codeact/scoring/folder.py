@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import time
@@ -22,34 +23,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, remove_leftovers
-from codeact.data.records import BadRow, Record, RecordSet
+from codeact.data.records import RecordSet
+from codeact.scoring.table import SCHEMA
+from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
 
 if TYPE_CHECKING:
     from codeact.scoring.ifd import IfdScorer
 
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("answer_tokens", pa.int32(), nullable=False),
-        pa.field("scored_tokens", pa.int32(), nullable=False),
-        pa.field("uncond_scored_tokens", pa.int32(), nullable=False),
-        pa.field("cond_nll_sum", pa.float64()),
-        pa.field("uncond_nll_sum", pa.float64()),
-        pa.field("ifd", pa.float64()),
-    ]
-)
-"""The score table: one row for each row of the data set, whatever became of it."""
+logger = logging.getLogger(__name__)
 
 _METADATA_KEY = b"codeact"
 
@@ -71,6 +59,8 @@ class ScoreFolder:
         self.rows: int = settings["data"]["rows"]
         self.shard_size: int = settings["shard_size"]
         self.shards = -(-self.rows // self.shard_size)
+        self.keep_token_nll = False
+        """Whether a shard is done only with the losses of its tokens beside it."""
 
     @classmethod
     def open(cls, folder: str | Path) -> ScoreFolder:
@@ -138,7 +128,7 @@ class ScoreFolder:
         missing = []
         for shard in range(self.shards):
             path = self.path(shard)
-            if path.exists():
+            if path.exists() and (not self.keep_token_nll or losses_path(path).exists()):
                 self._facts(path)
             else:
                 missing.append(shard)
@@ -164,7 +154,8 @@ class ScoreFolder:
             rows = records.rows(first, first + self.shard_rows(shard))
             begin = time.perf_counter()
             step = _rows_done(len(rows), progress)
-            table, cost = scorer.score(rows, step)
+            losses: list[np.ndarray] | None = [] if self.keep_token_nll else None
+            table, cost = scorer.score(rows, step, **({} if losses is None else {"losses": losses}))
             step(1.0, 0)  # rows that were refused pass through no forward pass
             facts = {
                 "hash": self.hash,
@@ -173,9 +164,13 @@ class ScoreFolder:
                 "tokens": cost.tokens,
                 "packs": cost.packs,
                 "capacity_tokens": cost.capacity_tokens,
+                "tokens_per_pack": scorer.tokens_per_pack,
+                "route": scorer.route,
                 "versions": _versions(),
             }
             table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
+            if losses is not None:
+                write_losses(self.path(shard), np.concatenate([np.empty((2, 0), np.float16), *losses], axis=1))
             with atomic_path(self.path(shard)) as temporary:
                 pq.write_table(table, temporary)
 
@@ -195,6 +190,7 @@ class ScoreFolder:
         totals: Counter[str] = Counter()
         refused: Counter[str] = Counter()
         statuses: Counter[str] = Counter()
+        routes: Counter[str] = Counter()
         with (
             atomic_path(self.folder / "scores.parquet") as temporary,
             pq.ParquetWriter(temporary, SCHEMA) as writer,
@@ -208,7 +204,8 @@ class ScoreFolder:
                 if table["row"].to_pylist() != list(expected):
                     raise InputError(f"{path} does not hold rows {first} to {expected[-1]}: delete it and score again")
                 writer.write_table(table)
-                refused += refusals(table)
+                routes[facts.get("route", "an older version, which did not note it")] += 1
+                refused.update(reason.split(":", 1)[0] for reason in table["reason"].to_pylist() if reason is not None)
                 statuses.update(table["status"].to_pylist())
                 totals["rows"] += table.num_rows
                 totals["truncated"] += pc.sum(table["truncated"]).as_py()
@@ -216,7 +213,13 @@ class ScoreFolder:
                     totals[name] += pc.sum(table[name]).as_py()
                 for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
                     totals[name] += facts[name]
-        summary = {**totals, "status": dict(statuses), "refused": dict(refused)}
+        if len(routes) > 1:
+            logger.warning(
+                "%s: shards were not all scored in one way, and different ways agree to rounding only: %s",
+                self.folder,
+                "; ".join(f"{count} by {route}" for route, count in routes.most_common()),
+            )
+        summary = {**totals, "status": dict(statuses), "refused": dict(refused), "routes": dict(routes)}
         self._write_manifest({"totals": summary})
         for folder in (self.folder, self.folder / "shards"):
             remove_leftovers(folder)
@@ -232,6 +235,21 @@ class ScoreFolder:
         if not path.exists():
             raise InputError(f"{self.folder} is not merged: run codeact merge {self.folder}")
         return pq.read_table(path, schema=SCHEMA)
+
+    def selective_ifd(self) -> np.ndarray:
+        """S-IFD of every row of the merged table, (rows,) float64, from the losses that scoring kept.
+
+        Raises:
+            InputError: it kept none, or they are damaged.
+        """
+        tokens = self.read()["scored_tokens"].to_numpy().astype(np.int64)
+
+        def shards() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for shard in range(self.shards):
+                part = tokens[shard * self.shard_size :][: self.shard_rows(shard)]
+                yield read_losses(self.path(shard), int(part.sum())), part
+
+        return selective_ifd(shards)
 
     def totals(self) -> dict[str, Any]:
         """Return the totals that ``merge`` wrote."""
@@ -279,33 +297,6 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     model = {k: v for k, v in settings.get("model", {}).items() if k != "name"}
     deciding = {k: v for k, v in settings.items() if k not in ("tokens_per_pack", "device", "attention")}
     return {**deciding, "data": data, "model": model}
-
-
-def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> int:
-    """Write the scored rows as the reference script's JSON, a list of {question, answer, IFD}; return how many."""
-    count = 0
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write("[")
-        for record, ifd in _scored_records(table, records):
-            entry = {"question": record.question, "answer": record.answer, "IFD": ifd}
-            file.write(("," if count else "") + "\n" + json.dumps(entry, ensure_ascii=False))
-            count += 1
-        file.write("\n]\n")
-    return count
-
-
-def _scored_records(table: pa.Table, records: RecordSet, block: int = 10_000) -> Iterator[tuple[Record, float]]:
-    for first in range(0, len(records), block):
-        scores = table["ifd"].slice(first, block).to_pylist()
-        rows = records.rows(first, min(first + block, len(records)))
-        for row, ifd in zip(rows, scores, strict=True):
-            if ifd is not None and not isinstance(row, BadRow):
-                yield row, ifd
-
-
-def refusals(table: pa.Table) -> Counter[str]:
-    """Count why rows of a score table have no score: the code before the colon of each reason."""
-    return Counter(reason.split(":", 1)[0] for reason in table["reason"].to_pylist() if reason is not None)
 
 
 def _rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:

@@ -1,14 +1,18 @@
 """Instruction-Following Difficulty: how much a question helps a model to predict its answer.
 
-IFD = perplexity(answer | question) / perplexity(answer); Li et al., "From Quantity to Quality", arXiv 2308.12032. Near
-0 the question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
+IFD = perplexity(answer | question) / perplexity(answer), as in Li et al., "Superfiltering", arXiv 2402.00530; the code
+of their "From Quantity to Quality" (arXiv 2308.12032) divides mean losses, which orders differently. Near 0 the
+question says all; at 1 it is no help. CodeACT (arXiv 2408.02193) keeps the rows that are hard, but below 1.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +27,7 @@ from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
     PassRule,
-    attending,
+    computing,
     packing_attention,
     plain_attention,
     prove_isolation,
@@ -31,11 +35,13 @@ from codeact.models.isolation import (
 )
 from codeact.models.loading import load_causal_lm
 from codeact.ops.attention import PackedBatch
-from codeact.ops.nll import token_nll
+from codeact.ops.nll import nll_backend, token_nll
 from codeact.packing.packs import pack
-from codeact.scoring.folder import SCHEMA
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +63,8 @@ class IfdScorer:
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included.
         tokens_per_pack: tokens of one forward pass; None: ``default_tokens_per_pack``. A longer sequence has a pack of
-            its own; with 1 every sequence has, and any causal model can be scored.
+            its own; with 1 every sequence has, and any causal model can be scored. Where packs of so many do not fit in
+            the device's memory, the attribute of this name is halved and scoring goes on.
         attention: an implementation of transformers, or "auto" for the best one for packs that is here.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
 
@@ -82,13 +89,15 @@ class IfdScorer:
         self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if max_length < 2 or (limit is not None and max_length > limit):
-            raise InputError(f"max_length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens")
+            raise InputError(
+                f"max_length (--max-length) is {max_length}; this model takes 2 to {limit or 'any number of'} tokens"
+            )
         if self.tokens_per_pack < 1:
-            raise InputError(f"tokens_per_pack is {tokens_per_pack}; it must be at least 1")
+            raise InputError(f"tokens_per_pack (--tokens-per-pack) is {tokens_per_pack}; it must be at least 1")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
-        self.model = model.eval()
+        self.model = model
         alone = self.tokens_per_pack == 1
         self.rule = PassRule(shared=1) if alone else PassRule.of(model)
         if attention == "auto":
@@ -97,16 +106,30 @@ class IfdScorer:
         remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
+        self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
+        self._order = np.empty(0, np.int64)  # in which sequences were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
+        self._halved = False
+
+    @property
+    def route(self) -> str:
+        """What computes the scores: device, attention and backend of the NLL; another one rounds in another way."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {self.attention}, {nll_backend(self.head.weight)}"
 
     def score(
-        self, rows: Sequence[Record | BadRow], progress: Callable[[float, int], object] | None = None
+        self,
+        rows: Sequence[Record | BadRow],
+        progress: Callable[[float, int], object] | None = None,
+        losses: list[np.ndarray] | None = None,
     ) -> tuple[pa.Table, ScoreCost]:
         """Score rows; the table has one row for each of them, in order.
 
         Args:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
+            losses: if given, it gets of every row with scored tokens an array (2, scored tokens) float16, nats: the
+                losses of the answer's tokens with the question and without it.
         """
         tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
         scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
@@ -116,9 +139,14 @@ class IfdScorer:
             item = tokenized[index]
             sequences += [item.conditional, item.unconditional]
             starts += [item.conditional_start, item.unconditional_start]
-        with attending(self.model, self.attention):
+        self._kept = None if losses is None else []
+        with computing(self.model, self.attention):
             sums, cost = self._nll_sums(sequences, starts, progress)
         counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+        if losses is not None and self._kept:
+            pieces = np.split(torch.cat(self._kept).cpu().numpy(), np.cumsum(counts[self._order])[:-1])
+            by_sequence = [pieces[place] for place in np.argsort(self._order)]
+            losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
     def _nll_sums(
@@ -128,20 +156,29 @@ class IfdScorer:
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
-        packs = self._plan(lengths)
-        total, done = int(lengths.sum()), 0
-        parts = []
-        for indices in packs:
-            members = [int(index) for index in indices]
-            parts.append(self._pack_sums([sequences[i] for i in members], [starts[i] for i in members]))
-            tokens = int(lengths[indices].sum())
+        waiting = deque(self._plan(lengths))
+        total, done, capacity = int(lengths.sum()), 0, 0
+        packs: list[np.ndarray] = []
+        parts: list[torch.Tensor] = []
+        while waiting:
+            indices = waiting.popleft()
+            members, tokens = indices.tolist(), int(lengths[indices].sum())
+            part = self._pack_sums([sequences[i] for i in members], [starts[i] for i in members])
+            if part is None:  # from here on packs of half the size, in this call and those after it
+                self.tokens_per_pack = min(self.tokens_per_pack, tokens) // 2
+                rest = np.concatenate([indices, *waiting])
+                waiting = deque(rest[some] for some in self._plan(lengths[rest]))
+                continue
+            packs.append(indices)
+            parts.append(part)
             done += tokens
+            capacity += max(self.tokens_per_pack, tokens)
             if progress is not None:
                 progress(done / total, tokens)
         sums = np.empty(len(sequences))
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
-        sums[np.concatenate(packs)] = torch.cat(parts).cpu().numpy()
-        capacity = sum(max(self.tokens_per_pack, int(lengths[indices].sum())) for indices in packs)
+        self._order = np.concatenate(packs)
+        sums[self._order] = torch.cat(parts).cpu().numpy()
         return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -157,16 +194,26 @@ class IfdScorer:
             packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
         return packs
 
-    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
-        """Run one pack; float64 (N,) on the model's device."""
-        try:
+    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor | None:
+        """Run one pack; float64 (N,) on the model's device, or None: several samples do not fit in its memory."""
+        with suppress(torch.OutOfMemoryError):
             return self._run_pack(samples, starts)
-        except torch.OutOfMemoryError:
-            tokens = sum(map(len, samples))
+        tokens = sum(map(len, samples))
+        if len(samples) == 1:
             raise InputError(
-                f"a pack of {tokens:,} tokens does not fit on {self.device}: lower --tokens-per-pack (now "
-                f"{self.tokens_per_pack:,}) or --max-length (now {self.max_length:,})"
-            ) from None
+                f"a sequence of {tokens:,} tokens does not fit on {self.device}: lower --max-length (now "
+                f"{self.max_length:,})"
+            )
+        torch.cuda.empty_cache()  # a smaller pack does not fit in the pieces that are kept for a larger one
+        if not self._halved:
+            self._halved = True
+            logger.warning(
+                "a pack of %s tokens does not fit on %s: packs are halved until they do, and scoring goes on; "
+                "--tokens-per-pack starts lower",
+                f"{tokens:,}",
+                self.device,
+            )
+        return None
 
     @torch.inference_mode()
     def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
@@ -176,12 +223,15 @@ class IfdScorer:
         bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
         scored = torch.from_numpy(np.concatenate(spans))
         targets = to_device(batch.input_ids[0, scored], self.device)
-        hidden = self.trunk(**batch.model_inputs(self.device)).last_hidden_state[0]
+        hidden = self.trunk(**self.rule.inputs(batch, self.device)).last_hidden_state[0]
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
         hidden = hidden[to_device(scored - 1, self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
-        return _sums(nll, to_device(bounds, self.device))
+        sums = _sums(nll, to_device(bounds, self.device))
+        if self._kept is not None:
+            self._kept.append(nll.half())
+        return sums
 
     def _table(
         self,
@@ -269,7 +319,7 @@ def score_ifd(
             its own again afterwards.
 
     Returns:
-        A table with the columns of ``codeact.scoring.folder.SCHEMA``, one row a record, in order. NLL sums are in nats.
+        A table with the columns of ``codeact.scoring.table.SCHEMA``, one row a record, in order. NLL sums are in nats.
 
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.

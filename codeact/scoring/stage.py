@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import model_validator
+
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import Protocol, Settings, decisive, setting
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-FOLDER, TABLE = "scores", "scores/scores.parquet"
+SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
 _NAMED_REFUSALS = 5
 
 
@@ -37,8 +39,20 @@ class ScoreSettings(Settings):
     tokens_per_pack: int | None = setting(
         None, "Tokens of a forward pass; default: by the device and the model.", place=True, ge=1
     )
+    attention: str = setting(
+        "auto", "Of transformers, such as sdpa or eager; auto: the best for packs that is here.", place=True
+    )
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
     protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
+    keep_token_nll: bool = setting(
+        False, "Keep the loss of every answer token, 4 bytes each: select --difficulty s_ifd needs it.", place=True
+    )
+
+    @model_validator(mode="after")
+    def _tokens_of_both_passes(self) -> ScoreSettings:
+        if self.keep_token_nll and self.protocol == "paper":
+            raise ValueError("under protocol paper the two passes score different tokens; leave out --keep-token-nll")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +86,8 @@ def prepare(
     dtype = resolve_dtype(settings.dtype, device)
     say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
     model, tokenizer = load_causal_lm(settings.model, device, dtype)
-    scorer = IfdScorer(
-        model, tokenizer, settings.template, settings.max_length, settings.tokens_per_pack, settings.protocol
-    )
+    how = settings.model_dump(include={"template", "max_length", "tokens_per_pack", "protocol", "attention"})
+    scorer = IfdScorer(model, tokenizer, **how)
     folder = ScoreFolder(
         output,
         {
@@ -89,10 +102,13 @@ def prepare(
             "max_length": settings.max_length,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens_per_pack": scorer.tokens_per_pack,
+            "device": str(device),
+            "attention": scorer.attention,
             "protocol": settings.protocol,
             "shard_size": settings.shard_size,
         },
     )
+    folder.keep_token_nll = settings.keep_token_nll
     folder.claim(overwrite)
     return ScoreJob(records, folder, scorer)
 
@@ -253,8 +269,10 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
     import pyarrow.compute as pc
 
     from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.length import correlation_text, rank_correlation
 
     table = ScoreFolder.open(folder).read()
+    ifd = pc.fill_null(table["ifd"], float("nan"))
     ok = totals["status"].get("ok", 0)
     refused = totals["rows"] - ok
     reasons = ", ".join(f"{count:,} {name}" for name, count in sorted(totals["refused"].items())) or "none"
@@ -263,6 +281,7 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
         ("tokens in", f"{totals['prompt_tokens']:,} question + {totals['answer_tokens']:,} answer"),
         ("rows scored", f"{ok:,} ({totals['truncated']:,} with a truncated answer)"),
         ("rows refused", f"{refused:,} ({reasons})"),
+        ("length", correlation_text("ifd", rank_correlation(ifd, table["answer_tokens"]))),
     ]
     if totals["seconds"] and totals["tokens"]:
         rate = totals["tokens"] / totals["seconds"]
@@ -298,7 +317,7 @@ class Score(Stage):
 
     name = section = "score"
     settings, default = ScoreSettings, ...
-    outputs, products = (FOLDER,), (TABLE,)
+    outputs, products = (SCORES_FOLDER,), (TABLE,)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Data, model, and how."""
@@ -311,7 +330,7 @@ class Score(Stage):
 
     def work(self, run: Run) -> Lines:
         """Score what is missing."""
-        folder = run.output / FOLDER
+        folder = run.output / SCORES_FOLDER
         totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
         assert totals is not None, "a run's processes share the shards, so all are done"
         return score_lines(totals, folder)
@@ -325,7 +344,7 @@ class Score(Stage):
 
         from codeact.scoring.folder import ScoreFolder
 
-        folder = ScoreFolder.open(output / FOLDER)
+        folder = ScoreFolder.open(output / SCORES_FOLDER)
         table = folder.read()
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))

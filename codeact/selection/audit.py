@@ -8,25 +8,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.files import atomic_path
 from codeact.selection.choose import UNCLUSTERED, Selection
 
-SCHEMA = pa.schema(
+AUDIT_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("cluster", pa.int32()),
         pa.field("chosen", pa.bool_(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("answer_tokens", pa.int32(), nullable=False),
+        pa.field("among_longest", pa.bool_(), nullable=False),
     ]
 )
 """One row for each row of the score table, in its order. ``reason`` is null where the row was chosen; else the status
-of the score where that is not ``ok``, ``ifd_at_least_1`` or ``ifd_not_positive`` where the strategy looks at the IFD,
-and ``below_budget`` where there were enough rows that teach more."""
+of the score where that is not ``ok``, why the strategy may not choose it (``ifd_at_least_1``, ``ifd_not_positive`` ...,
+``same_question``, ``longer_than_budget``), or ``below_budget``: there were enough that come before it. ``score`` is the
+difficulty; ``among_longest``: it is among as many longest answers as were chosen. The schema's metadata has the line
+about length of the summary, under ``length``."""
 
 
 def audit_path(selected: str | Path) -> Path:
@@ -36,28 +40,21 @@ def audit_path(selected: str | Path) -> Path:
 
 
 def audit(table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence[int] | None) -> pa.Table:
-    """The audit as a table of ``SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
+    """The audit as a table of ``AUDIT_SCHEMA``; arguments as in ``codeact.selection.choose.write_selection``."""
     chosen = np.zeros(table.num_rows, np.bool_)
     chosen[selection.positions] = True
-    status = pc.fill_null(table["status"], "nonfinite")
-    reasons = pa.repeat("below_budget", table.num_rows)
-    if selection.strategy != "random":
-        ifd = table["ifd"].cast(pa.float64())
-        reasons = pc.if_else(pc.fill_null(pc.greater_equal(ifd, 1.0), False), "ifd_at_least_1", reasons)
-        reasons = pc.if_else(pc.fill_null(pc.less_equal(ifd, 0.0), False), "ifd_not_positive", reasons)
-    reasons = pc.if_else(pc.equal(status, "ok"), reasons, status)
-    reasons = pc.if_else(pa.array(chosen), pa.scalar(None, pa.string()), reasons)
     clusters = np.full(table.num_rows, UNCLUSTERED, np.int32) if labels is None else np.asarray(labels, np.int32)
-    return pa.table(
-        [
-            table["row"],
-            table["id"].cast(pa.string()),
-            pa.array(clusters, mask=clusters == UNCLUSTERED),
-            pa.array(chosen),
-            reasons,
-        ],
-        schema=SCHEMA,
-    )
+    columns = [
+        table["row"],
+        table["id"].cast(pa.string()),
+        pa.array(clusters, mask=clusters == UNCLUSTERED),
+        pa.array(chosen),
+        pa.array(selection.reasons, pa.string(), mask=chosen),
+        pa.array(selection.score, from_pandas=True),
+        table["answer_tokens"].cast(pa.int32()),
+        pa.array(selection.among_longest()),
+    ]
+    return pa.table(columns, schema=AUDIT_SCHEMA.with_metadata({"length": selection.length_line()}))
 
 
 def write_audit(

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
-from codeact.base.settings import Protocol, Settings, decisive, setting
+from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
-from codeact.embedding.stage import FILE as EMBEDDINGS
-from codeact.scoring.stage import FOLDER as SCORES
+from codeact.embedding.stage import EMBEDDINGS_FILE
+from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
 from codeact.scoring.stage import TABLE as SCORE_TABLE
+from codeact.selection.settings import BY_CLUSTER, SelectSettings
 
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.choose import Selection
 
-FILE = "selected.jsonl"
-
-
-class SelectSettings(Settings):
-    """What is chosen; see ``codeact.selection.choose.plan_selection``."""
-
-    ratio: float = setting(0.4, "Share of the rows to choose, above 0, at most 1.", gt=0, le=1)
-    clusters: int = setting(10, "Number of clusters.", ge=1)
-    strategy: Literal["cdas", "top_ifd", "random"] = setting("cdas", "cdas, top_ifd or random.")
-    protocol: Protocol = setting("exact", "exact, or paper: the choice of the paper's scripts.")
-    seed: int = setting(42, "Of k-means and of strategy random.", ge=0)
-    backend: Literal["auto", "sklearn", "cuml"] = setting("auto", "k-means of: auto, sklearn or cuml.")
+SELECTED_FILE = "selected.jsonl"
 
 
 def select_rows(
@@ -53,33 +43,46 @@ def select_rows(
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
     """
+    import numpy as np
+
     from codeact.embedding.vectors import read_embeddings
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import write_audit
-    from codeact.selection.choose import join_labels, plan_selection, write_selection
+    from codeact.selection.choose import UNCLUSTERED, join_labels, plan_selection, question_numbers, write_selection
     from codeact.selection.clustering import cluster
 
     folder = ScoreFolder.open(scores)
     table = folder.read()
     records = open_scored_data(folder, source)
+    if settings.difficulty == "s_ifd":
+        table = table.append_column("s_ifd", [folder.selective_ifd()])
+    choice = settings.choice()
     labels = None
     if embeddings is not None:
-        vectors = read_embeddings(embeddings)
-        labels = join_labels(
+        embedded = read_embeddings(embeddings)
+        places = join_labels(
             table,
-            vectors.rows,
-            vectors.ids,
-            cluster(vectors.vectors, settings.clusters, settings.seed, settings.backend),
+            embedded.rows,
+            embedded.ids,
+            np.arange(len(embedded.rows)),
             table_fingerprint=folder.settings["data"]["fingerprint"],
-            embeddings_fingerprint=vectors.metadata.data_fingerprint,
+            embeddings_fingerprint=embedded.metadata.data_fingerprint,
         )
-    elif settings.strategy == "cdas":
+        backend, starts = settings.backend, 3
+        if settings.protocol == "paper":  # whose script runs scikit-learn's k-means once
+            backend, starts = "sklearn" if backend == "auto" else backend, 1
+        names = cluster(embedded.vectors, settings.clusters, settings.seed, backend, n_init=starts)
+        labels = np.append(names, np.int32(UNCLUSTERED))[places]  # the place of a row without a vector is -1, the last
+        if settings.strategy == "facility_location":
+            choice["vectors"] = embedded.vectors[places]
+    elif settings.strategy in BY_CLUSTER:
         raise InputError(
-            "strategy cdas chooses by cluster and needs --embeddings FILE.npy; make it with: codeact embed"
+            f"strategy {settings.strategy} chooses by cluster and needs --embeddings FILE.npy; make it with: "
+            "codeact embed"
         )
-    selection = plan_selection(
-        table, labels, settings.ratio, settings.strategy, protocol=settings.protocol, seed=settings.seed
-    )
+    if settings.per_question is not None:
+        choice["questions"] = question_numbers(records, table)
+    selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
     write_selection(output, records, table, selection, labels)
     write_audit(output, table, selection, labels)
     return selection
@@ -105,19 +108,24 @@ def open_scored_data(folder: ScoreFolder, source: str | None = None) -> RecordSe
     return records
 
 
-def selection_lines(selection: Selection) -> Lines:
+def selection_lines(selection: Selection, settings: SelectSettings) -> Lines:
     """Lines of the summary table about the selection."""
-    asked = f"{selection.strategy}, ratio {selection.ratio}, protocol {selection.protocol}"
     short = f" ({selection.shortfall:,} short: no eligible row is left)" if selection.shortfall else ""
-    return [
-        ("budget", f"{selection.budget:,} rows ({asked})"),
+    lines = [
+        ("budget", f"{selection.budget:,} rows ({settings.told()})"),
         ("rows chosen", f"{len(selection.positions):,}{short}"),
         ("tokens chosen", f"{selection.tokens_chosen:,} of {selection.tokens_in:,}"),
-        *(
-            (f"cluster {c.label}", f"{c.chosen:,} chosen of {c.size:,} ({c.eligible:,} eligible)")
-            for c in (selection.clusters if len(selection.clusters) > 1 else ())
-        ),
+        ("length", selection.length_line()),
     ]
+    if selection.failed_chosen:
+        lines.append(
+            ("failed scores", f"{selection.failed_chosen:,} chosen, as the paper's script does: it has them as 0")
+        )
+    lines += [
+        (f"cluster {c.label}", f"{c.chosen:,} chosen of {c.size:,} ({c.eligible:,} eligible)")
+        for c in (selection.clusters if len(selection.clusters) > 1 else ())
+    ]
+    return lines
 
 
 class Select(Stage):
@@ -126,7 +134,12 @@ class Select(Stage):
     name = section = "select"
     settings, default = SelectSettings, SelectSettings()
     needs = ("score", "embed")
-    outputs, products = (FILE, "selected.rows.parquet"), (FILE,)
+    outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
+
+    def check(self, run: Run) -> None:
+        """A difficulty whose numbers the scoring of this run does not keep."""
+        if run.of(SelectSettings).difficulty == "s_ifd" and not run.of(ScoreSettings).keep_token_nll:
+            raise InputError("select: difficulty s_ifd needs score: keep_token_nll: true")
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""
@@ -134,12 +147,13 @@ class Select(Stage):
 
     def work(self, run: Run) -> Lines:
         """Choose and write."""
-        files = (run.output / SCORES, run.output / EMBEDDINGS, run.output / FILE)
-        return selection_lines(select_rows(*files, run.of(SelectSettings), run.data.source))
+        files = (run.output / SCORES_FOLDER, run.output / EMBEDDINGS_FILE, run.output / SELECTED_FILE)
+        settings = run.of(SelectSettings)
+        return selection_lines(select_rows(*files, settings, run.data.source), settings)
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Scored rows -> chosen ones: the losses by the audit, what is left by the file of chosen rows itself."""
-        if not (output / FILE).exists():
+        if not (output / SELECTED_FILE).exists():
             return
         import numpy as np
         import pyarrow.compute as pc
@@ -151,12 +165,14 @@ class Select(Stage):
         table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
         tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(table["ifd"]))
-        reasons = pq.read_table(audit_path(output / FILE), columns=["reason"])["reason"]
+        reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
+        # the paper's script chooses rows without a score where no others are left
+        unscored = np.asarray(pc.is_null(reasons)) & ~scored
         lost = {}
         for reason in sorted(set(pc.unique(reasons).to_pylist()) - {None}):
             rows = np.asarray(pc.fill_null(pc.equal(reasons, reason), False)) & scored
             lost[reason] = (int(rows.sum()), int(tokens[rows].sum()))
-        ids = chosen_ids(output / FILE)
+        ids = chosen_ids(output / SELECTED_FILE)
         yield Entry(
             stage="select",
             what="rows",
@@ -166,4 +182,5 @@ class Select(Stage):
             tokens_in=int(tokens[scored].sum()),
             tokens_out=chosen_tokens(output / SCORE_TABLE, ids),
             lost=changes(lost),
+            added=changes({"failed_score_chosen": (int(unscored.sum()), int(tokens[unscored].sum()))}),
         )

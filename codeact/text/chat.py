@@ -11,7 +11,8 @@ from itertools import count, takewhile
 from typing import Any
 
 from codeact.base.errors import InputError
-from codeact.text.formats import CHAT_FORMATS, Rendered, Turn
+from codeact.data.forms import Turn
+from codeact.text.formats import CHAT_FORMATS, Rendered
 
 TEMPLATE_SECONDS = 10.0
 """Of the processor, for one conversation: a template may have no end."""

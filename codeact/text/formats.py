@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from codeact.base.errors import InputError
-
-Turn = tuple[str, str]
-"""Role (system, user or assistant) and text."""
+from codeact.data.forms import Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from codeact.base.errors import InputError, one_of
+from codeact.data.forms import Turn
 from codeact.data.records import Record
 from codeact.text.chat import ChatTemplate
-from codeact.text.formats import CHAT_FORMATS, Rendered, Turn
+from codeact.text.formats import CHAT_FORMATS, Rendered
 
 TEMPLATES = {
     "qa": "Question:\n{question}\n\nAnswer:\n",

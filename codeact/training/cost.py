@@ -5,7 +5,7 @@ of ``training_step``, where a batch is computed. (In the collator would be too e
 would be counted in steps before their own.) ``codeact.training.trainer.PackTrainer`` does:
 
     monitor = CostMonitor(model, output_dir)
-    train(model, samples, arguments, monitor=monitor)    # prints a summary, writes output_dir/cost.json
+    train(model, samples, arguments, monitor=monitor)    # writes output_dir/cost.json; monitor.report has it too
 
 Another trainer calls ``monitor.attach(trainer)`` once and ``count`` in its own ``training_step``.
 """
@@ -16,10 +16,10 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,31 +102,17 @@ def _first(batch: Mapping[str, Any], name: str, *others: str) -> Any:
     return batch[name]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCosts:
-    """One number a step, in columns, so that a long run stays a small file.
-
-    The counts are those of ``BatchCost``. ``seconds`` is wall time; the peaks, in bytes, are those up to the end of
-    the step, and therefore never fall.
-    """
-
-    tokens: list[int]
-    padding: list[int]
-    supervised: list[int]
-    samples: list[int]
-    squared_lengths: list[int]
-    seconds: list[float]
-    peak_resident_bytes: list[int]
-    peak_cuda_allocated_bytes: list[int] | None
-    peak_cuda_reserved_bytes: list[int] | None
+_RATES = (
+    "tokens_per_second", "samples_per_second", "padding_share", "peak_resident_bytes", "peak_cuda_allocated_bytes",
+    "peak_cuda_reserved_bytes", "model_utilisation", "hardware_utilisation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostReport:
-    """The cost of a run, or of some steps of it, over all ranks.
+class CostReport(BatchCost):
+    """The cost of a run, or of some steps of it, over all ranks: the counts of ``BatchCost`` summed up, and more.
 
     Attributes:
-        tokens, padding, supervised, samples, squared_lengths: as in ``BatchCost``, summed over steps and ranks.
         first_step: number of the first step counted; not 1 in a resumed run.
         devices: how many computed.
         seconds: wall time of the steps, evaluation and saving left out.
@@ -136,13 +122,10 @@ class CostReport:
         hardware_flops: that and what gradient checkpointing computes again. Work on padding is in neither.
         peak_flops_per_second: of all devices together; None if unknown.
         peak_flops_source: "given", "data sheet", "unknown", or "measured: ...".
+        steps: counts, seconds and peaks, each a list with a number a step; peaks, in bytes, are those up to the end of
+            the step, and therefore never fall.
     """
 
-    tokens: int
-    padding: int
-    supervised: int
-    samples: int
-    squared_lengths: int
     first_step: int
     devices: int
     seconds: float
@@ -154,7 +137,7 @@ class CostReport:
     hardware_flops: int | None
     peak_flops_per_second: float | None
     peak_flops_source: str
-    steps: StepCosts
+    steps: dict[str, Any]
 
     @property
     def padding_share(self) -> float:
@@ -182,36 +165,23 @@ class CostReport:
         return self._utilisation(self.hardware_flops)
 
     def _utilisation(self, flops: int | None) -> float | None:
-        if flops is None or self.peak_flops_per_second is None:
-            return None
-        return flops / self.seconds / self.peak_flops_per_second
+        peak = self.peak_flops_per_second
+        return None if flops is None or peak is None else flops / self.seconds / peak
 
     def rates(self) -> dict[str, float]:
         """What a log shows of some steps; what is not known is left out."""
-        values = {
-            "tokens_per_second": self.tokens_per_second,
-            "samples_per_second": self.samples_per_second,
-            "padding_share": self.padding_share,
-            "peak_resident_bytes": self.peak_resident_bytes,
-            "peak_cuda_allocated_bytes": self.peak_cuda_allocated_bytes,
-            "peak_cuda_reserved_bytes": self.peak_cuda_reserved_bytes,
-            "model_utilisation": self.model_utilisation,
-            "hardware_utilisation": self.hardware_utilisation,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name in _RATES if (value := getattr(self, name)) is not None}
 
     def json(self) -> str:
         """The fields and the rates as JSON, a line each; ``steps`` is the last."""
         fields = dataclasses.asdict(self)
         steps = fields.pop("steps")
-        content = {**fields, **self.rates(), "steps": steps}
-        return (
-            "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
-        )
+        lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in {**fields, **self.rates()}.items())
+        return "{\n" + ",\n".join([*lines, f' "steps": {json.dumps(steps)}']) + "\n}\n"
 
     def lines(self) -> list[tuple[str, str]]:
         """The lines of a summary: name, value with its unit."""
-        last = self.first_step + len(self.steps.seconds) - 1
+        last = self.first_step + len(self.steps["seconds"]) - 1
         lines = [
             ("steps", f"{self.first_step:,} to {last:,} in {self.seconds:.1f} s, {self.devices} x device"),
             ("samples", f"{self.samples:,}, {self.samples_per_second:,.2f} a second"),
@@ -227,22 +197,12 @@ class CostReport:
             lines.append(("model FLOPs", f"{self.model_flops:.3g}, {self.model_flops / self.seconds:.3g} a second"))
         if self.hardware_flops != self.model_flops:
             lines.append(("with recomputation", f"{self.hardware_flops:.3g}"))
-        if self.model_utilisation is not None and self.hardware_utilisation is not None:
-            hardware = f" ({self.hardware_utilisation:.1%} with recomputation)"
-            lines.append(
-                (
-                    "model FLOPs utilisation",
-                    f"{self.model_utilisation:.1%}{hardware if self.hardware_flops != self.model_flops else ''} of "
-                    f"{self.peak_flops_per_second:.3g} FLOP/s ({self.peak_flops_source})",
-                )
-            )
+        if self.model_utilisation is not None:
+            again = self.hardware_flops != self.model_flops
+            more = f" ({self.hardware_utilisation:.1%} with recomputation)" if again else ""
+            peak = f"{self.peak_flops_per_second:.3g} FLOP/s ({self.peak_flops_source})"
+            lines.append(("model FLOPs utilisation", f"{self.model_utilisation:.1%}{more} of {peak}"))
         return lines
-
-
-def aligned(lines: Sequence[tuple[str, str]]) -> str:
-    """The text of a summary table."""
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
 def _mib(size: int) -> str:
@@ -268,8 +228,7 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
         model: Any,
         output_dir: str | Path,
         *,
-        peak_flops: float | Literal["auto", "measure"] | None = "auto",
-        print_summary: bool = True,
+        peak_flops: float | str | None = "auto",
     ) -> None:
         """Count the parameters of ``model``, which must not be sharded yet (so: before the Trainer is made).
 
@@ -279,12 +238,10 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
             peak_flops: FLOP/s of one device, for the utilisation. "auto": of a well-known GPU that trains in 16 bits,
                 else none and no utilisation is reported. "measure": of one large matrix multiplication, in the
                 training's dtype, at the begin. None: no utilisation.
-            print_summary: whether the first rank prints a table at the end.
         """
         self.report: CostReport | None = None
         self._pending = BatchCost()
         self._path = Path(output_dir) / "cost.json"
-        self._print = print_summary
         self._peak_wanted = peak_flops
         self._shape = ModelShape.from_config(model.config)
         self._parameters = ParameterCounts.of(model)
@@ -327,12 +284,10 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self._pending, self._mark = BatchCost(), now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the time of an evaluation out."""
+        """Leave the time of an evaluation out, or of a checkpoint."""
         self._mark = time.perf_counter()
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the time of a checkpoint out."""
-        self._mark = time.perf_counter()
+    on_save = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Add rates since the last log and totals to a training log; evaluations and the final log have none."""
@@ -348,7 +303,7 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Print the summary and write ``cost.json``."""
+        """Write ``cost.json``."""
         if not self._counts or self.report is not None:
             return
         self.report = self._report(0)
@@ -358,8 +313,6 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
         if state.is_world_process_zero:
             with atomic_path(self._path) as temporary:
                 temporary.write_text(self.report.json(), encoding="utf-8")
-            if self._print:
-                print(aligned(self.report.lines()), flush=True)
 
     def _report(self, first: int) -> CostReport:
         """Everything from the ``first`` recorded step on, over all ranks (each of which must call this)."""
@@ -390,13 +343,13 @@ class CostMonitor(TrainerCallback):  # type: ignore[misc]  # transformers has no
             hardware_flops=hardware_flops,
             peak_flops_per_second=None if self._peak is None else self._peak * self._devices,
             peak_flops_source=self._peak_source,
-            steps=StepCosts(
+            steps={
                 **columns,
-                seconds=seconds.tolist(),
-                peak_resident_bytes=resident,
-                peak_cuda_allocated_bytes=allocated if on_cuda else None,
-                peak_cuda_reserved_bytes=reserved if on_cuda else None,
-            ),
+                "seconds": seconds.tolist(),
+                "peak_resident_bytes": resident,
+                "peak_cuda_allocated_bytes": allocated if on_cuda else None,
+                "peak_cuda_reserved_bytes": reserved if on_cuda else None,
+            },
         )
 
     def _over_ranks(self, values: npt.NDArray[Any], operation: str) -> npt.NDArray[Any]:

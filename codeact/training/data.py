@@ -13,13 +13,13 @@ from codeact.base.errors import InputError
 from codeact.data.forms import Columns
 from codeact.data.records import RecordSet, open_records
 from codeact.text.conversations import (
+    IGNORE,
     EncodingCounts,
     Refused,
     Sample,
     count_conversations,
     encode_conversations,
 )
-from codeact.training.dataset import IGNORE
 from codeact.training.flags import TrainSettings
 from codeact.training.options import DataArguments
 

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, Sampler
 from codeact.base.errors import InputError, one_of
 from codeact.ops.attention import PackedBatch
 from codeact.packing.packs import pack
+from codeact.text.conversations import IGNORE
 
-IGNORE = -100
 SCOPES = ("epoch", "batch", "sample")
 
 # Item `number` of epoch `epoch`.

@@ -11,15 +11,15 @@ import difflib
 import importlib.util
 import json
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from codeact.base.errors import InputError, one_of
+from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
 from codeact.training.room import check_room
 
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> TrainSettings | str:
     if {"--help_all", "--help-all"} & set(argv):
         return str(parser.format_help())
     if Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        argv = [*_flags_of_file(parser, argv[0]), *argv[1:]]
+        return _settings_of_file(parser, *argv)
     return _settings(parser, argv)
 
 
@@ -112,7 +112,8 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
         InputError: as ``parse``.
     """
     parser = flag_parser()
-    return _settings(parser, _flags(parser, values, where))
+    with _told_of(where):
+        return _settings(parser, _flags(parser, values))
 
 
 def check_flags(
@@ -132,17 +133,33 @@ def check_flags(
     Raises:
         InputError: as ``parse``; or a flag is one of ``taken``.
     """
-    for name in taken:
-        if name in values:
-            raise InputError(f"{where}: {name} follows from the other settings; leave it out")
     parser = flag_parser()
-    given = {**values, **taken} if isinstance(taken, Mapping) else values
-    flags = _filled(parser.parse_known_args(_flags(parser, given, where))[0])
-    try:
+    with _told_of(where):
+        for name in taken:
+            if name in values:
+                raise InputError(f"{name} follows from the other settings; leave it out")
+        given = {**values, **taken} if isinstance(taken, Mapping) else values
+        flags = _filled(parser.parse_known_args(_flags(parser, given))[0])
         _check_together(flags, here)
+    return flags
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    return flags
+
+
+def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
+    content, tree = read_yaml(Path(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no flags; write one a line, such as learning_rate: 5e-5")
+    try:
+        return _settings(parser, [*_flags(parser, content), *argv])
+    except InputError as error:
+        raise InputError(located(str(error), path, tree)) from None
 
 
 def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
@@ -254,30 +271,17 @@ def _closest(parser: Any, name: str) -> str:
     return f"did you mean {difflib.get_close_matches(name.replace('-', '_').replace('__', '--'), names, 1, 0.0)[0]}?"
 
 
-def _flags_of_file(parser: Any, path: str) -> list[str]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no flags; write one a line, such as learning_rate: 5e-5")
-    return _flags(parser, content, path)
-
-
-def _flags(parser: Any, values: Mapping[Any, Any], where: str) -> list[str]:
+def _flags(parser: Any, values: Mapping[Any, Any]) -> list[str]:
     """Keys and values as a command line, so that both are read by the same rules."""
     argv: list[str] = []
     for key, value in values.items():
         name = f"--{str(key).removeprefix('--')}"
-        try:
-            _check_known(parser, [name])
-            if value is None:
-                continue
-            words = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            flag = [f"{name}={words[0]}"] if len(words) == 1 else [name, *map(str, words)]
-            if parser.parse_known_args(flag)[1]:
-                raise InputError(f"{name} takes one value, not {len(words)}")
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        _check_known(parser, [name])
+        if value is None:
+            continue
+        words = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        flag = [f"{name}={words[0]}"] if len(words) == 1 else [name, *map(str, words)]
+        if parser.parse_known_args(flag)[1]:
+            raise InputError(f"{name} takes one value, not {len(words)}")
         argv += flag
     return argv

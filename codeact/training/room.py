@@ -1,7 +1,11 @@
-"""Whether memory and disk are enough for a training run, said before it begins. Estimates, on the careful side."""
+"""What a training run will take: operations, memory, disk; and whether there is enough, said before it begins.
+
+Estimates, on the careful side.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -10,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
-from codeact.ops.flops import ModelShape
+from codeact.base.machine import GIB
+from codeact.ops.flops import Memory, ModelFacts, ModelShape, ParameterCounts
 
-GIB = 2.0**30
 FUSED_LOSS_BYTES = 4 * 4 * 2**25
 """The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
 
@@ -51,8 +55,12 @@ def pass_memory(
 def state_memory(model: Any, optimizer: str) -> float:
     """Bytes of gradients and optimizer states that a model's training adds to its weights."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    states = 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
-    return float(trained * (4.0 + states))
+    return float(trained * (4.0 + optimizer_bytes(optimizer)))
+
+
+def optimizer_bytes(optimizer: str) -> float:
+    """Bytes of an optimizer's states for each trained parameter; AdamW keeps two in float32."""
+    return 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
 
 
 def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: str) -> None:
@@ -98,10 +106,7 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
         parameters = _parameters_in(Path(str(flags.model_name_or_path or "")).expanduser())
     if not parameters:
         return
-    saves = _saves(flags, steps)
-    # Weights in float32 and AdamW's two moments; a new checkpoint is written before the oldest goes.
-    one = parameters * (4.0 if flags.save_only_model else 12.0)
-    kept = min(saves, (flags.save_total_limit or saves) + 1)
+    kept, one = checkpoints(flags, parameters, steps)
     needed = kept * one + 4.0 * parameters
     folder = Path(str(flags.output_dir)).expanduser().absolute()
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -113,6 +118,13 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
             f"{place} has {free / GIB:,.1f} GiB left: lower --save_total_limit (now {flags.save_total_limit}), say "
             "--save_only_model True (a third; no resume) or --save_strategy no, or take another --output_dir"
         )
+
+
+def checkpoints(flags: Any, parameters: int, steps: int | None) -> tuple[int, float]:
+    """How many checkpoints lie on the disk at the same time, and the bytes of one; arguments of ``check_room``."""
+    saves = _saves(flags, steps)
+    # Weights in float32 and AdamW's two moments; a new checkpoint is written before the oldest goes.
+    return min(saves, (flags.save_total_limit or saves) + 1), parameters * (4.0 if flags.save_only_model else 12.0)
 
 
 def _saves(flags: Any, steps: int | None) -> int:
@@ -138,3 +150,106 @@ def _parameters_in(folder: Path) -> int | None:
             with safe_open(path, "numpy") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count or None
+
+
+class PlannedTraining:
+    """What training's flags say of its cost.
+
+    Args:
+        flags: as ``codeact.training.flags.check_flags`` gives them.
+        processes: that share it, one a device.
+
+    Attributes:
+        packs, packs_a_pass: whether samples share a row; packs of a forward pass, where one pack is planned as one.
+        weight_bytes: of a weight that is held: 4, 2, or less where it is quantised, with its scales.
+        evaluations: passes over what is held out.
+        sharding, whole: none, ddp, zero1 to zero3, or fsdp; whether no device holds all weights.
+
+    Raises:
+        InputError: the configuration of DeepSpeed cannot be read.
+    """
+
+    def __init__(self, flags: Any, processes: int = 1) -> None:
+        self.flags, self.processes = flags, processes
+        self.packs = flags.pad_mode == "dynamic_pack"
+        self.packs_a_pass = int(flags.per_device_train_batch_size) if self.packs and flags.pack_scope == "epoch" else 1
+        self.autocast = bool(flags.bf16 or flags.fp16)
+        self.checkpointing = bool(flags.activation_checkpointing or flags.gradient_checkpointing)
+        automatic = 2.0 if flags.lora and self.autocast else 4.0  # see codeact.training.options
+        held = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}.get(flags.dtype, automatic)
+        self.weight_bytes = {"nf4": 0.55, "int8": 1.05}.get(flags.quantize, held)
+        between = math.ceil(flags.num_train_epochs) - 1 if str(flags.eval_strategy).endswith("epoch") else 0
+        self.evaluations = 1 + bool(flags.eval_on_start) + between if flags.eval_ratio else 0
+        self.sharding = _sharding(flags, processes)
+        self.whole = self.sharding in ("zero3", "fsdp")
+
+    def parameters(self, model: ModelFacts) -> ParameterCounts:
+        """What is trained and what is frozen."""
+        if not self.flags.lora:
+            return ParameterCounts(trained=model.trunk, frozen=0, head_trained=model.head, head_frozen=0)
+        adapters = model.adapter_parameters(self.flags.lora_r, self.flags.lora_target_modules)
+        return ParameterCounts(trained=adapters, frozen=model.trunk, head_trained=0, head_frozen=model.head)
+
+    def trained(self, model: ModelFacts) -> int:
+        """Parameters that have gradients."""
+        counts = self.parameters(model)
+        return counts.trained + counts.head_trained + (0 if self.flags.lora else model.lookup)
+
+    def flops(self, model: ModelFacts, tokens: float, head_tokens: float, squared_lengths: float) -> float:
+        """Forward and backward pass of so many tokens (``ParameterCounts.flops``), and what is recomputed."""
+        counts = self.parameters(model)
+        attention = model.shape.attention_flops(int(squared_lengths))
+        total = counts.flops(int(tokens), int(head_tokens)) + attention
+        if self.checkpointing:
+            total += counts.recomputed_flops(int(tokens)) + attention // 3
+        return float(total)
+
+    def memory(self, model: ModelFacts, tokens: int, base: float) -> Memory:
+        """Estimate the peak of a training step on one device.
+
+        Args:
+            model: what is trained.
+            tokens: computed by the largest forward pass, padding included.
+            base: what the process takes before there is a model.
+        """
+        flags, ranks, trained = self.flags, self.processes, self.trained(model)
+        deepspeed = self.sharding.startswith("zero")
+        half = deepspeed and self.autocast  # DeepSpeed computes in 16 bits and keeps a float32 copy of what is trained
+        trained_bytes = 2.0 if half else 4.0
+        weights = model.parameters * (min(2.0, self.weight_bytes) if half else self.weight_bytes)
+        weights += trained * trained_bytes if flags.lora else 0.0
+        states = trained * (optimizer_bytes(str(flags.optim)) + (4.0 if half else 0.0))
+        parts = {
+            "the process": base,
+            "weights": weights / (ranks if self.whole else 1),
+            "gradients": trained * trained_bytes / (ranks if self.whole or self.sharding == "zero2" else 1),
+            "optimizer": states / (ranks if self.whole or deepspeed else 1),
+        }
+        if self.whole and ranks > 1:  # a layer is computed while the next arrives; embeddings and head are gathered too
+            parts["gathered layers"] = 2 * (2 * model.trunk / model.shape.layers + max(model.head, model.lookup))
+        if self.sharding == "ddp":
+            parts["DDP's buckets"] = trained * trained_bytes
+        if self.autocast and self.weight_bytes > 2 and not deepspeed and not self.whole:
+            parts["autocast's copies"] = 2.0 * model.trunk
+        of_pass = pass_memory(
+            model.shape,
+            tokens,
+            element_bytes=2 if self.autocast or self.weight_bytes == 2 else 4,
+            checkpointing=self.checkpointing,
+            fused_loss=flags.fused_loss,
+            adapted_inputs=model.adapted_inputs(flags.lora_target_modules) if flags.lora else 0,
+        )
+        return Memory({**parts, **{name: size for name, size in of_pass.items() if size}})
+
+
+def _sharding(flags: Any, processes: int) -> str:
+    if flags.fsdp or not flags.deepspeed:
+        return "fsdp" if flags.fsdp else "ddp" if processes > 1 else "none"
+    name = str(flags.deepspeed)
+    if name not in ("zero1", "zero2", "zero3"):
+        try:
+            content = json.loads(name if "{" in name else Path(name).read_text(encoding="utf-8"))
+            name = f"zero{int(content['zero_optimization']['stage'])}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"train: cannot read the stage of deepspeed {name}: {error}") from None
+    return name if name != "zero0" else "ddp"

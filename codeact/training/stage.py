@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.ledger import Entry, changes
+from codeact.base.machine import usable_cpus
 from codeact.base.stage import Lines, Run, Stage
 
-FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
+MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
 TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
 """Flags that follow from the rest of a run's settings."""
 
@@ -23,7 +25,7 @@ def train_command(argv: Sequence[str]) -> None:
     """Run ``codeact train`` with these flags.
 
     Raises:
-        InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train``.
+        InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train_from_settings``.
     """
     from codeact.training.flags import parse
 
@@ -33,10 +35,10 @@ def train_command(argv: Sequence[str]) -> None:
         return
     import torch
 
-    from codeact.training.train import train
+    from codeact.training.train import train_from_settings
 
     try:
-        train(settings)
+        train_from_settings(settings)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -48,7 +50,7 @@ class Train(Stage):
     name = section = "train"
     settings = dict[str, Any]
     needs = ("select",)
-    outputs, products = (FOLDER,), (f"{FOLDER}/*.safetensors", f"{FOLDER}/*config.json")
+    outputs, products = (MODEL_FOLDER,), (f"{MODEL_FOLDER}/*.safetensors", f"{MODEL_FOLDER}/*config.json")
     told = False
 
     def check(self, run: Run) -> None:
@@ -66,16 +68,18 @@ class Train(Stage):
         flags = {**run.section("train"), **self._taken(run)}
         if run.processes == 1:
             from codeact.training.flags import parse_mapping
-            from codeact.training.train import train
+            from codeact.training.train import train_from_settings
 
-            train(parse_mapping(flags, "train"))
+            train_from_settings(parse_mapping(flags, "train"))
         else:
             path = run.output / "train.yaml"
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(flags), encoding="utf-8")  # JSON is YAML
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(run.processes), "-m", "codeact", "train", str(path)]
-            code = subprocess.run(command, check=False).returncode
+            threads = int(os.environ.get("OMP_NUM_THREADS") or usable_cpus()) // run.processes
+            environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads))}
+            code = subprocess.run(command, env=environment, check=False).returncode
             if code:
                 raise InputError(f"training in {run.processes} processes ended with exit code {code}; see above")
         result = _record(run.output)["result"]
@@ -87,12 +91,12 @@ class Train(Stage):
 
     def _taken(self, run: Run) -> dict[str, str]:
         """Flags that follow from the rest of the run's settings."""
-        values = (run.model, str(run.output / SELECTED), str(run.output / FOLDER))
+        values = (run.model, str(run.output / SELECTED), str(run.output / MODEL_FOLDER))
         return dict(zip(TAKEN_FLAGS, values, strict=True))
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""
-        if not (output / FOLDER / "training.json").exists():
+        if not (output / MODEL_FOLDER / "training.json").exists():
             return
         from codeact.data.chosen import chosen_ids, chosen_tokens
 
@@ -119,5 +123,5 @@ class Train(Stage):
 
 
 def _record(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / FOLDER / "training.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((output / MODEL_FOLDER / "training.json").read_text(encoding="utf-8"))
     return content

@@ -17,25 +17,26 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from codeact.base.console import aligned
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
-from codeact.base.machine import free_memory
+from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
 from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
 from codeact.ops.flops import ModelShape
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
-from codeact.training.cost import CostMonitor, aligned
+from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.room import GIB, check_memory, check_room, pass_memory, state_memory
+from codeact.training.room import check_memory, check_room, pass_memory, state_memory
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 
-def train(settings: TrainSettings) -> TrainResult:
+def train_from_settings(settings: TrainSettings) -> TrainResult:
     """Train, evaluate and save; a run that was killed goes on from its last checkpoint, a finished one stays.
 
     Under torchrun or accelerate every rank calls this; the first one prints and writes.
@@ -56,17 +57,14 @@ def train(settings: TrainSettings) -> TrainResult:
     resume = claim(settings, data)
     model = _model(settings)
     options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
-    monitor = CostMonitor(
-        model,
-        arguments.output_dir,
-        peak_flops="measure" if arguments.device.type == "cpu" else "auto",
-        print_summary=False,  # in the middle of the bar
-    )
+    peak = "measure" if arguments.device.type == "cpu" else "auto"
+    monitor = CostMonitor(model, arguments.output_dir, peak_flops=peak)
     cached = model.config.use_cache
     trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress())
+    for callback in (_Log,) if arguments.disable_tqdm else (_Log, _Bar):
+        trainer.add_callback(callback())
     needs, tokens = _step_memory(trainer)
     _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
     _check_fits(trainer, needs, tokens)
@@ -228,32 +226,21 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
 
 
-class _Progress(ProgressCallback):  # type: ignore[misc]
-    """Trainer's bar, and a log as one short line instead of a dictionary."""
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """Trainer's bar of steps, and no other."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Open the bar."""
-        if not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **more)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Move the bar."""
-        if not args.disable_tqdm:
-            super().on_step_end(args, state, control, **more)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """Show no second bar."""
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Close the bar."""
-        if not args.disable_tqdm:
-            super().on_train_end(args, state, control, **more)
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Leave the log to ``_Log``."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        """Print what a person looks at; the loggers get everything."""
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """A log as one short line instead of a dictionary; the loggers get everything."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Print what a person looks at."""
         line = _log_line(logs or {}, state)
         if state.is_world_process_zero and line:
             tqdm.write(line)

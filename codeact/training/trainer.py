@@ -20,8 +20,9 @@ from codeact.base.errors import InputError, one_of
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
 from codeact.ops.attention import computes_16_bits_only
+from codeact.text.conversations import IGNORE
 from codeact.training.cost import CostMonitor
-from codeact.training.dataset import IGNORE, EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
+from codeact.training.dataset import EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
 from codeact.training.options import PackOptions
 
 _LOSSES = "codeact losses"  # their place in a checkpoint's trainer_state.json
@@ -304,18 +305,13 @@ def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
 
 
 def _prove(model: Any, proof: Callable[[], object]) -> None:
-    """Run a proof over a model as it computes outside of training; where there are no weights yet, do nothing.
+    """Run a proof over a model; where there are no weights yet, do nothing.
 
     With DeepSpeed ZeRO-3, and on most ranks of FSDP, they come later.
     """
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
-    was_training = model.training
-    model.eval()
-    try:
-        proof()
-    finally:
-        model.train(was_training)
+    proof()
 
 
 def _has_plain_head(model: Any) -> bool:

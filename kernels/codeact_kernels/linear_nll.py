@@ -261,7 +261,9 @@ def launches(
         read_weight = TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_d])
         kernel, arguments = partial_nll_descriptors, (read_hidden, read_weight, *rest, cap)
     else:
-        options["EVEN_D"] = D % tile.block_d == 0
+        if tile.descriptors:  # addresses of its own take a program registers that the whole depth would spill
+            options["BLOCK_D"] = tile.block_d // 2
+        options["EVEN_D"] = D % options["BLOCK_D"] == 0
     merge = (partials, target_logits, targets, nll, T, V, tiles, ignore_index)
     merge_options = {"BLOCK_T": _MERGE_T, "BLOCK_TILES": _MERGE_TILES, "num_warps": 4, **ROUNDING}
     return [

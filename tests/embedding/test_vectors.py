@@ -412,7 +412,7 @@ def data(path, rows):
 
 
 def test_readable_records_are_embedded_block_by_block_and_bad_rows_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(embedding, "_BLOCK_ROWS", 4)
     rows = [{"q": f"question {row}" + " w" * row, "a": "a"} for row in range(11)]
     rows[2] = "{broken"
     rows[8] = rows[9] = rows[10] = {"q": 5, "a": "a"}  # the last block holds no record at all

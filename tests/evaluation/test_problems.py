@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError
 from codeact.evaluation import problems as eval_data
-from codeact.evaluation.problems import load_problems
+from codeact.evaluation.problems import DATASETS, load_problems
 
 ROW = {
     "task_id": "HumanEval/0",
@@ -85,48 +88,84 @@ def test_a_missing_file_and_an_empty_folder(tmp_path: Path, monkeypatch) -> None
         load_problems("human")
 
 
-def test_without_evalplus_the_extra_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"--data FILE.* pip install .codeact\[evalplus\]"):
-        load_problems("humaneval")
-
-
 @pytest.fixture
-def fake_evalplus(tmp_path: Path, monkeypatch):
-    """A package with evalplus' functions, whose body a test chooses."""
+def release(tmp_path: Path, monkeypatch):
+    """A local server in the place of evalplus' releases: it answers what a test says; (answers, requests)."""
+    answers: dict[str, bytes | int | None] = {}
+    requests: list[str] = []
+    over = threading.Event()
 
-    def make(body: str) -> None:
-        package = tmp_path / "site" / "evalplus" / "data"
-        package.mkdir(parents=True)
-        (package.parent / "__init__.py").touch()
-        (package / "__init__.py").touch()
-        for module, function in (("humaneval", "_ready_human_eval_plus_path"), ("mbpp", "_ready_mbpp_plus_path")):
-            (package / f"{module}.py").write_text(f"import sys, time\ndef {function}():\n    {body}\n")
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            answer = answers["body"]
+            self.send_response(answer if isinstance(answer, int) else 200)
+            self.end_headers()
+            if answer is None:
+                over.wait(30)
+            elif isinstance(answer, bytes):
+                self.wfile.write(answer)
 
-    return make
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/v0.1.10/HumanEvalPlus.jsonl.gz"
+        digest = hashlib.sha256((json.dumps(ROW) + "\n").encode()).hexdigest()
+        monkeypatch.setattr(eval_data, "_RELEASES", {"humaneval": (url, digest)})
+        monkeypatch.setenv("CODEACT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("no_proxy", "*")
+        yield answers, requests
+        over.set()
+        server.shutdown()
+        thread.join()
 
 
-def test_the_file_of_evalplus_is_taken(fake_evalplus, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", ROW)
-    fake_evalplus(f"print('Downloading ...'); return {str(path)!r}")
-    assert load_problems("humaneval").source == str(path)
+def test_problems_are_downloaded_once(release, tmp_path: Path) -> None:
+    answers, requests = release
+    answers["body"] = gzip.compress((json.dumps(ROW) + "\n").encode())
+    problems = load_problems("humaneval")
+    assert [problem.task_id for problem in problems.problems] == ["HumanEval/0"]
+    assert problems.source == str(tmp_path / "cache" / "problems" / "v0.1.10-HumanEvalPlus.jsonl.gz")
+    assert load_problems("humaneval") == problems
+    assert len(requests) == 1
 
 
-def test_a_failed_download_is_one_line(fake_evalplus) -> None:
-    fake_evalplus("raise OSError('no network')")
-    with pytest.raises(
-        InputError, match=r"evalplus cannot download mbpp .*no network.*MbppPlus.jsonl.gz into a folder"
-    ):
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (gzip.compress(b'{"task_id": "HumanEval/0"}'), r"has sha256 .*, expected .*: refused"),
+        (b"<html>Sign in to this network</html>", "cannot download the problems of humaneval"),
+        (gzip.compress(json.dumps(ROW).encode() + b"\n")[:-9], "cannot download the problems of humaneval"),
+        (b"", "refused|cannot download"),
+        (404, "HTTP Error 404"),
+        (503, "HTTP Error 503"),
+        (None, "timed out"),
+    ],
+)
+def test_a_bad_download_is_one_line_and_leaves_nothing(release, tmp_path: Path, monkeypatch, body, message) -> None:
+    release[0]["body"] = body
+    monkeypatch.setattr(eval_data, "_DOWNLOAD_SECONDS", 0.5)
+    with pytest.raises(InputError, match=message) as error:
+        load_problems("humaneval")
+    assert "put evalplus' HumanEvalPlus.jsonl.gz into a folder" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_without_a_network_it_is_one_line(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CODEACT_CACHE", str(tmp_path))
+    monkeypatch.setattr(eval_data, "_RELEASES", {"mbpp": ("http://127.0.0.1:9/v0.2.0/MbppPlus.jsonl.gz", "")})
+    with pytest.raises(InputError, match=r"cannot download the problems of mbpp .*; put evalplus' MbppPlus.jsonl.gz"):
         load_problems("mbpp")
 
 
-def test_a_hanging_download_ends(fake_evalplus, monkeypatch) -> None:
-    fake_evalplus("time.sleep(1000)")
-    monkeypatch.setattr(eval_data, "_DOWNLOAD_SECONDS", 0.5)
-    with pytest.raises(InputError, match="download of humaneval hangs"):
-        load_problems("humaneval")
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_pinned_text_is_that_of_the_shared_file(shared_data: Path, dataset: str) -> None:
+    url, digest = eval_data._RELEASES[dataset]
+    assert load_problems(dataset, shared_data / url.rpartition("/")[2]).fingerprint == digest
 
 
 def test_openais_file_has_a_test_program_instead_of_inputs(human_eval_path: Path) -> None:

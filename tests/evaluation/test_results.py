@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import shutil
+import signal
+import threading
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from codeact.base.console import visible
 from codeact.base.errors import InputError
 from codeact.evaluation import judge as programs
 from codeact.evaluation import results as evaluation
 from codeact.evaluation.judge import GroundTruth, Verdict, judge_program
 from codeact.evaluation.problems import load_problems
-from codeact.evaluation.programs import Program, SampleLog, read_rows, read_samples, write_samples
+from codeact.evaluation.programs import Program, SampleLog, discard_samples, read_rows, read_samples, write_samples
 from codeact.evaluation.results import evaluate, pass_at_k, results_path, write_results
 from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 
@@ -53,6 +60,9 @@ def problems(tmp_path: Path):
     path = tmp_path / "problems.jsonl"
     write_samples(path, rows)
     return load_problems("humaneval", path)
+
+
+WRONG = Verdict(base="wrong", plus="wrong", test=0)
 
 
 def samples(*solutions: str) -> list[Program]:
@@ -118,13 +128,165 @@ def test_a_verdict_that_a_kill_cut_short_is_made_again(problems, sandbox: Sandbo
     assert sorted((tmp_path / "v.jsonl").read_bytes().splitlines()) == sorted(text.splitlines())
 
 
-def test_a_time_out_counts_only_when_it_comes_twice(problems, sandbox: Sandbox, tmp_path: Path, monkeypatch) -> None:
-    late = Verdict(base="time", plus="time", test=0)
-    answers = {"slow once": [late, Verdict(base="pass", plus="pass")], "slow": [late, late]}
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Verdict(base="time", plus="time", test=0),
+        Verdict(base="pass", plus="time", test=2),
+        Verdict(base="memory", plus="memory", test=0, message="MemoryError"),
+        Verdict(base="crash", plus="crash", test=0, message="its process ended with exit code 137"),
+    ],
+    ids=lambda verdict: f"{verdict.base} {verdict.plus}",
+)
+def test_what_the_machine_may_have_done_counts_only_when_it_comes_twice(
+    failure: Verdict, problems, sandbox: Sandbox, tmp_path: Path, monkeypatch
+) -> None:
+    answers = {"once": [failure, Verdict(base="pass", plus="pass")], "twice": [failure, failure], "wrong": [WRONG]}
     monkeypatch.setattr(evaluation, "judge_program", lambda text, *rest: answers[text].pop(0))
-    report = evaluate(problems, samples("slow once", "slow"), sandbox, tmp_path / "v.jsonl")
-    assert [item.verdict.base for item in report.samples["HumanEval/0"]] == ["pass", "time"]
-    assert answers == {"slow once": [], "slow": []}
+    counts: list[int] = []
+    report = evaluate(
+        problems, samples("once", "twice", "wrong"), sandbox, tmp_path / "v.jsonl", progress=counts.append
+    )
+    assert [item.verdict for item in report.samples["HumanEval/0"]] == [
+        Verdict(base="pass", plus="pass"),
+        failure,
+        WRONG,
+    ]
+    assert not any(answers.values())
+    assert sum(counts) == 3
+
+
+def test_time_outs_are_tried_again_side_by_side(problems, sandbox: Sandbox, tmp_path: Path, monkeypatch) -> None:
+    """Two that wait for each other: one after the other they would wait for ever."""
+    monkeypatch.setattr(evaluation, "default_parallel", lambda: 2)
+    both, tries = threading.Barrier(2), Counter()
+
+    def judge(text: str, *rest: object) -> Verdict:
+        tries[text] += 1
+        if tries[text] == 2:
+            both.wait(timeout=60)
+        return Verdict(base="time", plus="time")
+
+    monkeypatch.setattr(evaluation, "judge_program", judge)
+    evaluate(problems, samples("a", "b"), sandbox, tmp_path / "v.jsonl", parallel=2)
+    assert tries == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize("stop", ["^C", "an error"])
+def test_what_runs_is_ended_at_once(stop: str, problems, tmp_path: Path) -> None:
+    """The program would run for an hour."""
+    try:
+        patient = Sandbox(Limits(min_seconds=3600.0, total_seconds=3600.0))
+    except InputError as error:
+        pytest.skip(str(error))
+    found = [
+        Program(task_id="HumanEval/0", solution="def f0(x):\n while x: pass", place=""),
+        Program(task_id="HumanEval/1", solution="def f1(x): return 0", place=""),
+    ]
+
+    def progress(count: int) -> None:
+        if count and stop == "^C":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        elif count:
+            raise InputError("the disk is full")
+
+    with pytest.raises(KeyboardInterrupt if stop == "^C" else InputError):
+        evaluate(problems, found, patient, tmp_path / "v.jsonl", parallel=2, progress=progress)
+    again = evaluate(problems, found[1:], patient, tmp_path / "v.jsonl")
+    assert again.reused == (stop == "^C")
+    assert again.samples["HumanEval/1"][0].verdict.base == "wrong"
+
+
+HOSTILE = {
+    "half a surrogate pair": "raise ValueError(chr(0xd800))",
+    "a terminal's commands": "raise ValueError('\\x1b[2J\\x1b[31m\\x9b1m<script>alert(1)</script>[x](javascript:y)`')",
+    "nothing": "raise ValueError('\\x00')",
+    "the other direction": "raise ValueError('\\u202eabc\\u2066\\u2028')",
+    "a line of its own": "raise ValueError('a\\r\\n| HumanEval/0 | 1 | 1 | 1 | |')",
+    "a class": "raise type('\\x1b[2J\\ud800', (Exception,), {})('|')",
+    "a note": "e = KeyError(chr(0xdfff) * 10**6); raise e",
+}
+
+
+def test_what_programs_say_is_harmless_in_every_file(problems, sandbox: Sandbox, tmp_path: Path) -> None:
+    found = [
+        *(Program(task_id="HumanEval/0", solution=f"def f0(x):\n {body}", place="") for body in HOSTILE.values()),
+        Program(task_id="HumanEval/1", solution="raise SyntaxError('\x1b[2J' + chr(0xd800))", place=""),
+        Program(task_id="HumanEval/2", solution="x = '\ud800\x1b'", place=""),
+    ]
+    for rerun in (False, True):
+        report = evaluate(problems, found, sandbox, results_path(tmp_path / "s.jsonl"))
+        report = replace(report, left_out=Counter(["\x1b[2J\ud800\n| a | [x](javascript:y) `"]))
+        target, page = write_results(report, tmp_path / "s.jsonl")
+        assert report.failures() == {"exception": len(found) - 1, "syntax": 1}
+        assert report.reused == (len(found) if rerun else 0)
+        for path in (target, page, results_path(tmp_path / "s.jsonl")):
+            text = path.read_bytes().decode()
+            assert visible(text) == text
+        assert f"{report.summary()}\n{report.table()}" == visible(f"{report.summary()}\n{report.table()}")
+    for item in report.samples["HumanEval/0"]:
+        table = replace(report, samples={"HumanEval/0": [item]}).table()
+        assert len(table.splitlines()) == 3
+        assert table.count("`") == 2  # as code, HTML and links are text
+
+
+def test_the_shared_hostile_samples_reach_the_report(shared_data, shared_cases, sandbox, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CODEACT_EVAL_DATA", str(shared_data))
+    problems = load_problems("humaneval", limit=1)
+    for name in ("sur", "ansi"):
+        shutil.copy(shared_cases / "security" / f"{name}.jsonl", tmp_path)
+        found, _ = read_samples(tmp_path / f"{name}.jsonl", problems.by_id())
+        for _ in range(2):
+            report = evaluate(problems, found, sandbox, results_path(tmp_path / f"{name}.jsonl"))
+            _, page = write_results(report, tmp_path / f"{name}.jsonl")
+            assert page.read_text() == visible(page.read_text())
+
+
+def test_programs_are_judged_as_scripts_are(shared_data: Path, shared_cases: Path, tmp_path: Path) -> None:
+    tasks = [f"HumanEval/{number}" for number in (34, 53, 55)]
+    problems = load_problems("humaneval", shared_data / "HumanEvalPlus.jsonl.gz", tasks=tasks)
+    truth = GroundTruth(problems, usual := Sandbox(Limits()))
+    for row in read_rows(shared_cases / "programs" / "programs.jsonl"):
+        tests = truth.tests(problems.by_id()[row["task_id"]])
+        verdict = judge_program(row["solution"], tests, usual, base_only=True)
+        assert (verdict.base == "pass") == (row["right"] == "pass"), row["case"]
+
+
+# Each defines f(x), which returns x + 1, by something that only a module of its own in sys.modules can do.
+LIKE_SCRIPTS = {
+    "quoted fields": "from dataclasses import dataclass\n@dataclass\nclass P:\n x: 'int'\n y: 'list[P]' = None\n"
+    "f0 = lambda x: P(x).x + 1",
+    "annotations of the future": "from __future__ import annotations\nfrom dataclasses import dataclass, KW_ONLY\n"
+    "from typing import ClassVar\n@dataclass\nclass P:\n n: ClassVar[int] = 1\n _: KW_ONLY\n x: int = 0\n"
+    "def f0(x: int) -> int: return P(x=x).x + P.n",
+    "type hints of a function": "import typing\nclass C: pass\ndef g(a: 'C') -> 'list[C]': ...\n"
+    "def f0(x): return x + len(typing.get_type_hints(g)) - 1",
+    "a typed dictionary": "from __future__ import annotations\nfrom typing import TypedDict, get_type_hints\n"
+    "class T(TypedDict):\n a: Later\nclass Later: pass\ndef f0(x): return x + len(get_type_hints(T))",
+    "itself among the modules": "import sys\none = 1\ndef f0(x): return x + sys.modules[__name__].one",
+    "the main module": "import __main__\none = 1\ndef f0(x): return x + __main__.one",
+    "itself by import": "import importlib\none = 1\ndef f0(x): return x + importlib.import_module(__name__).one",
+    "its source": "import inspect\ndef f0(x): return x + inspect.getsource(f0).startswith('def f0')",
+    "a copy by pickle": "import pickle\nclass C:\n one = 1\ndef f0(x): return x + pickle.loads(pickle.dumps(C())).one",
+    "a deep copy": "import copy, enum\nclass E(enum.Enum):\n A = 1\ndef f0(x): return x + copy.deepcopy(E.A).value",
+    "asyncio": "import asyncio\nasync def one():\n await asyncio.sleep(0)\n return 1\n"
+    "def f0(x): return x + asyncio.run(one())",
+    "threads of asyncio": "import asyncio\nasync def one(): return await asyncio.to_thread(lambda: 1)\n"
+    "def f0(x): return x + asyncio.run(one())",
+    "a mark before the first byte": "\ufeffdef f0(x): return x + 1",
+    "an error with a traceback": "import traceback\ndef f0(x):\n try: 1 / 0\n"
+    " except ZeroDivisionError: return x + traceback.format_exc().count('1 / 0')",
+    "its arguments": "import sys\ndef f0(x): return x + len(sys.argv)",
+    "what a script does when it is run": "def f0(x): return x + 1\nif __name__ == '__main__': raise SystemExit(f0(1))",
+}
+
+
+def test_a_program_is_a_module(problems, sandbox: Sandbox) -> None:
+    patient = copy.copy(sandbox)
+    patient.limits = replace(sandbox.limits, min_seconds=30.0, load_seconds=30.0)
+    tests = GroundTruth(problems, patient).tests(problems.problems[0])
+    verdicts = {name: judge_program(program, tests, patient) for name, program in LIKE_SCRIPTS.items()}
+    assert verdicts == dict.fromkeys(LIKE_SCRIPTS, Verdict(base="pass", plus="pass"))
 
 
 def test_damaged_truth_is_computed_again(problems, sandbox: Sandbox, tmp_path: Path) -> None:
@@ -220,28 +382,88 @@ def test_every_form_of_samples_is_read(problems, tmp_path: Path) -> None:
             {"task_id": "HumanEval/99", "solution": "of another set"},
         ],
     )
-    found = read_samples(tmp_path / "s.jsonl", by_id)
+    found, left_out = read_samples(tmp_path / "s.jsonl", by_id)
+    assert left_out == {"HumanEval/99": 1}
     assert [sample.solution for sample in found] == ["a", "def f0(x):\n    return 1", "b"]
     folder = tmp_path / "folder"
     for number in (0, 1, 10):
         (folder / "HumanEval_0").mkdir(parents=True, exist_ok=True)
         (folder / "HumanEval_0" / f"{number}.py").write_text(str(number))
-    assert [sample.solution for sample in read_samples(folder, by_id)] == ["0", "1", "10"]
+    assert [sample.solution for sample in read_samples(folder, by_id)[0]] == ["0", "1", "10"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "line 1: no JSON"),
-        ("[]", "line 1: no JSON object with a task_id"),
+        ("[]", "line 1: no JSON object"),
         ('{"task_id": 3}', "line 1: no JSON object with a task_id"),
-        ('{"task_id": "HumanEval/0", "solution": 3}', "neither a text solution"),
+        ('{"task_id": "HumanEval/0", "solution": 3}', "line 1: HumanEval/0 has neither a text solution"),
+        ('\n{"task_id": ' + "[" * 100_000, "line 2: no JSON"),
+        ('{"task_id": ' + '{"a":' * 100_000, "line 1: no JSON"),
+        ('{"task_id": "HumanEval/0", "solution": "", "tokens": ' + "9" * 5000 + "}", "line 1: no JSON .*limit"),
+        ('{"task_id": "HumanEval/0", "tokens": -' + "1" * 100_000 + "}", "line 1: no JSON .*limit"),
     ],
 )
 def test_bad_samples_are_named(text: str, message: str, problems, tmp_path: Path) -> None:
     (tmp_path / "s.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         read_samples(tmp_path / "s.jsonl", problems.by_id())
+    (tmp_path / "l.jsonl").write_text(text + "\n")
+    if "[" in text or "tokens" in text:
+        with pytest.raises(InputError, match=r"line [12]: no JSON"):
+            SampleLog(tmp_path / "l.jsonl")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000, '{"a":' * 100_000, '"a\\nb"', '"\u2028"', '"\x85"'])
+def test_a_strange_line_of_problems_is_named_or_read(value: str, tmp_path: Path) -> None:
+    text = (
+        json.dumps(row(0, "x", [[1]], []))
+        + "\n"
+        + json.dumps(row(1, "x", [[1]], []))[:-1]
+        + f', "more": {value}'
+        + "}\n"
+    )
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8-sig")
+    if value.startswith('"'):
+        assert len(load_problems("humaneval", tmp_path / "p.jsonl").problems) == 2
+    else:
+        with pytest.raises(InputError, match="line 2: no task of humaneval"):
+            load_problems("humaneval", tmp_path / "p.jsonl")
+
+
+def test_a_byte_order_mark_before_samples_is_nothing(problems, tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_text('{"task_id": "HumanEval/0", "solution": "x"}\n', encoding="utf-8-sig")
+    assert [sample.solution for sample in read_samples(tmp_path / "s.jsonl", problems.by_id())[0]] == ["x"]
+
+
+def test_one_file_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    with SampleLog(path) as log:
+        log.append({"key": "a"})
+        for second in (SampleLog, discard_samples):
+            with pytest.raises(InputError, match=r"another process writes to .*l\.jsonl"):
+                second(path)
+        log.append({"key": "b"})
+    with SampleLog(path) as log:
+        assert log.rows == [{"key": "a"}, {"key": "b"}]
+    discard_samples(path)
+    assert path.read_bytes() == b""
+
+
+def test_what_two_writers_wrote_counts_once_and_is_told(problems, tmp_path: Path, capsys) -> None:
+    rows = [{"task_id": f"HumanEval/{n % 3}", "sample": n // 3, "solution": str(n)} for n in range(6)]
+    write_samples(tmp_path / "s.jsonl", [*rows, {**rows[2], "solution": "of the second"}, *rows[3:]])
+    assert read_rows(tmp_path / "s.jsonl") == rows
+    assert "4 lines left out" in capsys.readouterr().err
+    with SampleLog(tmp_path / "s.jsonl") as log:
+        assert log.rows == rows
+    write_samples(tmp_path / "k.jsonl", [{"key": "a", "n": 1}, {"key": "a", "n": 2}])
+    with SampleLog(tmp_path / "k.jsonl") as log:
+        assert log.rows == [{"key": "a", "n": 1}]
+    assert "1 line left out" in capsys.readouterr().err
+    write_samples(tmp_path / "e.jsonl", [{"task_id": "HumanEval/0", "solution": "of evalplus, which counts none"}] * 2)
+    assert len(read_samples(tmp_path / "e.jsonl", problems.by_id())[0]) == 2
 
 
 def test_a_log_keeps_whole_lines_only(tmp_path: Path) -> None:
@@ -262,6 +484,6 @@ def test_a_log_keeps_whole_lines_only(tmp_path: Path) -> None:
 def test_the_format_of_verdicts_is_part_of_their_key(problems, sandbox: Sandbox, tmp_path: Path, monkeypatch) -> None:
     found = samples("def f0(x): return x + 1")
     evaluate(problems, found, sandbox, tmp_path / "v.jsonl")
-    monkeypatch.setattr(evaluation, "FORMAT", programs.FORMAT + 1)
+    monkeypatch.setattr(evaluation, "VERDICT_FORMAT", programs.VERDICT_FORMAT + 1)
     assert evaluate(problems, found, sandbox, tmp_path / "v.jsonl").reused == 0
     assert read_rows(tmp_path / "v.jsonl")[0]["task_id"] == "HumanEval/0"

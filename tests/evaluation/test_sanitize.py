@@ -83,6 +83,119 @@ def test_what_is_kept(text: str, program: str) -> None:
     assert sanitize(text, "f") == program
 
 
+FENCED_DOC = 'def f(x):\n    """Say.\n\n    ```python\n    f(1)\n    ```\n    """\n    return x'
+USAGE = "x = int(input('x: '))\nresult = f(x)\nprint(result)"
+LOCAL = "def f(x):\n    result = [a for a in x]\n    return result"
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        (FENCED.format(code=FENCED_DOC), FENCED_DOC),
+        (FENCED_DOC, FENCED_DOC),
+        (FENCED.format(code=FENCED_DOC.replace("    ```", "```")), FENCED_DOC.replace("    ```", "```")),
+        (FENCED.format(code=FENCED_DOC.replace('"""', "'''")), FENCED_DOC.replace('"""', "'''")),
+        (
+            FENCED.format(code=FENCED_DOC.replace('    ```\n    "', '    "')),
+            FENCED_DOC.replace('    ```\n    "', '    "'),
+        ),
+        ("- So:\n\n  ```\n" + "\n".join(f"  {line}" for line in MAIN.split("\n")) + "\n  ```\n- " + USAGE, MAIN),
+    ],
+)
+def test_a_fence_in_a_docstring_is_text(text: str, program: str) -> None:
+    assert sanitize(text, "f") == program
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        USAGE,
+        "a = input()\nx = [a]\nresult = f(x)",
+        "for x in range(9):\n    result = f(x)\n    print(result)",
+        "with open('x') as x:\n    result = f(x.read())",
+        "x, result = 1 / 0, None",
+        "x = []\nx.append(input())\nx[0] = 1\nf(x).sort()\nresult = x",
+        "def main():\n    global x\n    x = input()\n    print(f(x))\nmain()",
+        "import sys\nimport unittest\nsys.exit(f(1))\nunittest.main()",
+        "if __name__ == '__main__':\n    x = input()",
+        "try:\n    x = int(input())\nexcept ValueError:\n    x = 0",
+        "a: int = int(input())\nx = a",
+        "class T:\n    x = input()",
+    ],
+)
+def test_an_example_of_use_is_left_out(usage: str) -> None:
+    """Also where its names are those of a parameter, a local, or a variable of a comprehension."""
+    for text in (
+        FENCED.format(code=f"{LOCAL}\n\n{usage}"),
+        FENCED.format(code=f"{usage}\n\n{LOCAL}"),
+        FENCED.format(code=LOCAL) + "\nUse it:\n\n" + FENCED.format(code=usage),
+        FENCED.format(code=usage) + "\nwith\n\n" + FENCED.format(code=LOCAL),
+    ):
+        program = sanitize(text, "f")
+        assert program.endswith(LOCAL)
+        assert "input" not in program
+        assert "exit" not in program
+
+
+@pytest.mark.parametrize(
+    "filling",
+    [
+        "M = []\nM.append(1)",
+        "M = {}\nM[0] = 1",
+        "M = [0]\nM[0] += 1",
+        "M = {0: 2}\ndel M[0]",
+        "M = []\nfor i in range(3):\n    M.append(i)",
+        "M = set()\nwhile len(M) < 3:\n    M.add(len(M))",
+        "M = {}\nM.setdefault(1, []).append(2)",
+        "import heapq\nM = []\nheapq.heappush(M, 1)",
+        "M = []\nif not M:\n    M.extend([1])",
+        "M = []\ndef fill():\n    M.append(2)\nfill()",
+        "M = 0\ndef fill(n):\n    global M\n    M = n\nfill(3)",
+        "class C:\n    pass\nM = C()\nM.x = 1",
+        "class C:\n    x = [0]\nC.x[0] = 1\nC.y = 2\nM = C",
+        "import sys\nsys.setrecursionlimit(10**6)\nM = 1",
+        "from decimal import getcontext\ngetcontext().prec = 50\nM = 1",
+    ],
+)
+def test_what_fills_a_global_is_kept(filling: str) -> None:
+    code = f"{filling}\ndef f(x):\n    return M"
+    unused = "N = []\nN.append(input())\nprint(f(1))"
+    state = {}
+    exec(code, state)
+    kept: dict[str, object] = {}
+    program = sanitize(FENCED.format(code=f"{code}\n{unused}"), "f")
+    exec(program, kept)
+    if isinstance(state["M"], (list, dict, set, int)):
+        assert kept["M"] == state["M"]
+    assert {line.strip() for line in code.split("\n")} == {line.strip() for line in program.split("\n")}
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "<think>\n{}\n</think>",
+        "{}</think>",
+        "<thinking>{}</thinking>",
+        "<seed:think>{}</seed:think>",
+        "[THINK]{}[/THINK]",
+    ],
+)
+def test_the_answer_stands_after_what_was_thought(thought: str) -> None:
+    draft = "```python\ndef f(x):\n" + "    x += 1\n" * 30 + "    return x\n```\n"
+    assert sanitize(thought.format(draft) + "\n\n" + FENCED.format(code=LOCAL), "f") == LOCAL
+    assert sanitize(thought.format(FENCED.format(code=LOCAL)) + "\nThat is it.", "f") == LOCAL  # nowhere else
+    tag = f"def f(x):\n    return x.split({thought.split('{}')[1].strip()!r})"
+    assert sanitize(tag, "f") == tag
+
+
+def test_shared_answers_stay_right(shared_cases: Path) -> None:
+    for name in ("docstring_fence", "usage_block", "s_input"):
+        row = json.loads((shared_cases / "programs" / f"{name}.jsonl").read_text())
+        scope: dict[str, object] = {}
+        exec(sanitize(row["solution"], "add"), scope)
+        assert scope["add"](2, 3) == 5
+
+
 def test_a_helper_in_another_block() -> None:
     text = FENCED.format(code="import math\n\n" + MAIN) + "\nwith the helper\n\n```\n" + HELPER + "\n```\n"
     assert names(sanitize(text, "f")) == ["f", "g"]
@@ -115,17 +228,39 @@ def test_any_text_gives_a_program_or_nothing(text: str, tail: str) -> None:
         "a = b",
         "    try:",
         "@f",
+        "@f\n",
+        "@f\nx = 1",
+        "@f(",
+        "@f\n def g",
         "if x:",
+        "if x:\nelse:",
+        "if x:\n y\nelse:",
+        "else:",
+        "elif x:",
+        "except:",
+        "finally:",
+        "class A:",
         "x = [1,",
         "'",
         "```",
+        "  ```",
         "\\",
     ],
 )
-def test_what_is_broken_2000_times_ends_and_parses(line: str) -> None:
+def test_what_is_broken_2000_times_takes_time_that_grows_with_it(line: str, monkeypatch) -> None:
     text = f"{line}\n" * 2000
-    ast.parse(sanitize(text, "f"))
-    ast.parse(sanitize(f"```python\n{MAIN}\n{HELPER}\n```\n{text}", "f"))
+    read = [0]
+    parse = ast.parse
+
+    def counting(source: str) -> ast.Module:
+        read[0] += len(source)
+        return parse(source)
+
+    monkeypatch.setattr("codeact.evaluation.sanitize.ast.parse", counting)
+    for answer in (text, f"```python\n{MAIN}\n{HELPER}\n```\n{text}"):
+        program = sanitize(answer, "f")
+        assert read[0] < 150 * len(answer)
+        parse(program)
 
 
 def test_a_block_among_2000_lines_of_talk_is_found() -> None:

@@ -1,8 +1,6 @@
-import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -10,30 +8,24 @@ from codeact import cli
 from codeact import forecast as forecasting
 from codeact.base.devices import GPUS, find_gpu
 from codeact.base.errors import InputError
-from codeact.forecast.cost import ModelFacts, decoding_seconds, inference_memory
 from codeact.forecast.data import Sampled, data_facts
 from codeact.forecast.models import model_facts
-from codeact.forecast.training import TrainingShape, activation_memory, training_memory, training_shape
-from codeact.ops.flops import ModelShape, ParameterCounts
+from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts, decoding_seconds, inference_memory
 from codeact.run.flow import STAGES, Flow, open_flow
 from codeact.run.settings import RunSettings, settings_class, shipped_configs
+from codeact.training.flags import check_flags
+from codeact.training.room import PlannedTraining, pass_memory
 
 # Two layers of width 8: attention 4 * 64, gated MLP 3 * 8 * 16; 10 words.
 SHAPE = ModelShape(layers=2, hidden=8, intermediate=16, query_width=8, key_width=8, vocabulary=10)
 LAYERS = (("0.q_proj", 8, 8), ("0.down_proj", 16, 8), ("1.q_proj", 8, 8), ("1.down_proj", 16, 8))
 TINY = ModelFacts(shape=SHAPE, trunk=1000, head=80, lookup=80, layers=LAYERS, source="")
+LORA = {"lora": True, "lora_r": 2, "lora_target_modules": "q_proj"}
 SEVEN = "a model of 7e9 parameters that is not here"
 
 
-def training(**changes: object) -> TrainingShape:
-    values = {
-        "capacity": 2048, "epochs": 1.0, "max_steps": -1, "micro_batch": 1, "accumulation": 1,
-        "pad_mode": "dynamic_pack", "pack_scope": "epoch", "supervised_only": True, "fused_loss": True,
-        "lora_rank": None, "lora_targets": "q_proj", "lora_dropout": 0.0, "weight_bytes": 4.0, "autocast": False,
-        "checkpointing": False, "sharding": "none", "optimizer_bytes": 8.0, "eval_ratio": 0.0, "evaluations": 0,
-        "checkpoint_every": None, "checkpoints_kept": None,
-    }  # fmt: skip
-    return TrainingShape(**{**values, **changes})
+def training(processes: int = 1, **flags: object) -> PlannedTraining:
+    return PlannedTraining(check_flags({"lora_dropout": 0.0, **flags}, "train", here=False), processes)
 
 
 @pytest.fixture
@@ -99,27 +91,28 @@ def test_flops_of_training_by_hand():
     full = training()
     assert full.flops(TINY, 3, 1, 5) == 6 * 1000 * 3 + 6 * 80 + attention
     # What is computed again: one forward pass of the layers.
-    assert training(checkpointing=True).flops(TINY, 3, 1, 5) == 18_480 + 2 * 1000 * 3 + attention * 4 // 3
+    assert training(activation_checkpointing=True).flops(TINY, 3, 1, 5) == 18_480 + 2 * 1000 * 3 + attention * 4 // 3
     adapters = 2 * 2 * (8 + 8)  # rank 2, on q_proj of two layers
     assert TINY.adapter_parameters(2, "q_proj") == adapters
     assert TINY.adapter_parameters(2, "all-linear") == adapters + 2 * 2 * (16 + 8)
-    lora = training(lora_rank=2)
+    lora = training(**LORA)
     assert lora.flops(TINY, 3, 1, 5) == (6 * adapters + 4 * 1000) * 3 + 4 * 80 + attention
 
 
 def test_memory_of_training_by_hand():
-    alone = training_memory(TINY, training(), 1, 10, base=7.0)
+    alone = training().memory(TINY, 10, base=7.0)
     assert alone.parts["the process"] == 7
     assert (alone.parts["weights"], alone.parts["gradients"], alone.parts["optimizer"]) == (4640, 4640, 9280)
     # Per token and layer 4 * 8 + 2 * 8 + 2 * 8 + 4 * 16 elements of 4 bytes.
     assert alone.parts["activations"] == 10 * 2 * 128 * 4
-    assert alone.parts["logits"] == 10 * 10 * 8
+    assert alone.parts["blocks of the loss"] == 10 * 10 * 8
+    assert training(fused_loss=False).memory(TINY, 10, base=7.0).parts["logits"] == 10 * 10 * 8
     assert alone.total == sum(alone.parts.values())
-    lora = training_memory(TINY, training(lora_rank=2, weight_bytes=2.0, autocast=True), 1, 10, base=0.0)
+    lora = training(**LORA, bf16=True).memory(TINY, 10, base=0.0)
     assert lora.parts["weights"] == 1160 * 2 + 64 * 4
     assert lora.parts["optimizer"] == 64 * 8
-    assert lora.parts["adapters' inputs"] == 10 * 16 * 6
-    half = training_memory(TINY, training(autocast=True, sharding="zero2"), 4, 10, base=0.0)
+    assert lora.parts["adapters' inputs"] == 10 * 16 * 8
+    half = training(4, bf16=True, deepspeed="zero2").memory(TINY, 10, base=0.0)
     assert half.parts["weights"] == 1160 * 2
     assert half.parts["gradients"] == 1160 * 2 / 4
     assert half.parts["optimizer"] == 1160 * 12 / 4
@@ -136,14 +129,14 @@ def test_memory_of_inference_and_decoding_by_hand():
 
 
 def test_checkpointing_keeps_a_layers_input_and_one_layers_rest():
-    assert activation_memory(SHAPE, 10, 2, True) == 10 * 2 * 8 * 2 + 10 * 128 * 2
-    assert activation_memory(SHAPE, 10, 2, True) < activation_memory(SHAPE, 10, 2, False)
+    some, all_of_it = (pass_memory(SHAPE, 10, element_bytes=2, checkpointing=on)["activations"] for on in (True, False))
+    assert some == 10 * 2 * 8 * 2 + 10 * 128 * 2 < all_of_it
 
 
 def test_more_sharding_is_less_memory():
     model = model_facts(SEVEN, 7e9)
-    kinds = ("ddp", "zero1", "zero2", "zero3")
-    sizes = [training_memory(model, training(sharding=kind, autocast=True), 8, 4096, 0.0).total for kind in kinds]
+    kinds = ({}, {"deepspeed": "zero1"}, {"deepspeed": "zero2"}, {"deepspeed": "zero3"})
+    sizes = [training(8, bf16=True, **kind).memory(model, 4096, 0.0).total for kind in kinds]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
 
@@ -162,12 +155,12 @@ def test_assumed_shape_has_about_the_parameters():
 
 
 def test_a_sample_says_how_sure_it_is():
-    few = Sampled(values=np.array([1, 3]), rows=10)
+    few = Sampled([1, 3], 10)
     assert few.total == 20
     assert few.squares == 50
     assert few.error == pytest.approx(2**0.5 / 2**0.5 * 10 * (1 - 2 / 10) ** 0.5)
-    assert dataclasses.replace(few, rows=2).error == 0
-    assert dataclasses.replace(few, counted=False).error == 0
+    assert Sampled([1, 3], 2).error == 0
+    assert Sampled([1, 3], 10, counted=False).error == 0
 
 
 def test_gpus_are_found_by_their_drivers_names():
@@ -185,7 +178,6 @@ def test_tokens_are_those_that_the_stages_take(local, tokenizer):
     from codeact.scoring.tokens import tokenize
     from codeact.text.conversations import encode_conversations
     from codeact.text.templates import PromptBuilder
-    from codeact.training.flags import check_flags
 
     flags = check_flags(local.train, "train")
     facts = data_facts(local, flags, local.embed.model, 256)
@@ -286,6 +278,17 @@ def test_slower_devices_take_longer_and_too_small_ones_are_named(elsewhere):
     assert any("6 of 8 devices stand idle" in line for line in idle.warnings)
 
 
+def test_checkpoints_count_as_codeact_train_counts_them(elsewhere):
+    """Every epoch one of 12 bytes a parameter, two kept and one being written; of weights alone a third."""
+    kinds = ({"save_strategy": "no"}, {"save_strategy": "epoch", "num_train_epochs": 5})
+    kinds = (*kinds, {**kinds[1], "save_total_limit": 1}, {**kinds[1], "save_only_model": True})
+    settings = (changed(elsewhere, train={**elsewhere.train, "save_total_limit": 2, **kind}) for kind in kinds)
+    none, three, two, light = (forecast(each, last="train").steps[-1].disk for each in settings)
+    assert three - none == pytest.approx(3 * 12 * 6.7e9, rel=0.1)
+    assert (two - none) / (three - none) == pytest.approx(2 / 3)
+    assert (light - none) / (three - none) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("missing", ["rows", "answer_tokens", "parameters"])
 def test_what_cannot_be_known_is_one_line_that_says_what_to_add(elsewhere, missing):
     assumed = {key: value for key, value in elsewhere.forecast.model_dump().items() if key != missing}
@@ -372,9 +375,13 @@ def test_the_recipes_are_the_papers():
     recipes = [open_flow(name).settings for name in shipped_configs() if name != "demo"]
     assert len(recipes) == 4
     for settings in recipes:
-        from codeact.training.flags import check_flags
-
-        shape = training_shape(check_flags(settings.train, "train"), settings)
-        assert shape.micro_batch * shape.accumulation * settings.processes == 512
-        assert (shape.capacity, shape.epochs, shape.checkpointing, shape.sharding) == (2048, 3.0, True, "zero3")
+        flags = check_flags(settings.train, "train")
+        cost = PlannedTraining(flags, settings.processes)
+        assert flags.per_device_train_batch_size * flags.gradient_accumulation_steps * settings.processes == 512
+        assert (flags.max_seq_len, flags.num_train_epochs, cost.checkpointing, cost.sharding) == (
+            2048,
+            3,
+            True,
+            "zero3",
+        )
         assert (settings.select.ratio, settings.select.clusters) == (0.4, 10)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
 from codeact.padding.stats import PackReport, pack_stats
-from codeact.scoring.folder import SCHEMA
+from codeact.scoring.table import SCHEMA
 
 HOSTILE = (
     "<script>document.title = 'owned'; throw new Error('script ran')</script>",

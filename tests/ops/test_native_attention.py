@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 from codeact import _native
 from codeact.ops import attention as varlen
 from codeact.ops.attention import varlen_attention
+from tests.helpers.pairwise import pairwise
 
 HERE = _native.instruction_sets()
 
 
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2"])
+ISAS = ["avx512bf16", "avx512", "avx2"]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     if request.param not in HERE:
         pytest.skip(f"this CPU has {', '.join(HERE) or 'no instruction set of the compiled kernels'}")
@@ -61,16 +65,27 @@ def reference(query, key, value, bounds, scale=None):
 LENGTHS = [[1], [5, 6, 7, 8, 9], [15, 16, 17, 47, 48, 49], [300, 1, 257], [1] * 40]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+# A path of its own through the code for every instruction set and dtype.
+KERNELS = [*itertools.product(ISAS, (torch.float32, torch.bfloat16))]
 # Heads: each its own keys; grouped; one for all. Widths: of real models; odd, which pairs of bfloat16 do not divide.
-@pytest.mark.parametrize(("heads", "groups", "width"), [(2, 2, 64), (6, 2, 128), (4, 1, 17), (3, 3, 1)])
-# float32 rounds sums; of bfloat16 the result itself is rounded (8 bits).
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
-def test_equals_the_definition(isa, lengths, heads, groups, width, dtype, tolerance):
+SHAPES = [(2, 2, 64), (6, 2, 128), (4, 1, 17), (3, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "lengths", "shape"),
+    [(*kernel, lengths, shape) for kernel, lengths, shape in pairwise(KERNELS, LENGTHS, SHAPES)],
+    indirect=["isa"],
+    ids=str,
+)
+def test_equals_the_definition(isa, dtype, lengths, shape):
+    heads, groups, width = shape
     given = operands(lengths, heads, groups, width, dtype)
     with torch.inference_mode():
         ours = attend(*given)
     assert ours.dtype == dtype
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 2**-8
+    )  # float32 rounds sums; of bfloat16 the result itself is rounded
     torch.testing.assert_close(ours.double(), reference(*given), atol=tolerance, rtol=tolerance)
 
 
@@ -98,13 +113,14 @@ def error(ours, true):
 
 # Lengths: as above; blocks of 48 queries; 800 makes two pieces and 1200 three, whose sums are added.
 @pytest.mark.parametrize(
-    ("lengths", "shape"),
+    ("isa", "lengths", "shape"),
     [
-        *itertools.product(
-            [*LENGTHS, [47, 48, 49, 96, 97]], [(2, 2, 64, 64), (6, 2, 96, 128), (4, 1, 17, 70), (3, 3, 1, 1)]
+        *pairwise(
+            ISAS, [*LENGTHS, [47, 48, 49, 96, 97]], [(2, 2, 64, 64), (6, 2, 96, 128), (4, 1, 17, 70), (3, 3, 1, 1)]
         ),
-        ([800, 3, 1200], (2, 1, 20, 30)),
+        *((isa, [800, 3, 1200], (2, 1, 20, 30)) for isa in ISAS),
     ],
+    indirect=["isa"],
     ids=str,
 )
 def test_gradients_equal_the_definition(isa, lengths, shape):

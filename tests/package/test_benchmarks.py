@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import device, measure
 from benchmarks.__main__ import BUDGET
 from benchmarks.measure import Line, Report, Timing
 
@@ -88,3 +93,95 @@ def test_growth():
 def test_the_parts_exist_and_fit_into_twenty_minutes():
     assert all(importlib.util.find_spec(f"benchmarks.{part}") for part in BUDGET)
     assert sum(BUDGET.values()) < 20 * 60
+
+
+# ------------------------------------------------------------------------------------------------ benchmarks.device
+
+
+def device_report(monkeypatch, folder: Path, *arguments: str) -> tuple[int, dict]:
+    """The exit code of ``python -m benchmarks.device`` and what it wrote; in this process, as its stages are forked."""
+    monkeypatch.setenv("OUT", str(folder))
+    monkeypatch.setattr(sys, "argv", ["device", "--device", "cpu", "--small", *arguments])
+    for name in ("HF_HUB_OFFLINE", "TRITON_INTERPRET", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that they are put back
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        device.main()
+    return int(stop.value.code or 0), json.loads((folder / "device.json").read_text())
+
+
+def test_everything_for_a_device_runs_in_small_on_the_cpu(monkeypatch, tmp_path):
+    """All but the doctor, who has tests of his own and takes as long as all the others."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    names = [name for name in device.STAGES if name != "doctor"]
+    code, report = device_report(monkeypatch, tmp_path, "--only", ",".join(names))
+    assert code == 0, report
+    assert {name for name, stage in report["stages"].items() if stage["status"] == "ok"} == {*names} - {
+        "gpu_tests",
+        "loss_speed",
+    }
+    assert report["said"].startswith("not run on a device")
+    assert report["stages"]["training"]["figures"]["resumed"]["same_bits"]
+
+
+def _crash(device: str, small: bool) -> dict:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def _hang(device: str, small: bool) -> dict:
+    subprocess.run(["sleep", "1000"], check=False)
+    return {}
+
+
+def _wrong(device: str, small: bool) -> dict:
+    print("what the stage said")
+    raise AssertionError("off by 7")
+
+
+def test_a_stage_that_fails_crashes_or_hangs_does_not_end_the_others(monkeypatch, tmp_path):
+    stages = {"fine": (lambda *_: {"x": 1}, 60), "wrong": (_wrong, 60), "hang": (_hang, 1.5), "crash": (_crash, 60)}
+    monkeypatch.setattr(device, "STAGES", stages)
+    monkeypatch.setattr(device, "preload", lambda: None)
+    code, report = device_report(monkeypatch, tmp_path)
+    assert code == 1
+    assert list(report["stages"]) == ["wrong", "crash", "hang", "fine"], "the worst first"
+    assert report["stages"]["fine"]["figures"] == {"x": 1}
+    assert report["stages"]["wrong"]["why"] == "AssertionError: off by 7"
+    assert "what the stage said" in report["stages"]["wrong"]["log"]
+    assert report["stages"]["crash"]["why"] == "the process ended with exit code -9"
+    assert report["stages"]["hang"]["status"] == "too slow"
+    code, report = device_report(monkeypatch, tmp_path, "--budget", "0", "--only", "fine,wrong")
+    assert code == 1
+    assert {stage["status"] for stage in report["stages"].values()} == {"no time left"}
+
+
+def test_on_a_gpu_a_stage_is_a_fresh_process(monkeypatch, tmp_path):
+    """There a fork is forbidden; here the same process does what the CPU can do."""
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(device.multiprocessing, "get_context", {"spawn": spawn}.__getitem__)
+    log = tmp_path / "log"
+    log.touch()
+    assert device.run_stage("build", "cuda", True, 60, log)["status"] == "ok"
+    assert "CUDA" in device.run_stage("facts", "cuda", True, 60, log)["why"], "no device, and it says so"
+
+
+def test_wheels_are_installed_beside_the_machines_packages_and_counted(monkeypatch, tmp_path):
+    wheel = tmp_path / "wheels" / "carried_thing-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("carried_thing.py", "VALUE = 7\n")
+        archive.writestr(
+            "carried_thing-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "carried_thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("carried_thing-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    device.install_wheels(wheel.parent, tmp_path / "site")
+    assert device.run("-c", "import carried_thing; print(carried_thing.VALUE)") == "7\n"
+    wheels, tree = device.carried_bytes(wheel.parent)
+    assert wheels == wheel.stat().st_size
+    assert 1 << 20 < tree < device.CARRIED - (16 << 20), "a tree that leaves room for the wheels"

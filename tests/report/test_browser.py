@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from codeact.report import write_report
+from codeact.report.page import write_report
 from tests.helpers.run_folder import make_run
 
 pytest.importorskip("selenium", reason="no selenium: pip install selenium")
@@ -179,6 +179,21 @@ def test_it_fits_the_screen(browser: Browser, width: int) -> None:
                 wide = min(one["right"], other["right"]) - max(one["left"], other["left"])
                 high = min(one["bottom"], other["bottom"]) - max(one["top"], other["top"])
                 assert wide < 1 or high < 3, (plot["name"], one, other)  # boxes hold the font's empty ascent
+
+
+@pytest.mark.parametrize("width", [390, 520, 1280])
+def test_what_was_lost_is_seen_without_scrolling(browser: Browser, width: int) -> None:
+    """On a phone the ledger's rows are cards; what a stage lost stands within the screen on all of them."""
+    browser.open(width)
+    cells = browser.run(
+        "return [...document.querySelectorAll('#ledger td')].filter(e => e.textContent.includes('empty answer: ') ||"
+        " e.textContent.includes('below budget: ')).map(e => { const box = e.getBoundingClientRect();"
+        " return {left: box.left, right: box.right, head: getComputedStyle(e, '::before').content}; })"
+    )
+    assert len(cells) == 2
+    for cell in cells:
+        assert 0 <= cell["left"] < cell["right"] <= width
+        assert ("lost" in cell["head"]) == (width < 544)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -16,8 +16,8 @@ import pytest
 
 from codeact.base.console import percent, visible
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.report import write_report
-from codeact.report.rows import read_rows, sample
+from codeact.report.page import write_report
+from codeact.report.rows import draw_positions, read_report_rows
 from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -83,6 +83,7 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
     assert len(page.named("figcaption")) == len(names) == len(page.named("svg"))
     for expected in (
         "24 of 60 rows kept (40.0 %)",
+        "the held-out loss fell from 1.900 to 1.500",
         "pass@1 on 8 tasks of HumanEval+ rose from 37.5 % to 62.5 %",
         "It balances",
         "1 h 2 min",  # of a stage
@@ -97,7 +98,7 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
 
 
 def test_the_captions_are_computed(folder: Path, page: Page) -> None:
-    rows = read_rows(folder)
+    rows = read_report_rows(folder)
     assert rows is not None
     assert rows.chosen is not None
     scored = np.isfinite(rows.ifd)
@@ -282,6 +283,13 @@ def test_a_large_table_gives_a_small_page(copy: Path) -> None:
     assert "(logarithmic)" in text
 
 
+def test_what_the_choice_owes_to_length_is_on_the_page(copy: Path) -> None:
+    path = copy / "selected.rows.parquet"
+    line = "Spearman(ifd, answer tokens) 0.87; 20 of 24 chosen are among the 24 longest answers (by chance 10)"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"length": line}), path)
+    assert f"What became of the 60 rows. {line}." in Page(write_report(copy)).words
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
 def test_very_few_rows(copy: Path, rows: int) -> None:
     for name in ("embeddings.npy", "model", "evaluation", "pack_stats.json"):
@@ -304,12 +312,12 @@ def test_all_the_same_embedding_has_no_map(copy: Path) -> None:
 
 def test_a_sample_is_the_same_every_time_and_sorted() -> None:
     positions = np.arange(0, 3_000_000, 3)
-    drawn = sample(positions, 1000)
-    assert (drawn == sample(positions, 1000)).all()
+    drawn = draw_positions(positions, 1000)
+    assert (drawn == draw_positions(positions, 1000)).all()
     assert len(np.unique(drawn)) == 1000
     assert (np.diff(drawn) > 0).all()
     assert abs(drawn.mean() / positions.mean() - 1) < 0.05
-    assert sample(positions[:5], 1000) is not None
+    assert draw_positions(positions[:5], 1000) is not None
 
 
 def test_columns_of_another_type_are_refused(copy: Path) -> None:
@@ -317,10 +325,10 @@ def test_columns_of_another_type_are_refused(copy: Path) -> None:
     table = pq.read_table(path)
     texts = pa.array(["x"] * table.num_rows)
     pq.write_table(table.set_column(table.column_names.index("row"), "row", texts), path)
-    with pytest.raises(InputError, match="are damaged: Failed to parse string"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: Failed to parse string"):
         write_report(copy)
     pq.write_table(table.drop_columns("chosen"), path)
-    with pytest.raises(InputError, match=r"are damaged: .*chosen"):
+    with pytest.raises(InputError, match=r"selected\.rows\.parquet is damaged: .*chosen"):
         write_report(copy)
 
 

@@ -45,6 +45,10 @@ def complaint(tmp_path):
         ),
         ("train: {}\ngenerate:\n  datset: mbpp\n", "FILE, line 7: generate.datset: unknown key; did you mean dataset?"),
         ("train: {}\ngenerate: {dataset: apps}\n", "FILE, line 6: generate.dataset: input should be 'humaneval' or"),
+        (f"  max_length: {2**63}\n", "FILE, line 5: score.max_length: the number is too large"),
+        ("select: {ratio: .nan}\n", "FILE, line 5: select.ratio: input should be a finite number"),
+        ('  template: "a\\0"\n', "FILE, line 5: score.template: the text holds a zero byte"),
+        ("forecast: {parameters: .inf}\n", "FILE, line 5: forecast.parameters: input should be a finite number"),
         ("generate: {}\n", "FILE: generate needs a section train"),
         ("evaluate: {}\n", "FILE: evaluate needs a section generate"),
         ("score: {model: other}\n", "FILE, line 5: the key score is there twice"),
@@ -84,3 +88,20 @@ def test_what_codeact_brings_is_found_by_name():
         assert open_flow(name).model
     with pytest.raises(InputError, match="no such file: dmo; codeact brings demo"):
         open_flow("dmo")
+
+
+def test_what_is_said_on_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "select: {ratio: 0.5, clusters: 3}\n")
+    settings = open_flow(path, changes=["select.ratio=0.25", "output=x=y", "train.learning_rate=5e-5"]).settings
+    assert (settings.select.ratio, settings.select.clusters, str(settings.output)) == (0.25, 3, "x=y")
+    assert settings.train == {"learning_rate": "5e-5"}  # as YAML reads it, and as training takes it
+    for change, message in {
+        "select.ratio": "write section.key=value",
+        "=3": "write section.key=value",
+        "select.ratio=2": "select.ratio: input should be less than or equal to 1",
+        "select.rato=1": "select.rato: unknown key; did you mean ratio?",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            open_flow(path, changes=[change])
+        assert message in str(caught.value)

@@ -22,6 +22,7 @@ from codeact.data.records import write_jsonl
 from codeact.data.settings import DataSettings
 from codeact.scoring.folder import ScoreFolder, settings_hash
 from codeact.scoring.stage import ScoreSettings, score_data
+from codeact.scoring.token_losses import losses_path, selective_ifd
 from codeact.selection.stage import open_scored_data
 from tests.conftest import make_records
 
@@ -152,6 +153,31 @@ def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tm
     assert_same_table(folder, uninterrupted)
 
 
+@pytest.mark.parametrize("change", ["device", "attention", "nll"])
+def test_shards_scored_in_different_ways_are_told(data_path, tiny_model_path, tmp_path, monkeypatch, caplog, change):
+    from codeact.scoring.ifd import IfdScorer
+
+    folder = tmp_path / "scores"
+    score(data_path, tiny_model_path, folder, shard=(0, 2))
+    route = IfdScorer.route.fget
+    other = {"device": ("cpu", "NVIDIA H100"), "attention": (", ", ", flash_"), "nll": ("native", "triton")}[change]
+    monkeypatch.setenv("CODEACT_BACKEND", "torch") if change == "nll" else monkeypatch.setattr(
+        IfdScorer, "route", property(lambda scorer: route(scorer).replace(*other, 1))
+    )
+    score(data_path, tiny_model_path, folder, shard=(1, 2))
+    totals = ScoreFolder.open(folder).merge()
+    assert sorted(totals["routes"].values()) == [12, 12]
+    (message,) = [m for m in caplog.messages if "shards were not all scored in one way" in m]
+    assert all(f"12 by {name}" in message for name in totals["routes"])
+
+
+def test_shards_scored_in_one_way_are_not(uninterrupted, caplog):
+    totals = ScoreFolder.open(uninterrupted).merge()
+    assert list(totals["routes"].values()) == [24]
+    assert next(iter(totals["routes"])).startswith("cpu, ")
+    assert "in one way" not in caplog.text
+
+
 def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
     folder = tmp_path / "scores"
     both = [subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1")) for _ in range(2)]
@@ -280,7 +306,7 @@ def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
 
 
 def test_paper_json(data_path, tiny_model_path, tmp_path):
-    from codeact.scoring.folder import write_paper_json
+    from codeact.scoring.table import write_paper_json
 
     score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
     folder = ScoreFolder.open(tmp_path / "s")
@@ -289,3 +315,74 @@ def test_paper_json(data_path, tiny_model_path, tmp_path):
     assert len(entries) == count == ROWS - 2
     assert set(entries[0]) == {"question", "answer", "IFD"}
     assert entries[0]["IFD"] == folder.read()["ifd"][0].as_py()
+
+
+def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, tiny_model_path, tmp_path):
+    """They are noted in the manifest and decide no score: what was done stays, the rest is done with the new ones."""
+    folder, same = tmp_path / "s", {"shard_size": 60, "dtype": "float32"}
+    score(data_path, tiny_model_path, folder, **same, shard=(0, 2), tokens_per_pack=4096)
+    done = stamps(folder)
+    others = {"tokens_per_pack": 1, "attention": "eager", "device": "cpu"}
+    score(data_path, tiny_model_path, folder, **same, **others)
+    assert {name: stamps(folder)[name] for name in done} == done != {}
+    score(data_path, tiny_model_path, tmp_path / "at once", **same)
+    assert_same_table(folder, tmp_path / "at once", rtol=1e-4)
+    noted = ScoreFolder.open(folder).settings
+    for more in (others, {"tokens_per_pack": 7}, {"device": "cuda:3"}, {"attention": "flash_attention_2"}):
+        assert settings_hash({**noted, **more}) == settings_hash(noted)
+    assert settings_hash({**noted, "max_length": 255}) != settings_hash(noted)
+
+
+# ------------------------------------------------------------------------------------------ the loss of every token
+
+
+def test_the_losses_of_all_tokens_are_kept_beside_every_shard(data_path, tiny_model_path, tmp_path, uninterrupted):
+    folder = tmp_path / "scores"
+    shutil.copytree(
+        uninterrupted, folder
+    )  # scored before without them: what is there is done again, to the same scores
+    score(data_path, tiny_model_path, folder, keep_token_nll=True, tokens_per_pack=300)
+    assert_same_table(folder, uninterrupted, rtol=1e-4)
+    opened = ScoreFolder.open(folder)
+    table = opened.read()
+    tokens = table["scored_tokens"].to_numpy()
+    for name, side in (("cond_nll_sum", 0), ("uncond_nll_sum", 1)):
+        kept = np.concatenate([np.load(losses_path(opened.path(n)))[side] for n in range(opened.shards)])
+        assert len(kept) == tokens.sum()
+        sums = [part.astype(float).sum() for part in np.split(kept, np.cumsum(tokens)[:-1])]
+        np.testing.assert_allclose(sums, np.nan_to_num(table[name].to_numpy()), rtol=1e-3)
+    before = stamps(folder)
+    score(data_path, tiny_model_path, folder, keep_token_nll=True)
+    assert stamps(folder) == before  # nothing is left to do
+
+    values = opened.selective_ifd()
+    moves = [np.load(losses_path(opened.path(n))).astype(float) for n in range(opened.shards)]
+    moves = np.concatenate([pair[0] - pair[1] for pair in moves])
+    threshold = np.median(np.abs(moves))
+    for row, part in enumerate(np.split(moves, np.cumsum(tokens)[:-1])):
+        if tokens[row] == 0:
+            assert np.isnan(values[row])
+            continue
+        near = np.abs(np.abs(part) - threshold) < 2e-3 * threshold  # a move is rounded to float16 to be counted
+        if not near.any():
+            moved = part[np.abs(part) > threshold]
+            assert values[row] == pytest.approx(np.exp(moved.mean()) if len(moved) else 1.0)
+    losses_path(opened.path(3)).unlink()
+    with pytest.raises(InputError, match=r"s_ifd needs the loss of every token, and there is no .*--keep-token-nll"):
+        opened.selective_ifd()
+
+
+def test_selective_ifd_by_hand():
+    # moves: 0.5, -2, -1 | none | 0, 0.25 | -4: half of the six are at most 0.5
+    losses = np.array([[1.5, 1, 1, 2, 1.25, 0], [1, 3, 2, 2, 1, 4]], np.float16)
+    shards = [(losses[:, :3], np.array([3, 0])), (losses[:, 3:], np.array([2, 1]))]
+    values = selective_ifd(lambda: iter(shards))
+    np.testing.assert_allclose(values, [np.exp(-1.5), np.nan, 1.0, np.exp(-4)])
+    assert selective_ifd(lambda: iter([(np.empty((2, 0), np.float16), np.zeros(3, np.int64))])).shape == (3,)
+    broken = np.array([[np.nan, 1], [1, 2]], np.float16)
+    np.testing.assert_allclose(selective_ifd(lambda: iter([(broken, np.array([1, 1]))])), [np.nan, 1.0])
+
+
+def test_losses_by_token_are_not_of_the_papers_protocol(data_path, tiny_model_path):
+    with pytest.raises(ValueError, match="score different tokens; leave out --keep-token-nll"):
+        settings(tiny_model_path, protocol="paper", keep_token_nll=True)

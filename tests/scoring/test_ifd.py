@@ -13,9 +13,9 @@ from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record
 from codeact.models.isolation import prove_isolation, split_head
 from codeact.models.loading import load_causal_lm
-from codeact.scoring.folder import SCHEMA
 from codeact.scoring.ifd import IfdScorer, score_ifd
 from codeact.scoring.reference import exact_ifd, paper_ifd
+from codeact.scoring.table import SCHEMA
 from codeact.scoring.tokens import tokenize
 from codeact.text.templates import TEMPLATES, PromptBuilder
 from codeact.text.tokenizers import leading_bos
@@ -259,8 +259,38 @@ class TestFailures:
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(scorer, "trunk", full)
-        with pytest.raises(InputError, match="lower --tokens-per-pack"):
+        with pytest.raises(
+            InputError, match=r"a sequence of \d+ tokens does not fit on cpu: lower --max-length \(now 512"
+        ):
             scorer.score(records)
+
+    @pytest.mark.parametrize(("room", "tokens_per_pack"), [(200, 2048), (600, 1024), (200, 300)])
+    def test_a_pack_that_does_not_fit_is_halved_and_scoring_goes_on(
+        self, tiny_model, tokenizer, records, monkeypatch, caplog, room, tokens_per_pack
+    ):
+        expected = score_ifd(tiny_model, tokenizer, records, max_length=180)
+        scorer = IfdScorer(tiny_model, tokenizer, max_length=180, tokens_per_pack=tokens_per_pack)
+        real, ran, done = scorer.trunk, [], []
+
+        def small(input_ids, **more):
+            if input_ids.numel() > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            ran.append(input_ids.numel())
+            return real(input_ids=input_ids, **more)
+
+        monkeypatch.setattr(scorer, "trunk", small)
+        table, cost = scorer.score(records, lambda share, tokens: done.append((share, tokens)))
+        for name in ("cond_nll_sum", "uncond_nll_sum", "ifd"):
+            np.testing.assert_allclose(table[name], expected[name], rtol=1e-4)
+        assert table.drop_columns(["cond_nll_sum", "uncond_nll_sum", "ifd"]).equals(
+            expected.drop_columns(["cond_nll_sum", "uncond_nll_sum", "ifd"])
+        )
+        assert (cost.packs, cost.tokens) == (len(ran), sum(ran))
+        assert done[-1][0] == 1.0
+        assert sum(tokens for _, tokens in done) == cost.tokens
+        assert scorer.tokens_per_pack <= room
+        scorer.score(records)
+        assert len([m for m in caplog.messages if "packs are halved until they do" in m]) == 1, "once"
 
     def test_a_loaded_model_without_a_tokenizer(self, tiny_model, records):
         with pytest.raises(InputError, match="needs its tokenizer"):

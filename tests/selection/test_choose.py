@@ -14,42 +14,9 @@ from hypothesis import strategies as st
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Columns, open_records
 from codeact.selection.choose import join_labels, plan_selection, select, write_selection
+from tests.helpers.scored import score_table
 
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("row", pa.int64()),
-        ("status", pa.string()),
-        ("truncated", pa.bool_()),
-        ("prompt_tokens", pa.int32()),
-        ("answer_tokens", pa.int32()),
-        ("scored_tokens", pa.int32()),
-        ("uncond_scored_tokens", pa.int32()),
-        ("cond_nll_sum", pa.float64()),
-        ("uncond_nll_sum", pa.float64()),
-        ("ifd", pa.float64()),
-    ]
-)
 NAN, INF = float("nan"), float("inf")
-
-
-def score_table(ifds, statuses=None, rows=None):
-    count = len(ifds)
-    rows = list(range(count)) if rows is None else rows
-    columns = {
-        "id": [f"id{row}" for row in rows],
-        "row": rows,
-        "status": statuses or ["ok"] * count,
-        "truncated": [False] * count,
-        "prompt_tokens": [row % 7 for row in rows],
-        "answer_tokens": [row % 11 for row in rows],
-        "scored_tokens": [1] * count,
-        "uncond_scored_tokens": [1] * count,
-        "cond_nll_sum": [1.0] * count,
-        "uncond_nll_sum": [1.0] * count,
-        "ifd": ifds,
-    }
-    return pa.table(columns, schema=SCHEMA)
 
 
 def chosen_rows(*args, **options):
@@ -60,11 +27,16 @@ def chosen_rows(*args, **options):
 
 
 def restated(ifds, statuses, labels, *, ratio, strategy, protocol):
-    eligible = [
-        row
-        for row, (ifd, status) in enumerate(zip(ifds, statuses, strict=True))
-        if status == "ok" and ifd is not None and 0 < ifd < 1
-    ]
+    if protocol == "paper":  # a score that failed is 0 there, and 0 is below 1
+        failed = [ifd is None or np.isnan(ifd) or status != "ok" for ifd, status in zip(ifds, statuses, strict=True)]
+        ifds = [0.0 if no_score else ifd for ifd, no_score in zip(ifds, failed, strict=True)]
+        eligible = [row for row, ifd in enumerate(ifds) if ifd < 1 and labels[row] >= 0]
+    else:
+        eligible = [
+            row
+            for row, (ifd, status) in enumerate(zip(ifds, statuses, strict=True))
+            if status == "ok" and ifd is not None and 0 < ifd < 1
+        ]
     hardest = sorted(eligible, key=lambda row: (-ifds[row], row))
     budget = int(Fraction(str(ratio)) * len(ifds) + Fraction(1, 2))
     if strategy == "top_ifd":
@@ -121,10 +93,13 @@ def test_failed_scores_are_never_chosen_and_the_counts_add_up(rows, ratio, strat
     selection = plan_selection(score_table(ifds, statuses), labels, ratio, strategy, protocol=protocol)
     positions = selection.positions.tolist()
     assert positions == sorted(set(positions))
-    for position in positions:
-        assert statuses[position] == "ok"
-        assert np.isfinite(ifds[position])
-        assert strategy == "random" or 0 < ifds[position] < 1
+    failed = {row for row, ifd in enumerate(ifds) if statuses[row] != "ok" or ifd is None or not np.isfinite(ifd)}
+    if protocol == "exact" or strategy == "random":
+        assert not failed & set(positions)
+        assert strategy == "random" or all(0 < ifds[position] < 1 for position in positions)
+    else:
+        assert all(position in failed or ifds[position] < 1 for position in positions)
+    assert selection.failed_chosen == len(failed & set(positions))
     assert selection.budget == len(positions) + selection.shortfall
     assert sum(count.chosen for count in selection.clusters) == len(positions)
     assert all(count.chosen <= count.eligible <= count.size for count in selection.clusters)
@@ -350,7 +325,7 @@ def write_data(path, rows):
 
 
 def test_the_written_file_holds_the_conversations_in_input_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("codeact.selection.choose.BLOCK_ROWS", 3)
+    monkeypatch.setattr("codeact.selection.choose._BLOCK_ROWS", 3)
     data = [{"id": f"id{row}", "q": f"q{row}", "a": f"ä{row}", "tag": row} for row in range(11)]
     record_set = write_data(tmp_path / "data.jsonl", data)
     table = score_table([0.9 - row / 100 for row in range(11)])

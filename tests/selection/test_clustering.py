@@ -76,7 +76,7 @@ def test_every_floating_type_and_a_torch_tensor(kind):
 def test_beyond_the_limit_centres_come_from_a_sample_and_every_row_gets_its_nearest(tmp_path, monkeypatch):
     monkeypatch.setattr(clustering, "MIN_FIT_ROWS", 300)
     monkeypatch.setattr(clustering, "FIT_ROWS_PER_CLUSTER", 10)
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 64)
     fitted = []
     real_fit = clustering._fit_sklearn
     monkeypatch.setattr(clustering, "_fit_sklearn", lambda v, *rest: fitted.append(len(v)) or real_fit(v, *rest))
@@ -119,7 +119,7 @@ def test_wrong_arguments_are_refused(vectors, k, options, message):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
 def test_the_first_vector_that_is_not_finite_is_named(bad, monkeypatch):
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 4)
     vectors = np.ones((20, 3))
     vectors[[13, 17], 1] = bad
     with pytest.raises(InputError, match="vector 13 is not finite"):
@@ -198,10 +198,12 @@ class CumlKMeans:
     ):
         from sklearn.cluster import KMeans
 
-        assert init in {"scalable-k-means++", "k-means||", "k-means++", "random"}
+        assert type(init) is DeviceArray
+        assert init.values.shape[0] == n_clusters
+        assert tol > 0
         assert output_type == "cupy"
         self.inputs = []
-        self.model = KMeans(n_clusters, n_init=n_init, max_iter=max_iter, tol=tol, random_state=random_state)
+        self.model = KMeans(n_clusters, init=init.values, n_init=n_init, max_iter=max_iter, random_state=random_state)
         self.made.append(self)
 
     def take(self, X):  # noqa: N803 - the names are cuML's
@@ -210,63 +212,137 @@ class CumlKMeans:
         return X.values
 
     def fit(self, X, y=None, sample_weight=None, *, convert_dtype=True):  # noqa: N803
-        self.labels_ = DeviceArray(self.model.fit(self.take(X)).labels_.astype(np.int64))
+        self.model.fit(self.take(X))
+        self.labels_ = DeviceArray(self.model.labels_.astype(np.int64))
+        self.cluster_centers_, self.inertia_ = DeviceArray(self.model.cluster_centers_), self.model.inertia_
         return self
-
-    def predict(self, X, *, convert_dtype=True):  # noqa: N803
-        return DeviceArray(self.model.predict(self.take(X)).astype(np.int64))
 
 
 @pytest.fixture
-def cuml_present(monkeypatch):
-    """A machine with a GPU and cuML, as far as the code can tell; "the GPU" is the host's memory."""
-    CumlKMeans.made = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in())
-    monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
-    monkeypatch.setitem(sys.modules, "cuml.cluster", types.SimpleNamespace(KMeans=CumlKMeans))
+def gpu_present(monkeypatch):
+    """A machine with a GPU, as far as the code can tell; "the GPU" is the host's memory; and what was moved there."""
     moved = []
 
-    def to_cuda(vectors):
-        moved.append(vectors if isinstance(vectors, torch.Tensor) else torch.from_numpy(clustering._to_numpy(vectors)))
+    def to_device(vectors):
+        moved.append(vectors if isinstance(vectors, torch.Tensor) else torch.tensor(clustering._to_numpy(vectors)))
         return moved[-1]
 
-    monkeypatch.setattr(clustering, "_to_cuda", to_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(clustering, "_to_device", to_device)
     return moved
 
 
+@pytest.fixture
+def cuml_present(gpu_present, monkeypatch):
+    """And cuML is installed."""
+    CumlKMeans.made = []
+    monkeypatch.setitem(sys.modules, "cupy", cupy_stand_in())
+    monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.cluster", types.SimpleNamespace(KMeans=CumlKMeans))
+    return gpu_present
+
+
 @pytest.mark.parametrize("backend", ["cuml", "auto"])
-def test_cuml_gets_the_tensors_own_memory_and_returns_int32(cuml_present, backend):
+def test_cuml_gets_device_arrays_and_its_labels_become_int32(cuml_present, backend):
     vectors, groups = blobs([30, 20, 10])
-    tensor = torch.from_numpy(vectors)
-    labels = cluster(tensor, k=3, seed=5, backend=backend, n_init=2)
-    (model,) = CumlKMeans.made
-    assert model.inputs[0].ctypes.data == tensor.data_ptr()
-    assert (model.model.n_clusters, model.model.random_state, model.model.n_init) == (3, 5, 2)
+    labels = cluster(vectors, k=3, seed=5, backend=backend, n_init=2)
+    assert len(CumlKMeans.made) == 2, "a model a start"
+    assert [model.model.n_clusters for model in CumlKMeans.made] == [3, 3]
     assert (type(labels), labels.dtype) == (np.ndarray, np.int32)
     assert same_partition(labels, groups)
 
 
-def test_cuml_assigns_the_rows_beyond_the_sample_in_blocks(cuml_present, monkeypatch):
+@pytest.mark.parametrize("backend", ["cuml", "torch"])
+def test_rows_beyond_the_sample_are_assigned_on_the_device_in_blocks(cuml_present, monkeypatch, backend):
     monkeypatch.setattr(clustering, "MIN_FIT_ROWS", 40)
     monkeypatch.setattr(clustering, "FIT_ROWS_PER_CLUSTER", 10)
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 25)
+    monkeypatch.setattr(clustering, "_BLOCK_ROWS", 25)
     vectors, groups = blobs([40, 30, 20])
-    labels = cluster(vectors, k=3, backend="cuml")
-    assert [len(block) for block in CumlKMeans.made[0].inputs] == [40, 25, 25, 25, 15]
-    assert all(
-        block.ctypes.data == t.data_ptr() for block, t in zip(CumlKMeans.made[0].inputs, cuml_present, strict=True)
-    )
-    assert same_partition(labels, groups)
+    assert same_partition(cluster(vectors, k=3, backend=backend), groups)
+    assert [len(block) for block in cuml_present] == [40, 25, 25, 25, 15]
 
 
-def test_moving_to_the_device_copies_nothing_that_is_there_already():
+def test_a_gpu_without_cuml_is_not_left_idle(gpu_present, caplog):
+    clustering._announce.cache_clear()
+    vectors, groups = blobs([30, 20, 10])
+    with caplog.at_level(logging.INFO, "codeact"):
+        assert same_partition(cluster(vectors, k=3), groups)
+    assert len(gpu_present) == 1
+    assert "k-means runs on the GPU (PyTorch; cuml is not here and not needed)" in caplog.text
+    clustering._announce.cache_clear()
+
+
+def embeddings_like(rows, features=48):
+    """Unit vectors round centres, so widely that the clusters run into each other."""
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(20, features))[rng.integers(20, size=rows)] + 1.5 * rng.normal(size=(rows, features))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def inertia(vectors, labels):
+    wide = vectors.astype(np.float64)
+    return sum(((wide[labels == c] - wide[labels == c].mean(axis=0)) ** 2).sum() for c in np.unique(labels))
+
+
+AWKWARD = {
+    "embeddings": (embeddings_like(3000), 10),
+    "many clusters": (embeddings_like(1000), 300),
+    "duplicates": (np.repeat(embeddings_like(60), 5, axis=0), 40),
+    "k above the distinct vectors": (np.repeat(embeddings_like(60), 5, axis=0), 100),
+    "half of them zero": (np.vstack([np.zeros((150, 16)), embeddings_like(150, 16)]).astype(np.float32), 20),
+    "all zero": (np.zeros((50, 4), np.float32), 3),
+    "k is n - 1": (embeddings_like(300), 299),
+    "far from the origin": (embeddings_like(300) * 0.01 + 1000, 20),
+    "huge": (embeddings_like(300) * np.float32(1e15), 20),
+    "tight groups far apart": (
+        np.repeat(embeddings_like(12) * 1000, 50, axis=0) + 0.01 * np.tile(embeddings_like(50), (12, 1)),
+        12,
+    ),
+    "one row": (np.ones((1, 4), np.float32), 1),
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_all_backends_are_equally_tight(cuml_present, case):
+    vectors, k = AWKWARD[case]
+    tightness = {name: inertia(vectors, cluster(vectors, k, 7, name)) for name in ("sklearn", "torch", "cuml")}
+    rounding = 1e-9 * inertia(vectors, np.zeros(len(vectors), int))
+    assert max(tightness.values()) <= 1.001 * min(tightness.values()) + rounding, tightness
+
+
+@pytest.mark.parametrize("case", ["embeddings", "many clusters", "half of them zero"])
+def test_torch_labels_do_not_depend_on_the_number_of_threads(case, monkeypatch):
+    from codeact.selection import kmeans
+
+    monkeypatch.setattr(kmeans, "_BLOCK", 256)
+    vectors, k = AWKWARD[case]
+    before, labels = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            labels.append(cluster(vectors, k, backend="torch"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(labels[0], others) for others in labels)
+
+
+def test_moving_to_the_device_copies_nothing_that_is_there_already(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         there = torch.empty(4, 3, device="cuda")
-        assert clustering._to_cuda(there).device.type == "cuda"
-        assert clustering._to_cuda(there).untyped_storage()._cdata == there.untyped_storage()._cdata
+        assert clustering._to_device(there).device.type == "cuda"
+        assert clustering._to_device(there).untyped_storage()._cdata == there.untyped_storage()._cdata
+
+
+@pytest.mark.gpu
+def test_torch_on_a_device():
+    vectors, k = AWKWARD["embeddings"]
+    labels = [cluster(vectors, k, backend="torch") for _ in range(2)]
+    assert np.array_equal(*labels)
+    assert inertia(vectors, labels[0]) <= 1.001 * inertia(vectors, cluster(vectors, k, backend="sklearn"))
 
 
 @pytest.mark.gpu
@@ -289,12 +365,11 @@ def test_cuml_by_name_without_a_gpu_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "error", [ImportError("no"), RuntimeError("driver too old"), OSError("libcuml.so"), KeyError()]
 )
-def test_a_cuml_that_does_not_import_counts_as_absent(monkeypatch, error):
+def test_a_cuml_that_does_not_import_counts_as_absent(gpu_present, monkeypatch, error):
     class Broken(types.ModuleType):
         def __getattr__(self, name):
             raise error
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cuml", types.ModuleType("cuml"))
     monkeypatch.setitem(sys.modules, "cuml.cluster", Broken("cuml.cluster"))

@@ -41,7 +41,7 @@ def run(selected, even_model_path, tmp_path):
     def run(flags: str, name: str = "out") -> dict:
         given = ["--model_name_or_path", str(even_model_path), "--data_path", str(selected), *COMMON]
         settings = parse([*given, "--output_dir", str(tmp_path / name), *flags.split()])
-        training.train(settings)
+        training.train_from_settings(settings)
         return json.loads((tmp_path / name / "training.json").read_text())
 
     return run

@@ -60,7 +60,7 @@ def alone(work):
     with torch.random.fork_rng():
         settings = parse([str(work / "flags.yaml"), "--output_dir", str(work / "alone")])
         assert not isinstance(settings, str)
-        result = training.train(settings)
+        result = training.train_from_settings(settings)
     assert result.steps == 2
     return result, load(work / "alone")
 
@@ -175,7 +175,7 @@ def run_fsdp_rank(work: Path) -> None:
     flags = {**yaml.safe_load((work / "flags.yaml").read_text()), "output_dir": str(work / "fsdp")}
     settings = parse_mapping(flags, "flags")
     try:
-        training.train(settings)
+        training.train_from_settings(settings)
         refusal = "none"
     except InputError as error:
         refusal = str(error)
@@ -201,7 +201,7 @@ def run_fsdp_rank(work: Path) -> None:
 
     training.PackTrainer = Sharded  # type: ignore[misc]
     AcceleratorState._reset_state()
-    result = training.train(settings)
+    result = training.train_from_settings(settings)
     if os.environ["RANK"] == "0":
         content = {
             **seen,

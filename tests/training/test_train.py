@@ -411,8 +411,10 @@ def test_what_is_needed_is_named(missing):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("learning_rat: 1", "unknown flag --learning_rat; did you mean --learning_rate?"),
-        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("learning_rat: 1", "flags.yaml, line 1: unknown flag --learning_rat; did you mean --learning_rate?"),
+        ("# rates\n\nlearning_rate: fast", "flags.yaml, line 3: argument --learning_rate"),
+        ("seed: 1\neval_strategy: epoch", "flags.yaml, line 2: --eval_strategy needs held-out conversations"),
+        ("seed: 1\nreport_to:\n- tensorbord", "flags.yaml, line 2: --report_to 'tensorbord' is unknown"),
         ("- 1", "holds no flags"),
         ("", "holds no flags"),
         ("a: [", "cannot read"),

@@ -8,13 +8,13 @@ Values are written as JSON. What JSON has not is an object with one key that say
 ``{"tuple": [...]}``, ``{"set": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"int": "hex"}``, ``{"float": "nan"}``,
 ``{"complex": [re, im]}``, ``{"bytes": "hex"}``, ``{"ratio": ["hex", "hex"]}`` (fractions, decimals); a value of a
 subclass is ``{"sub": [class name, value]}``, anything else ``{"opaque": class name}``.
+
+A line each: ``{"begin": true}`` before the program is read, ``{"loaded": true}`` then, a ``{"value": ...}`` a test,
+``{"done": true}``; ``{"load": kind, "message": ...}`` or ``{"error": ...}`` where it fails, and nothing after that.
 """
 
 from __future__ import annotations
 
-import decimal
-import fractions
-import hashlib
 import json
 import math
 import os
@@ -22,8 +22,13 @@ import resource
 import signal
 import sys
 import time
+import types
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # every program would wait for what is imported here
+    from typing import Any
 
 _EXACT_INT = 1 << 53
 _DEEPEST = 100
@@ -72,7 +77,7 @@ def _plain_items(items: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def _encode_other(value: Any, kind: type, depth: int) -> Any:
-    if kind in (fractions.Fraction, decimal.Decimal):
+    if kind.__name__ in ("Fraction", "Decimal") and kind.__module__ in ("fractions", "decimal"):
         try:
             numerator, denominator = value.as_integer_ratio()
         except (ValueError, OverflowError):
@@ -119,6 +124,8 @@ def decode(wire: Any) -> Any:  # noqa: PLR0911 - a line for every type
     if kind == "sub":
         return decode(content[1])
     if kind == "ratio":
+        import fractions
+
         return fractions.Fraction(int(content[0], 16), int(content[1], 16))
     if kind == "complex":
         return complex(decode(content[0]), decode(content[1]))
@@ -173,6 +180,8 @@ class _Results:
             if digest is not None:
                 digest.update(piece)
             elif size > _LONGEST_LINE:
+                import hashlib
+
                 digest = hashlib.sha256(b"".join([*pieces, piece]))
                 pieces.clear()
             else:
@@ -224,34 +233,87 @@ def _returned(value: Any, form: str) -> Any:
     return value
 
 
+class _PipeEnd:
+    """What asyncio needs of a socket to wake its loop: the filter of system calls denies socket pairs."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def setblocking(self, flag: bool) -> None:
+        os.set_blocking(self._descriptor, flag)
+
+    def recv(self, size: int) -> bytes:
+        return os.read(self._descriptor, size)
+
+    def send(self, data: bytes) -> int:
+        return os.write(self._descriptor, data)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def _module(program: str) -> types.ModuleType:
+    """The module that the program becomes: with a file and in ``sys.modules``, as a script has it.
+
+    Its name is not ``__main__``, so that what a script does when it is run is left out.
+    """
+    path = os.path.abspath("program.py")
+    with suppress(OSError), open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(program)  # for inspect, linecache
+    module = types.ModuleType("__codeact__")
+    module.__file__ = path
+    sys.modules[module.__name__] = sys.modules["__main__"] = module
+    sys.argv = [path]
+    if "asyncio" in program:
+        import socket
+
+        socket.socketpair = lambda *_: tuple(map(_PipeEnd, os.pipe()))
+    return module
+
+
 def _run(request: dict[str, Any], results: _Results) -> None:
-    scope: dict[str, Any] = {"__name__": "__codeact__", "__builtins__": __builtins__}
+    clock = time.perf_counter
+    program = request["program"].removeprefix("\ufeff")
     try:
+        module = _module(program)
+        begin = clock()
         signal.setitimer(signal.ITIMER_REAL, request["load_seconds"])
         # Else the program would inherit the import of annotations from __future__ above.
-        exec(compile(request["program"], "<program>", "exec", dont_inherit=True), scope)
+        exec(compile(program, str(module.__file__), "exec", dont_inherit=True), vars(module))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        function = scope[request["entry_point"]]
+        if clock() - begin > request["load_seconds"]:
+            raise _Timeout  # it turned its alarm off
+        function = vars(module)[request["entry_point"]]
     except BaseException as error:
         results.add({"load": _kind(error), "message": _describe(error)})
         return
+    results.add({"loaded": True})
+    results.flush()
     if "check" in request:
-        _record(request, scope, function, results)
+        _record(request, vars(module), function, results)
         return
     form, timed = request["form"], request["timed"]
     for wire, seconds in zip(request["inputs"], request["seconds"], strict=True):
         arguments = decode(wire)
-        begin = time.perf_counter()
+        begin = clock()
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            results.add_value(_returned(function(*arguments), form))
+            value = _returned(function(*arguments), form)
+            if clock() - begin > seconds:
+                raise _Timeout
+            results.add_value(value)
             signal.setitimer(signal.ITIMER_REAL, 0)
         except BaseException as error:
             signal.setitimer(signal.ITIMER_REAL, 0)
             results.add({"error": _kind(error), "message": _describe(error)})
             return  # one failure decides
         if timed:
-            results.add({"seconds": time.perf_counter() - begin})
+            results.add({"seconds": clock() - begin})
     results.add({"done": True})
 
 
@@ -271,29 +333,42 @@ def _record(request: dict[str, Any], scope: dict[str, Any], function: Any, resul
     results.add({"done": True})
 
 
-def _confine(limits: dict[str, int], user: int | None) -> None:
-    """Set the limits that hold for this process and for what it starts, and give up root."""
+def _confine(limits: dict[str, int], user: int | None, strict: bool) -> None:
+    """Set the limits that hold for this process and for what it starts, and give up root.
+
+    ``strict``: fail where the system has not a limit (macOS knows RLIMIT_AS and refuses it).
+    """
     if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except (AttributeError, ValueError, OSError):
+            if strict:
+                raise
 
 
 def main() -> None:
     """Read a request from standard input; write results to the pipe that the first argument names."""
-    pipe = int(sys.argv[1])
+    given, pipe = int(sys.argv[1]), 3
     request = json.loads(sys.stdin.buffer.read())
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     os.close(nothing)
-    os.set_inheritable(pipe, False)
+    if given == pipe:
+        os.set_inheritable(pipe, False)
+    else:
+        os.dup2(given, pipe, inheritable=False)
+        os.close(given)
     sys.path.extend(request["path"])
-    _confine(request["limits"], request["user"])
+    _confine(request["limits"], request["user"], request["strict"])
     signal.signal(signal.SIGALRM, _alarm)
     results = _Results(pipe)
+    results.add({"begin": True})
+    results.flush()
     _run(request, results)
     signal.setitimer(signal.ITIMER_REAL, 0)
     results.flush()

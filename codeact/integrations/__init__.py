@@ -1,0 +1,1 @@
+"""Where people already are: codeact's parts inside other people's trainers and harnesses."""

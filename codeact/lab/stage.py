@@ -1,0 +1,234 @@
+"""Stage lab: strategies x budgets x seeds, each trained and tried on held-out rows -> what differs beyond noise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codeact.base.console import say
+from codeact.base.errors import InputError
+from codeact.base.files import atomic_path
+from codeact.base.settings import decisive
+from codeact.base.stage import Lines, Run, Stage
+from codeact.embedding.stage import EMBEDDINGS_FILE
+from codeact.lab.compare import Trial, compare
+from codeact.lab.settings import Arm, LabSettings
+from codeact.run.flow import STAGES, Flow, open_flow
+from codeact.run.folder import key_of
+from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
+from codeact.selection.settings import SelectSettings
+from codeact.training.stage import TAKEN_FLAGS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from codeact.data.records import Record
+
+LAB_FOLDER = "lab"
+TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other settings of the lab share them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pool:
+    """What all trials share: rows to choose from, their clusters and vectors, and the rows that nobody may choose."""
+
+    table: pa.Table
+    labels: NDArray[np.int32]
+    vectors: NDArray[np.float32]
+    held_out: list[Record]
+
+
+class Lab(Stage):
+    """On the scores and embeddings of a run."""
+
+    name = section = "lab"
+    settings, default = LabSettings, None
+    needs = ("score", "embed")
+    outputs, products = (LAB_FOLDER,), ()
+
+    def check(self, run: Run) -> None:
+        """Flags of the trainings, and a difficulty whose numbers the scoring does not keep."""
+        from codeact.training.flags import check_flags
+
+        if run.section(self.section) is not None:
+            if not run.of(ScoreSettings).keep_token_nll:
+                for arm in run.of(LabSettings).strategies:
+                    if arm.difficulty == "s_ifd":
+                        raise InputError("lab: difficulty s_ifd needs score: keep_token_nll: true")
+            check_flags(run.of(LabSettings).train, "lab.train", taken=(*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path"))
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Scores, vectors, the model, and what is compared."""
+        return {**_shared(run), **decisive(run.of(LabSettings))}
+
+    def work(self, run: Run) -> Lines:
+        """Do the trials that are missing, and compare."""
+        settings = run.of(LabSettings)
+        pool = _open_pool(run, settings)
+        paths = {
+            trial: run.output / TRIALS / f"{trial.name}-{_key(run, trial)[:16]}.json" for trial in _trials(settings)
+        }
+        todo = [trial for trial, path in paths.items() if not path.exists()]
+        begin, longest, stopped = time.monotonic(), 0.0, ""
+        for number, trial in enumerate(todo, 1):
+            start = time.monotonic()
+            if settings.minutes is not None and start - begin + longest > 60 * settings.minutes:
+                stopped = (
+                    f"{len(todo) - number + 1} of {len(paths)} trainings are left after {settings.minutes:g} minutes"
+                )
+                break
+            say(f"lab: {trial.name} ({number} of {len(todo)})")
+            result = _try(run, settings, trial, pool)
+            with atomic_path(paths[trial]) as temporary:
+                temporary.write_text(json.dumps(result), encoding="utf-8")
+            longest = max(longest, time.monotonic() - start)
+        results = {trial: json.loads(path.read_text("utf-8")) for trial, path in paths.items() if path.exists()}
+        comparison = compare(settings, results)
+        page = run.output / LAB_FOLDER / "lab.md"
+        with atomic_path(page) as temporary:
+            temporary.write_text(comparison.page(stopped), encoding="utf-8")
+        if stopped:
+            raise InputError(f"lab: {stopped}; {page} compares those that are done, the same command does more")
+        return [("compared", f"{len(paths):,} trainings, {page}"), *(("", line) for line in comparison.sentences)]
+
+
+def lab_flow(config: str | Path) -> Flow:
+    """The run that a YAML file tells, with a section lab; its stages before are shared with ``codeact run``.
+
+    Raises:
+        InputError: see ``codeact.run.settings.read_settings``; or there is no section lab.
+    """
+    stages = [*STAGES]
+    stages.insert([stage.name for stage in STAGES].index("embed") + 1, Lab())
+    flow = open_flow(config, stages)
+    if flow.section("lab") is None:
+        raise InputError(f"{config} has no section lab; add one, with budgets: [TOKENS, ...]")
+    return flow
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    """What decides every trial, beside its own settings."""
+    select = run.of(SelectSettings)
+    clusters = [select.clusters, select.seed, select.backend]
+    return {**run.digest("score", "embed"), "model": run.identity(run.model), "clusters": clusters}
+
+
+def _key(run: Run, trial: Trial) -> str:
+    settings = run.of(LabSettings)
+    arm = {arm.name: arm.model_dump() for arm in settings.arms()}.get(trial.arm)
+    kept = {"held_out": settings.held_out, "train": settings.train, "arm": arm}
+    return key_of({**_shared(run), **kept, "trial": [trial.arm, trial.budget, trial.seed]})
+
+
+def _trials(settings: LabSettings) -> list[Trial]:
+    """Seed by seed, so that a lab that was stopped has compared all arms at least once."""
+    trials = [Trial(arm="untrained", budget=0, seed=0)]
+    for seed in settings.seeds:
+        trials += [
+            Trial(arm=arm.name, budget=budget, seed=seed) for budget in settings.budgets for arm in settings.arms()
+        ]
+        trials.append(Trial(arm="all", budget=0, seed=seed))
+    return trials
+
+
+def _open_pool(run: Run, settings: LabSettings) -> _Pool:
+    """Hold rows out, by whole questions: no answer to a held-out question is left to choose."""
+    import numpy as np
+
+    from codeact.data.records import Record
+    from codeact.embedding.vectors import read_embeddings
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.selection.choose import join_labels, question_numbers
+    from codeact.selection.clustering import cluster
+    from codeact.selection.difficulty import ok_rows
+
+    folder = ScoreFolder.open(run.output / SCORES_FOLDER)
+    table, records = folder.read(), run.data.open()
+    if any(arm.difficulty == "s_ifd" for arm in settings.strategies):
+        table = table.append_column("s_ifd", [folder.selective_ifd()])
+    embedded, select = read_embeddings(run.output / EMBEDDINGS_FILE), run.of(SelectSettings)
+    places = join_labels(table, embedded.rows, embedded.ids, np.arange(len(embedded.rows)))
+    labels = cluster(embedded.vectors, select.clusters, select.seed, select.backend)[places]
+    questions, ok = question_numbers(records, table), ok_rows(table)
+    order = np.random.default_rng(0).permutation(np.flatnonzero(ok))
+    held = order[: settings.held_out]
+    kept = ok & ~np.isin(questions, questions[held])
+    tokens = table["prompt_tokens"].to_numpy() + table["answer_tokens"].to_numpy()
+    if len(held) < settings.held_out or tokens[kept].sum() < max(settings.budgets):
+        raise InputError(
+            f"lab: {int(ok.sum()):,} scored rows less {settings.held_out:,} held out leave {int(tokens[kept].sum()):,} "
+            f"tokens, fewer than the budget of {max(settings.budgets):,}; lower budgets or held_out"
+        )
+    held_out = [record for row in np.sort(held).tolist() for record in records.rows(row, row + 1)]
+    assert all(isinstance(record, Record) for record in held_out), "what was scored can be read"
+    return _Pool(
+        table=table.filter(kept), labels=labels[kept], vectors=embedded.vectors[places[kept]], held_out=held_out
+    )
+
+
+def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str, Any]:
+    """Choose, train, and take the loss of every held-out row; what was trained is removed again."""
+    from codeact.selection.choose import plan_selection, write_selection
+    from codeact.training.flags import parse_mapping
+    from codeact.training.train import train_from_settings
+
+    work = run.output / TRIALS / "work" / trial.name
+    flags = {**settings.train, "model_name_or_path": run.model, "seed": trial.seed}
+    if trial.arm == "untrained":
+        chosen = parse_mapping({**flags, "data_path": "-", "output_dir": str(work)}, "lab.train")
+        return {"rows": 0, "tokens": 0, **_losses(run.model, None, False, chosen, pool.held_out)}
+    arms = {arm.name: arm for arm in settings.arms()}
+    budget = trial.budget or int(1e18)
+    arm = arms.get(trial.arm, Arm(strategy="random"))
+    selection = plan_selection(
+        pool.table,
+        pool.labels,
+        budget_tokens=budget,
+        seed=trial.seed,
+        vectors=pool.vectors,
+        **arm.model_dump(),
+    )
+    write_selection(work / "selected.jsonl", run.data.open(), pool.table, selection, pool.labels)
+    chosen = parse_mapping(
+        {**flags, "data_path": str(work / "selected.jsonl"), "output_dir": str(work / "model")}, "lab.train"
+    )
+    with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
+        result = train_from_settings(chosen)
+    known = json.loads((work / "model" / "training.json").read_text(encoding="utf-8"))
+    losses = _losses(run.model, result.output, chosen.model.lora, chosen, pool.held_out)
+    shutil.rmtree(work)
+    return {
+        "rows": len(selection.positions),
+        "tokens": selection.tokens_chosen,
+        "trained_on_tokens": known["trained_on_tokens"],
+        "steps": result.steps,
+        **losses,
+    }
+
+
+def _losses(base: str, trained: Path | None, lora: bool, settings: Any, records: list[Record]) -> dict[str, Any]:
+    """Of every held-out row the summed loss of its answer given all before, and its tokens; 0 where it does not fit."""
+    import pyarrow.compute as pc
+    import torch
+
+    from codeact.base.devices import resolve_device
+    from codeact.models.adapters import apply_adapter
+    from codeact.models.loading import load_causal_lm
+    from codeact.scoring.ifd import IfdScorer
+
+    name = base if trained is None or lora else str(trained)
+    # float32: what a short training adds is smaller than the rounding of bfloat16
+    model, tokenizer = load_causal_lm(name, resolve_device("auto"), torch.float32)
+    if trained is not None and lora:
+        model = apply_adapter(model, trained)
+    table, _ = IfdScorer(model, tokenizer, settings.data.model_type, settings.packs.max_seq_len).score(records)
+    scored = pc.is_valid(table["cond_nll_sum"])
+    tokens = pc.if_else(scored, table["scored_tokens"], 0)
+    return {"losses": pc.fill_null(table["cond_nll_sum"], 0.0).to_pylist(), "loss_tokens": tokens.to_pylist()}

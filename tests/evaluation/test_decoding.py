@@ -1,0 +1,87 @@
+"""Batched decoding gives every row what it gets by itself without a cache, whatever the architecture."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from codeact.evaluation.decoding import Manner, Sampling, decode, exact_manner
+from codeact.evaluation.generate import HuggingFaceGenerator
+from tests.helpers.zoo import SWITCH, WINDOW, logits_alone, make_model, random_ids
+
+CACHED = (
+    "llama", "llama dynamic", "phi3 longrope", "mistral sliding", "gemma2", "gpt_neo", "llama4_text", "mixtral", "lfm2",
+    "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "bloom",
+)  # fmt: skip
+SWITCHING = ("llama dynamic", "phi3 longrope")
+WHOLE = ("recurrent_gemma", "xlstm")
+# The second and the fourth row come to the switch while they grow, the third begins beyond it, the first ends below.
+PROMPTS = [random_ids(length, seed) for seed, length in enumerate((3, SWITCH - 5, SWITCH + 4, SWITCH - 2, WINDOW - 1))]
+TOKENS = (4, 9, 6, 9, 7)
+
+
+def greedy_alone(model, prompt: list[int], new: list[int], switches: bool) -> list[int]:
+    """The likeliest tokens after the prompt and each of the new ones, by themselves and without a cache.
+
+    One pass has them all, but where its length decides how it is computed.
+    """
+    if not switches:
+        return logits_alone(model, [*prompt, *new])[len(prompt) - 1 : -1].argmax(-1).tolist()
+    texts = ([*prompt, *new[:count]] for count in range(len(new)))
+    return [int(logits_alone(model, text)[-1].argmax()) for text in texts]
+
+
+def run(model, prompts=PROMPTS, manner=None) -> dict[int, list[int]]:
+    def ends(row: int, ids: list[int]) -> bool:
+        return len(ids) == TOKENS[row]
+
+    return dict(decode(model, prompts, ends, 20, Sampling(), range(len(prompts)), manner=manner))
+
+
+@pytest.mark.parametrize(
+    ("name", "manner"),
+    [*((name, Manner()) for name in CACHED), *((name, Manner(batched=False, cached=False)) for name in WHOLE)],
+)
+def test_rows_are_what_they_are_alone(name, manner):
+    """Rows that end at different steps and leave the batch, over windows, chunks and both sides of a switch of RoPE."""
+    model = make_model(name)
+    assert exact_manner(model) == manner
+    rows = run(model)
+    assert [len(rows[row]) for row in range(len(PROMPTS))] == list(TOKENS)
+    for row, prompt in enumerate(PROMPTS):
+        assert greedy_alone(model, prompt, rows[row], name in SWITCHING) == rows[row]
+
+
+@pytest.mark.parametrize("manner", [Manner(batched=False), Manner(batched=False, cached=False)])
+def test_slower_manners_are_as_right(manner):
+    model = make_model("phi3 longrope")
+    assert run(model, manner=manner) == run(model)
+
+
+@pytest.mark.parametrize(
+    ("broken", "manner"), [("pad", Manner(batched=False)), ("cache", Manner(batched=False, cached=False))]
+)
+def test_a_model_that_is_wrong_in_a_batch_or_with_a_cache_is_found_out(broken, manner, monkeypatch):
+    """One whose state runs over padding; one whose cache forgets, without any error."""
+    model = make_model("mamba")
+    plain = model.forward
+
+    def forward(**inputs):
+        if broken == "pad":
+            inputs["attention_mask"] = None
+        elif inputs["input_ids"].shape[1] == 1:
+            inputs["cache_params"] = None
+        return plain(**inputs)
+
+    forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", forward)
+    assert exact_manner(model) == manner
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "xlstm", "gpt_neo", "bloom"])
+def test_a_batch_has_a_size_with_and_without_attention_heads(name, monkeypatch):
+    generator = HuggingFaceGenerator(make_model(name), None, {})
+    monkeypatch.setattr("codeact.evaluation.generate.free_memory", lambda _: 1e6)
+    sizes = [generator.batch_size(longest) for longest in (1, 100, 10**9)]
+    assert sizes[0] == 64 > sizes[1] > sizes[2] == 1

@@ -1,0 +1,125 @@
+"""No sample sees another, whatever the architecture: every family against its own logits of one sample by itself."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from codeact.base.errors import InputError
+from codeact.data.records import Record
+from codeact.models.isolation import PassRule, computing, prove_isolation, read_head, split_head
+from codeact.ops.attention import ATTENTION
+from codeact.scoring.ifd import IfdScorer
+from tests.helpers.zoo import LONGEST, SWITCH, WINDOW, logits_alone, make_model, nll_alone, random_ids
+
+LENGTHS = (4, WINDOW, SWITCH, SWITCH + 1, 9, 90, WINDOW + 1, 70, 5)
+PACKED = (
+    "llama", "llama dynamic", "phi3 longrope", "llama longrope", "mistral sliding", "gemma2", "gpt_neo", "llama4_text",
+    "cohere", "granite", "mixtral", "lfm2",
+)  # fmt: skip
+ALONE = (
+    "bloom", "gpt_oss", "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "recurrent_gemma", "xlstm",
+)  # fmt: skip
+
+
+def scorer(model, tokenizer, **more) -> IfdScorer:
+    return IfdScorer(model, tokenizer, max_length=min(LONGEST, most(model)), **more)
+
+
+def most(model) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or LONGEST
+
+
+def sums(scorer: IfdScorer, sequences: list[list[int]]) -> np.ndarray:
+    with computing(scorer.model, scorer.attention):
+        return scorer._nll_sums(sequences, [1] * len(sequences), None)[0]
+
+
+class TestScores:
+    @pytest.mark.parametrize("name", PACKED)
+    def test_packs_give_what_samples_get_alone(self, name, tokenizer):
+        """Lengths on both sides of every switch and window, in packs of more tokens than the model has positions."""
+        model = make_model(name)
+        sequences = [random_ids(min(length, most(model)), seed) for seed, length in enumerate(LENGTHS)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=200), sequences), expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("name", ALONE)
+    def test_what_cannot_be_packed_is_scored_one_by_one(self, name, tokenizer):
+        model = make_model(name)
+        with pytest.raises(InputError, match=r"cannot be packed with .*say --tokens-per-pack 1 \(tokens_per_pack=1\)"):
+            scorer(model, tokenizer)
+        sequences = [random_ids(length, length) for length in (4, 40, 17)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=1), sequences), expected, rtol=1e-5)
+
+    def test_another_attention_is_named_where_it_helps(self, tokenizer):
+        model = make_model("doge")
+        with pytest.raises(InputError, match="say --attention sdpa, which keeps them apart"):
+            scorer(model, tokenizer)
+        sequences = [random_ids(length, length) for length in (4, 40, 17)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, attention="sdpa"), sequences), expected, rtol=1e-5)
+
+
+class TestProof:
+    @pytest.mark.parametrize("name", ["llama dynamic", "phi3 longrope", "llama longrope", "llama4_text"])
+    def test_it_spans_every_length_that_the_configuration_names(self, name):
+        """A rule that forgets the switch is found out above it, and is right below."""
+        model = make_model(name)
+        prove_isolation(model, ATTENTION, LONGEST, PassRule.of(model))
+        prove_isolation(model, ATTENTION, WINDOW, PassRule())
+        with pytest.raises(InputError, match=r"samples of 5/9/.*3[34]/3[45] tokens get other logits than alone"):
+            prove_isolation(model, ATTENTION, LONGEST, PassRule())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("name", "fits"), [("llama", True), ("lfm2", True), ("falcon_h1", False), ("mamba", False)]
+    )
+    def test_16_bits_hide_no_leak(self, name, fits, dtype):
+        """Falcon-H1 carries 2 % of a logit into the next sample: less than what two attentions round."""
+        leak = pytest.raises(InputError, match="samples of 5/9/7 tokens get other logits than alone")
+        with nullcontext() if fits else leak:
+            prove_isolation(make_model(name, dtype), ATTENTION, LONGEST)
+
+    def test_an_attention_that_forgets_a_window_is_refused(self, monkeypatch):
+        from codeact.ops import attention
+
+        plain = attention._sample_attention
+        monkeypatch.setattr(attention, "_sample_attention", lambda *a: plain(*a[:5], None, a[6]))
+        with pytest.raises(InputError, match="get other logits than with sdpa"):
+            prove_isolation(make_model("mistral sliding"), ATTENTION, LONGEST)
+
+    def test_an_attention_that_is_none(self, tokenizer):
+        with pytest.raises(InputError, match=r"cannot be packed with flesh: .*say --attention sdpa"):
+            scorer(make_model("llama"), tokenizer, attention="flesh")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_is_left_as_it_came(attention, training, tokenizer):
+    """Its attention and its mode, after scoring, after a refusal, and when scoring fails; and it can be trained on."""
+    model = make_model("phi3 longrope").train(training)
+    model.set_attn_implementation(attention)
+    ours = scorer(model, tokenizer, template="{question}")
+    sums(ours, [random_ids(9, 0)])
+    with pytest.raises(ZeroDivisionError):
+        ours.score([Record(id="0", row=0, question="1", answer="234")], lambda *_: 1 // 0)
+    with pytest.raises(InputError):
+        scorer(model, tokenizer, attention="flesh")
+    assert (model.config._attn_implementation, model.training) == (attention, training)
+    model(torch.tensor([random_ids(60, 0)]), labels=torch.tensor([random_ids(60, 0)])).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "recurrent_gemma", "xlstm", "llama4_text"])
+def test_the_head_has_its_scale_and_its_softcap(name):
+    model = make_model(name)
+    trunk, head = split_head(model)
+    ids = random_ids(12, 0)
+    with torch.inference_mode():
+        ours = head.logits(trunk(torch.tensor([ids]), use_cache=False).last_hidden_state[0])
+    torch.testing.assert_close(ours.double(), logits_alone(model, ids), rtol=1e-4, atol=1e-4)
+    assert (read_head(model).scale, read_head(model).softcap) != (1.0, None) or name == "llama4_text"

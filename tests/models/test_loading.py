@@ -1,0 +1,146 @@
+"""Weights that are not there are refused by one function, wherever a model or an adapter is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from codeact.base.errors import InputError
+from codeact.models.adapters import apply_adapter, merge_adapters
+from codeact.models.loading import check_weights, load_causal_lm
+from tests.helpers.zoo import logits_alone, make_model, random_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy; what does not change is linked."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def rewrite(folder: Path, **more) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps({**config, **more}))
+
+
+@pytest.mark.parametrize("depth", [-1, 0, 10**9, "2"])
+def test_layers_that_are_not_there(folder, depth):
+    rewrite(folder, num_hidden_layers=depth)
+    with pytest.raises(InputError, match=r"num_hidden_layers|cannot load model") as error:
+        load_causal_lm(str(folder), CPU, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"lacks 9 weights of a LlamaForCausalLM, such as model\.layers\.2"),
+        (
+            {"num_hidden_layers": 1},
+            r"holds 9 weights that a LlamaForCausalLM has no place for, such as model\.layers\.1",
+        ),
+        ({"intermediate_size": 40}, r"cannot load model .*mismatch|lacks .* weights"),
+    ],
+)
+def test_a_configuration_of_another_model(folder, more, message):
+    rewrite(folder, **more)
+    with pytest.raises(InputError, match=message):
+        load_causal_lm(str(folder), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_weights_that_are_no_numbers(saved, name, value):
+    model = make_model("llama")
+    check_weights("model x", model)
+    model.get_parameter(name).data.view(-1)[-1] = value
+    with pytest.raises(InputError, match=rf"model x holds NaN or infinity in 1 of \d+ weights, such as {name}"):
+        check_weights("model x", model)
+
+
+def test_they_are_looked_for_in_files_and_in_half_precision(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e38  # too large for float16 only
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    load_causal_lm(str(folder), CPU, torch.float32)
+    with pytest.raises(InputError, match=r"holds NaN or infinity in 1 .* such as model\.norm\.weight"):
+        load_causal_lm(str(folder), CPU, torch.float16)
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> Path:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        peft.get_peft_model(make_model("llama"), config).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_one_that_fits_is_added(self, adapter):
+        import peft
+
+        ids = random_ids(12, 0)
+        unmerged = peft.PeftModel.from_pretrained(make_model("llama"), str(adapter)).eval()
+        with torch.inference_mode():
+            expected = unmerged(torch.tensor([ids])).logits[0].double()
+        adapted = logits_alone(apply_adapter(make_model("llama"), adapter), ids)
+        torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(adapted, logits_alone(make_model("llama"), ids), atol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda name, tensor: {name.replace("layers.", "blocks."): tensor}, "lacks 8 weights"),
+            (lambda name, tensor: {name.replace("layers.1", "layers.7"): tensor}, "lacks 4 weights"),
+            (lambda name, tensor: {name: tensor, name.replace("layers.1", "layers.7"): tensor}, "has no place for"),
+            (lambda name, tensor: {} if "up_proj.lora_B" in name else {name: tensor}, "lacks 2 weights .*up_proj"),
+            (lambda name, tensor: {name: tensor * math.nan if "layers.0.mlp" in name else tensor}, "holds NaN"),
+            (lambda name, tensor: {name: tensor[:, :-1].contiguous()}, "does not fit the model"),
+        ],
+    )
+    def test_one_that_does_not_fit(self, adapter, change, message):
+        path = adapter / "adapter_model.safetensors"
+        changed = {}
+        for name, tensor in load_file(path).items():
+            changed.update({key: value.clone() for key, value in change(name, tensor).items()})
+        save_file(changed, path)
+        with pytest.raises(InputError, match=message) as error:
+            apply_adapter(make_model("llama"), adapter)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "more", [{"target_modules": ["nothing"]}, {"r": 3}, {"layers_to_transform": [9]}, {"r": "x"}]
+    )
+    def test_a_configuration_that_does_not_fit(self, adapter, more):
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+        with pytest.raises(InputError, match=r"does not fit the model|lacks|no place"):
+            apply_adapter(make_model("llama"), adapter)
+
+    def test_a_merge_refuses_what_generate_refuses(self, saved, adapter, tmp_path):
+        weights = load_file(adapter / "adapter_model.safetensors")
+        save_file({f"x.{name}": tensor for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+        with pytest.raises(InputError, match="lacks 8 weights"):
+            merge_adapters(str(saved), adapter, tmp_path / "merged", torch.float32)
+        assert not (tmp_path / "merged").exists()
