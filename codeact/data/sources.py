@@ -168,7 +168,8 @@ def _of_split(folder: Path, names: list[str], split: str | None, config_name: st
     try:
         found = datasets.load_dataset_builder(str(folder), name=config_name).config.data_files
     except Exception as error:  # no such configuration, several, a broken card: each with types of its own
-        raise refusal(f"{folder}: {error}".partition("Example of usage")[0]) from None
+        reason = one_line(str(error).partition("Example of usage")[0])[:300].rstrip(".")
+        raise refusal(f"{folder}: {reason}; choose a configuration, mend README.md, or give the files alone") from None
 
     def place(file: object) -> str:  # but not where a link leads: two files of the hub's cache can be one
         return os.path.join(os.path.realpath(os.path.dirname(str(file))), os.path.basename(str(file)))
@@ -542,7 +543,6 @@ def _open_parquet(files: Sequence[_File]) -> dict[Path, _TablePart]:
     """One memory-mapped data set for all files of the same schema, a part of it for each file."""
     if not files:
         return {}
-    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -558,7 +558,10 @@ def _open_parquet(files: Sequence[_File]) -> dict[Path, _TablePart]:
     parts: dict[Path, _TablePart] = {}
     for schema, group in groups.items():
         filled = [file for file, rows in group.items() if rows]  # `datasets` cannot read a Parquet file without rows
-        dataset, base = _load("parquet", filled) if filled else datasets.Dataset(schema.empty_table()), 0
+        dataset, base = (
+            _load("parquet", filled) if filled else _dataset(schema.empty_table(), str(next(iter(group)).path)),
+            0,
+        )
         for file, rows in group.items():
             parts[file.path] = _TablePart(dataset, base, rows, file.name)
             base += rows
@@ -569,7 +572,6 @@ def _read_csv(file: _File) -> Any:
     """All columns as text, as they stand: "NA" is an answer and "007" an id."""
     import csv
 
-    import datasets
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
@@ -583,9 +585,21 @@ def _read_csv(file: _File) -> Any:
             arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             arrow_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False),
         )
-        return datasets.Dataset(table)
     except (pa.ArrowException, csv.Error, ValueError) as error:
         raise refusal(f"{file.path}: no readable CSV: {error}; mend it, or save it as JSON lines") from None
+    return _dataset(table, str(file.path))
+
+
+def _dataset(table: Any, where: str) -> Any:
+    import datasets
+
+    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    if twice is not None:
+        raise refusal(f"{where} has the column {show(twice)} twice; rename one")
+    try:
+        return datasets.Dataset(table)
+    except Exception as error:  # a type that `datasets` does not know
+        raise refusal(f"{where} cannot be read: {error}") from None
 
 
 def _load(loader: str, files: Sequence[_File]) -> Any:
@@ -652,12 +666,14 @@ def open_memory(data: Any, split: str | None) -> Source:
     if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):  # a DatasetDict
         data = data[_choose(split, list(data), name)]
     if hasattr(data, "__arrow_c_stream__") and not hasattr(data, "with_format"):
-        import datasets
         import pyarrow as pa
 
-        table = pa.table(data)
-        table = table.select([column for column in table.column_names if not column.startswith("__index_level_")])
-        data = datasets.Dataset(table)  # pyarrow's own tables and those of pandas and polars
+        try:
+            table = pa.table(data)
+        except (pa.ArrowException, ValueError, TypeError) as error:  # columns of several types, or twice the same
+            raise refusal(f"{name} cannot be read as a table: {error}") from None
+        table = table.drop_columns([column for column in table.column_names if column.startswith("__index_level_")])
+        data = _dataset(table, name)  # pyarrow's own tables and those of pandas and polars
     if not hasattr(data, "with_format") or not hasattr(data, "__len__"):
         raise refusal(
             f"data is of type {name}; give a path, a name on the hub, a list of dictionaries, a datasets.Dataset, or a "

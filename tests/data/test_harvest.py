@@ -6,6 +6,7 @@ import ast
 import gc
 import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import textwrap
@@ -453,3 +454,12 @@ def test_what_is_written_is_read_as_records(tmp_path: Path) -> None:
     assert [record.id for record in records if isinstance(record, Record)] == [row["id"] for row in rows]
     assert len(list(harvest("json", limit=10**6))) == len(list(harvest("json")))
     assert importlib.util.find_spec("email") is not None
+
+
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('def f(x):\n    """Add one to the number x."""\n    y = x + 1\n    return y\n')
+    os.mkfifo(tmp_path / "b.py")
+    (tmp_path / "c.py").symlink_to(tmp_path)
+    summary = HarvestSummary()
+    assert [row["path"] for row in harvest(str(tmp_path), summary=summary)] == ["a.py"]
+    assert [line.partition(":")[0] for line in summary.unreadable] == ["b.py", "c.py"]

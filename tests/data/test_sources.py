@@ -134,7 +134,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         ("a.jsonl", LINES.replace(b"\n", b""), "no row can be read; a.jsonl row 0 (line 1): not JSON: Extra data"),
         ("a.jsonl", b"\x00\x01\x02\n\x03", "no row can be read"),
-        ("a.jsonl", b"[1, 2]\n" * 5000, "no row can be read; a.jsonl row 0 (line 1): the row is a list"),
+        ("a.jsonl", b"[1, 2]\n" * 4200, "no row can be read; a.jsonl row 0 (line 1): the row is a list"),
         ("a.json", json.dumps(["text"] * 300).encode(), "no row can be read"),
         ("a.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000))[:-900], "a.jsonl.gz cannot be unpacked"),
         ("a.jsonl.gz", gzip.compress(LINES)[:30] + b"\xff" * 60, "a.jsonl.gz cannot be unpacked"),
@@ -144,6 +144,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         ("a.json", json.dumps({**COLUMNS, "n": ["1"]}).encode(), "of different lengths: instruction 4, output 4, n 1"),
         ("a.json", json.dumps(ROWS[0], indent=1).encode()[:-4], "as one JSON object on many lines, and cannot be read"),
         ("a.csv", b"instruction,output\na,b\nc,d,e\n", "no readable CSV"),
+        ("a.csv", b"instruction,instruction,output\na,b,c\n", "has the column 'instruction' twice"),
         ("a.csv", b"instruction,output\na,caf\xe9\n", "no readable CSV"),
         ("a.arrow", b"nonsense", "no readable Arrow"),
     ],
@@ -293,6 +294,10 @@ def test_rows_in_memory_that_are_no_rows() -> None:
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     assert "DatasetDict has the splits train, test" in refused(both)
     check(both, split="test")
+    twice = pandas.DataFrame([["a", "b", "c"]], columns=["instruction", "instruction", "output"])
+    assert "DataFrame" in refused(twice)
+    assert "has the column 'instruction' twice" in refused(pa.table([["a"], ["b"]], names=["instruction"] * 2))
+    assert "DataFrame cannot be read" in refused(pandas.DataFrame({"instruction": ["a", 5, b"x"]}))
     assert "different lengths" in refused({"instruction": ["a"], "output": []})
     for data in (5, None, {"a": 1}, datasets.Dataset.from_list(ROWS).to_iterable_dataset()):
         assert "give a path, a name on the hub, a list of dictionaries" in refused(data)

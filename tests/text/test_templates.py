@@ -185,8 +185,9 @@ class TestChat:
         return result if isinstance(result, str) else [result.text[a:b] for a, b in result.answers]
 
     @pytest.fixture
-    def own(self, tokenizer):
-        return copy.deepcopy(tokenizer)
+    def own(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template)
+        return tokenizer
 
     def test_its_own_template(self, own):
         assert self.answers(own, own.chat_template) == ["Hello\n<|im_end|>", "Ciao<|im_end|>"]
@@ -378,7 +379,7 @@ REAL = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def real(tokenizer, request):
     """A tokenizer with one of the REAL templates, and what its answers are."""
     text, tokens, answers = REAL[request.param]
@@ -407,17 +408,18 @@ class TestRealTemplates:
         assert asked.startswith(written)
         assert asked.removeprefix(written) in ("", "<think>\n")
 
-    @pytest.mark.parametrize("answer", ["x", "  two\n  lines ", "<think>", "a </think> b", "\n\n```\nx\n```\n"])
-    @pytest.mark.parametrize("question", ["q", "q\n", " x", "Ciao", "</think>"])
-    def test_texts_at_their_worst(self, real, question, answer):
+    def test_texts_at_their_worst(self, real):
         made, _ = real
-        turns = [("user", question), ("assistant", "one"), ("user", question), ("assistant", answer)]
-        (result,) = ConversationTemplate(made, "chat").render([turns])
-        assert not isinstance(result, str), result
-        labels = [result.text[start:end] for start, end in result.answers]
-        assert "one" in labels[0]
-        assert len(labels) == 2
-        assert answer.strip().removeprefix("<think>").strip() in labels[1]
+        template = ConversationTemplate(made, "chat")
+        for question in ("q", "q\n", " x", "Ciao", "</think>"):
+            for answer in ("x", "  two\n  lines ", "<think>", "a </think> b", "\n\n```\nx\n```\n"):
+                turns = [("user", question), ("assistant", "one"), ("user", question), ("assistant", answer)]
+                (result,) = template.render([turns])
+                assert not isinstance(result, str), (turns, result)
+                labels = [result.text[start:end] for start, end in result.answers]
+                assert len(labels) == 2
+                assert "one" in labels[0]
+                assert answer.strip().removeprefix("<think>").strip() in labels[1]
 
 
 def test_the_reasoning_of_the_last_answer_is_learnt(tokenizer):
