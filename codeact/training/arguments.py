@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,23 @@ from codeact.training.options import TrainerDefaults
 
 
 @dataclass
-class TrainerArguments(TrainerDefaults, TrainingArguments):  # type: ignore[misc]  # transformers has no types
+class _NewNames:
+    """What transformers before 5.23 knows by the old name only."""
+
+    activation_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute a layer's activations again in the backward pass; saves memory."}
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of torch.utils.checkpoint."}
+    )
+
+
+_OLD: Any = "activation_checkpointing" not in TrainingArguments.__dataclass_fields__
+_NEW_NAMES: Any = _NewNames if _OLD else object
+
+
+@dataclass
+class TrainerArguments(TrainerDefaults, TrainingArguments, _NEW_NAMES):  # type: ignore[misc]  # transformers has no types
     """transformers' own, with our defaults. ``codeact.training.flags`` fills in the sizes of batches."""
 
     def __post_init__(self) -> None:
@@ -31,6 +47,9 @@ class TrainerArguments(TrainerDefaults, TrainingArguments):  # type: ignore[misc
         if not torch.accelerator.is_available():
             self.use_cpu: bool = True  # or bf16 autocast is refused
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if _OLD and self.activation_checkpointing:
+            self.gradient_checkpointing: bool = True
+            self.gradient_checkpointing_kwargs: Any = self.activation_checkpointing_kwargs
         super().__post_init__()
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Trainer, 
 
 from codeact.ops.flops import ModelShape, ParameterCounts
 from codeact.training.cost import BatchCost, CostMonitor, batch_cost
+from tests.helpers.checkpointing import CHECKPOINTING
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, VOCABULARY = 2, 32, 64, 4, 2, 61
 
@@ -275,7 +276,7 @@ def run(tmp_path_factory):
             eval_steps=3,
             save_strategy="steps",
             save_steps=4,
-            activation_checkpointing=True,
+            **{CHECKPOINTING: True},
         )
         trainer.train()
     return SimpleNamespace(trainer=trainer, logger=logger, report=trainer.monitor.report, folder=folder)
@@ -390,6 +391,7 @@ import json, sys
 from types import SimpleNamespace as Of
 import torch, torch.distributed as dist
 from codeact.training.cost import CostMonitor
+from tests.helpers.checkpointing import CHECKPOINTING
 
 model = torch.nn.Linear(2, 2)
 model.config = Of(get_text_config=Of)

@@ -26,6 +26,7 @@ from codeact.base.errors import InputError
 from codeact.training.dataset import PackDataset
 from codeact.training.options import PackOptions
 from codeact.training.trainer import PackTrainer, _stand_in, train
+from tests.helpers.checkpointing import CHECKPOINTING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VOCABULARY = 97
@@ -128,7 +129,7 @@ def test_loss_and_gradients_of_each_sample_in_a_pack_are_those_alone(tmp_path, o
     trainer = PackTrainer(make_model(), samples, make_arguments(tmp_path), options)
     model, reference = trainer.model.train(), make_model()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     for number, sample in enumerate(samples):
         # Only this one has labels; the others are there to be seen, or not.
         pack = [Sample(s.input_ids, s.labels if i == number else s.labels * 0 - 100) for i, s in enumerate(samples)]
@@ -293,7 +294,7 @@ class TestFusedLoss:
             lora = peft.LoraConfig(r=4, target_modules=modules, init_lora_weights="gaussian")
             model = peft.get_peft_model(make_model(), lora)
             before = weights(model)
-            arguments = make_arguments(tmp_path, activation_checkpointing=True)
+            arguments = make_arguments(tmp_path, **{CHECKPOINTING: True})
             trainer = train(model, make_samples(20), arguments, options)
             assert not torch.equal(weights(model), before)
             return trainer
