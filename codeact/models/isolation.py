@@ -83,10 +83,6 @@ class PassRule:
             return {"input_ids": to_device(batch.input_ids, device), "use_cache": False}
         return batch.model_inputs(device)
 
-    def divides(self, lengths: NDArray[np.int64]) -> bool:
-        """Whether some of these samples may not share a pass with the others."""
-        return len(lengths) > 0 and len(np.unique(self.keys(lengths))) > 1
-
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """The rotary embeddings that a configuration names: one, or one a kind of layer."""
@@ -96,11 +92,12 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 def _passes(rule: PassRule, lengths: Sequence[int]) -> list[list[int]]:
     """Put samples into as few passes as the rule allows; returns their numbers."""
+    keys = rule.keys(lengths)
     passes: list[list[int]] = []
     for number, length in enumerate(lengths):
         for members in passes:
-            used = [lengths[member] for member in members]
-            if not rule.divides(np.array([*used, length])) and sum(used) + length <= rule.capacity(length, 1 << 62):
+            tokens = sum(lengths[member] for member in members) + length
+            if keys[members[0]] == keys[number] and tokens <= rule.capacity(length, tokens):
                 members.append(number)
                 break
         else:
@@ -372,11 +369,15 @@ def _difference_of_passes(
 def _long_samples(model: Any, longest: int, rule: PassRule) -> list[int]:
     """One sample of either side of every length that the configuration names, beside short ones."""
     config = model.config.get_text_config()
-    named = [rope.get(name) for rope in _ropes(config) for name in _EDGES]
+    ropes = _ropes(config)
+    named = [rope.get(name) for rope in ropes for name in _EDGES]
     named += [*(getattr(config, name, None) for name in _EDGES), *rule.switches, rule.shared]
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and not any("dynamic" in rope.values() for rope in ropes):  # a table of positions may have no more
+        longest = min(longest, positions)
     # The short samples have seen to the lengths below theirs.
     edges = sorted({edge for edge in named if isinstance(edge, int) and max(_SHORT) <= edge < longest})
-    return [*_SHORT[:2], *itertools.chain.from_iterable((edge + 1, edge + 2) for edge in edges)]
+    return [*_SHORT[:2], *(length for edge in edges for length in (edge + 1, min(edge + 2, longest)))]
 
 
 def _sample(model: Any, length: int, seed: int = 0) -> Tensor:

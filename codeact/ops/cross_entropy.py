@@ -43,16 +43,16 @@ def linear_cross_entropy(
     dtype. The gradient of the head is summed up in float32 whatever its dtype.
 
     Args:
-        hidden: (T, D) floating point.
+        hidden: (T, D) or (B, T, D) floating point.
         weight: (V, D), same device, and same dtype unless autocast makes one: the LM head.
-        targets: (T,) int64 in ``[0, V)``, or ``ignore_index``.
+        targets: (T,) or (B, T) int64 in ``[0, V)``, or ``ignore_index``.
         bias: (V,) or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax (Gemma 2).
         ignore_index: a row with this target is left out: no loss, no gradient, no work, whatever it holds.
         reduction: "mean" over the rows with a target (NaN where there is none, as PyTorch has it), "sum" or "none".
 
     Returns:
-        Of shape (), or (T,) for "none", in nats: float64 for float64 operands, else float32.
+        Of shape (), or that of ``targets`` for "none", in nats: float64 for float64 operands, else float32.
 
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit together, or the reduction is unknown.
@@ -68,13 +68,14 @@ def linear_cross_entropy(
         product_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
         sum_dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
     )
+    shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
     rows = (targets != ignore_index).nonzero().squeeze(1)
     whole = rows.numel() == targets.numel()
     kept_hidden, kept_targets = (hidden, targets) if whole else (hidden[rows], targets[rows])
     with torch.autocast(device_type, enabled=False):
         if reduction == "none":
             losses: Tensor = _LossPerRow.apply(kept_hidden, weight, bias, kept_targets, head)  # type: ignore[no-untyped-call]
-            return losses if whole else losses.new_zeros(targets.shape).index_put((rows,), losses)
+            return (losses if whole else losses.new_zeros(targets.shape).index_put((rows,), losses)).view(shape)
         operands = (kept_hidden, weight, bias, kept_targets, head, torch.is_grad_enabled())
         total: Tensor = _SummedLoss.apply(*operands)  # type: ignore[no-untyped-call]
     return total / rows.numel() if reduction == "mean" else total

@@ -50,9 +50,9 @@ def token_nll(
     bits in any batch.
 
     Args:
-        hidden: (T, D) floating point.
+        hidden: (T, D) or (B, T, D) floating point.
         weight: (V, D), same dtype and device: the LM head.
-        targets: (T,) int64 in ``[0, V)``, or ``ignore_index``.
+        targets: (T,) or (B, T) int64 in ``[0, V)``, or ``ignore_index``.
         bias: (V,) or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax (Gemma 2).
         ignore_index: a target with this value has loss 0, whatever its row holds.
@@ -60,7 +60,7 @@ def token_nll(
             one for the whole process, and ``CODEACT_NATIVE_ISA`` (avx512bf16, avx512, avx2) an instruction set.
 
     Returns:
-        float32 (T,), in nats; NaN for a row whose logits are. It carries no gradient: this is for scoring.
+        float32 in nats, of the shape of ``targets``; NaN for a row whose logits are. For scoring: without a gradient.
 
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit together, or the backend is unknown, is not on this
@@ -73,7 +73,8 @@ def token_nll(
         _say_once(f"{name}, as triton {why}" if why else name, hidden.device.type, hidden.dtype)
     run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name.partition(" ")[0]]
     with torch.no_grad():
-        return run(hidden, weight, targets, bias, softcap, ignore_index)
+        losses = run(hidden.flatten(0, -2), weight, targets.flatten(), bias, softcap, ignore_index)
+    return losses.view(targets.shape)
 
 
 def nll_backend(operand: Tensor, backend: str = "auto") -> str:
@@ -144,12 +145,14 @@ def check_operands(
     Raises:
         ValueError: shapes, dtypes, devices or targets do not fit together.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden (T, D) and weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}"
+        raise ValueError(f"hidden (T, D) or (B, T, D) and weight (V, D) do not fit: {shapes}")
     if not (hidden.is_floating_point() and weight.is_floating_point()) or (hidden.dtype != weight.dtype and not mixed):
         raise ValueError(f"hidden and weight need one floating-point dtype, not {hidden.dtype} and {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 ({hidden.shape[0]},), not {targets.dtype} {tuple(targets.shape)}")
+    if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
+        needed, shape = tuple(hidden.shape[:-1]), tuple(targets.shape)
+        raise ValueError(f"targets must be int64 {needed}, not {targets.dtype} {shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
     if softcap is not None and not softcap > 0:
@@ -160,8 +163,9 @@ def check_operands(
     if targets.device.type == "cpu":
         wrong = ((targets < 0) | (targets >= weight.shape[0])) & (targets != ignore_index)
         if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(f"targets[{at}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
+            at = tuple(wrong.nonzero()[0].tolist())
+            place = ", ".join(map(str, at))
+            raise ValueError(f"targets[{place}] is {int(targets[at])}, outside [0, {weight.shape[0]})")
 
 
 def _triton_nll(

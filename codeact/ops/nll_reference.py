@@ -15,10 +15,10 @@ def token_nll_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Return the float64 negative log-likelihoods (T,) of ``token_nll``'s arguments."""
+    """Return the float64 negative log-likelihoods, (T,) or (B, T), of ``token_nll``'s arguments."""
     logits = hidden.double() @ weight.double().T
     if bias is not None:
         logits = logits + bias.double()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    return F.cross_entropy(logits.movedim(-1, 1), targets, ignore_index=ignore_index, reduction="none")

@@ -244,8 +244,11 @@ def _dataset(
         elif options.packs and arguments.world_size > 1:
             window = _RANK_GROUP
     lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
-    apart = rule.keys(lengths) if rule.divides(lengths) else None
-    if apart is not None and batch > 1:
+    keys = rule.keys(lengths)
+    # What is laid end to end is one pass, whatever its packs; rows that are padded are each a pass of their own.
+    end_to_end = np.sort(lengths)[-batch:].sum() if scope == "batch" else lengths.sum()
+    crowded = options.packs and rule.shared is not None and end_to_end > rule.shared
+    if batch > 1 and (crowded or len(np.unique(keys)) > 1):
         raise InputError(
             f"samples of up to {lengths.max()} tokens and short ones cannot share a batch: this model computes a whole "
             f"pass in another way above {rule.shared or rule.switches[0]} tokens. Set per_device_train_batch_size and "
@@ -254,7 +257,7 @@ def _dataset(
     return PackDataset(
         samples,
         options.max_seq_len,
-        apart=apart,
+        apart=keys,
         shared=rule.shared,
         scope=scope,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,

@@ -217,6 +217,21 @@ def test_bad_arguments(change, message):
         linear_cross_entropy(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (1, 12), (2, 3, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_of_a_batch_are_its_tokens_end_to_end(shape, reduction):
+    hidden, weight, targets, _ = problem(12, 16, 50)
+    targets[3:5] = -100
+    flat, batch = (tensor.detach().requires_grad_() for tensor in (hidden, hidden.view(*shape, 16)))
+    expected = linear_cross_entropy(flat, weight, targets, reduction=reduction)
+    losses = linear_cross_entropy(batch, weight, targets.view(shape), reduction=reduction)
+    torch.testing.assert_close(losses, expected.view(losses.shape), rtol=0, atol=0)
+    assert losses.shape == (shape if reduction == "none" else ())
+    expected.sum().backward()
+    losses.sum().backward()
+    torch.testing.assert_close(batch.grad.view(12, 16), flat.grad, rtol=0, atol=0)
+
+
 def test_unknown_reduction():
     with pytest.raises(InputError, match="reduction 'means' is unknown; choose one of: mean"):
         linear_cross_entropy(*problem(3, 4, 7)[:3], reduction="means")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -233,6 +234,16 @@ def test_no_width(backend):
     torch.testing.assert_close(losses, torch.full((2,), 5.0).log())
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (1, 12), (12, 1), (2, 3, 2), (0, 4)])
+def test_rows_of_a_batch_are_its_tokens_end_to_end(backend, shape):
+    hidden, weight, targets = problem(math.prod(shape), 16, 50)
+    targets[3:5] = -100
+    expected = token_nll(hidden, weight, targets, backend=backend)
+    for batch in (hidden.view(*shape, 16), hidden.T.contiguous().T.view(*shape, 16)):
+        losses = token_nll(batch, weight, targets.view(shape), backend=backend)
+        torch.testing.assert_close(losses, expected.view(shape), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_operands(backend, dtype):
     hidden, weight, targets = problem(10, 6, 20, dtype=dtype)
@@ -269,6 +280,7 @@ def test_holds_no_more_than_a_block_of_logits(monkeypatch):
     [
         ({"hidden": torch.zeros(3, 5)}, "do not fit"),
         ({"hidden": torch.zeros(4)}, "do not fit"),
+        ({"hidden": torch.zeros(1, 3, 4)}, r"int64 \(1, 3\), not torch.int64 \(3,\)"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.bfloat16)}, "one floating-point dtype"),
         ({"targets": torch.zeros(2, dtype=torch.int64)}, "targets must be"),
         ({"targets": torch.zeros(3)}, "targets must be"),
@@ -301,8 +313,8 @@ def test_backend_by_name_and_by_environment(monkeypatch):
 def test_auto_takes_the_best_and_says_so_once(monkeypatch, caplog):
     nll._say_once.cache_clear()
     used = []
-    monkeypatch.setattr(nll, "_native_nll", lambda *a: used.append("native"))
-    monkeypatch.setattr(nll, "_torch_nll", lambda *a: used.append("torch"))
+    monkeypatch.setattr(nll, "_native_nll", lambda *a: used.append("native") or a[2].float())
+    monkeypatch.setattr(nll, "_torch_nll", lambda *a: used.append("torch") or a[2].float())
     with caplog.at_level("INFO", logger="codeact"):
         for dtype in (torch.float32, torch.float32, torch.float16):
             token_nll(*problem(3, 4, 7, dtype=dtype))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from codeact import pack
 from codeact.base.errors import InputError
+from codeact.models.isolation import PassRule
 from codeact.training.dataset import EpochSampler, PackCollator, PackDataset, PadCollator
 
 
@@ -172,6 +173,21 @@ class TestSampler:
 def test_bad_samples(samples, message):
     with pytest.raises(InputError, match=message):
         PackDataset(samples, 8)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("switches", "shared"), [((20,), None), ((8, 40), None), ((), 25), ((10,), 30)])
+def test_samples_that_may_not_share_a_pass_do_not(switches, shared, world_size):
+    rule, samples = PassRule(switches=switches, shared=shared), make_samples(203)
+    keys = rule.keys([len(one.input_ids) for one in samples])
+    dataset = PackDataset(samples, 64, world_size=world_size, apart=keys, shared=shared)
+    for epoch in range(2):
+        items = epoch_of(dataset, epoch)
+        assert sorted(number for item in items for number in item) == list(range(203))
+        assert all(len(set(keys[item])) <= 1 for item in items)
+        tokens = [(len(item), sum(len(samples[number].input_ids) for number in item)) for item in items]
+        assert all(total <= (64 if count == 1 else shared or 64) for count, total in tokens)
+    assert len(epoch_of(dataset, 0)) < 203
 
 
 def test_unknown_scope_and_item():

@@ -27,6 +27,8 @@ from codeact.training.dataset import PackDataset
 from codeact.training.options import PackOptions
 from codeact.training.trainer import PackTrainer, _stand_in, train
 from tests.helpers.checkpointing import CHECKPOINTING
+from tests.helpers.zoo import SWITCH, nll_alone
+from tests.helpers.zoo import make_model as make_model_of_zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VOCABULARY = 97
@@ -381,6 +383,35 @@ class TestRefusals:
             train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_seq_len=8))
         with pytest.raises(InputError, match="there is no sample"):
             train(make_model(), [], make_arguments(tmp_path), PACK)
+
+
+@pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic", "llama4_text", "gpt_neo", "granite"])
+def test_a_pass_holds_what_may_share_one(tmp_path, name):
+    """Short samples beside long ones: the loss of training and of evaluation is that of each sample by itself."""
+    model = make_model_of_zoo(name)
+    rng = np.random.default_rng(0)
+    samples = []
+    for length in (5, 60, 9, SWITCH, SWITCH + 1, 3, 20, 90):
+        ids = rng.integers(0, VOCABULARY, length).astype(np.int32)
+        samples.append(Sample(ids, ids))
+    expected = sum(nll_alone(model, s.input_ids.tolist(), 1) for s in samples) / sum(map(targets, samples))
+    arguments = make_arguments(
+        tmp_path, gradient_accumulation_steps=len(samples), per_device_eval_batch_size=1, learning_rate=0.0
+    )
+    trainer = train(model, samples, arguments, PackOptions(max_seq_len=200), eval_samples=samples)
+    assert trainer.mean_loss() == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dynamic_pack", "dynamic_pad"])
+@pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
+def test_a_batch_that_would_mix_them_is_refused(tmp_path, name, mode):
+    ids = np.arange(60, dtype=np.int32)
+    samples = [Sample(ids[:length], ids[:length]) for length in (5, 60)]
+    arguments = make_arguments(tmp_path, per_device_train_batch_size=2)
+    with pytest.raises(InputError, match=rf"above {SWITCH} tokens. Set per_device_train_batch_size"):
+        PackTrainer(make_model_of_zoo(name), samples, arguments, PackOptions(max_seq_len=64, pad_mode=mode))
+    PackTrainer(make_model_of_zoo(name), samples[:1], arguments, PackOptions(max_seq_len=64, pad_mode=mode))
 
 
 def test_length_sorted_padding_is_trainers_own_option(tmp_path):
