@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 4_000
 
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,9 @@ class Difference:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def differences(arm: Floats, other: Floats, tokens: NDArray[np.int64], seed: int = 0) -> tuple[Difference, Difference]:
+def differences(
+    arm: _Floats, other: _Floats, tokens: NDArray[np.int64], seed: int = 0
+) -> tuple[Difference, Difference]:
     """How much more an arm loses than another on the same rows: for each token, and for each row.
 
     Rows are resampled in pairs, and the seeds of both arms each for itself, so that the interval holds what other

@@ -12,7 +12,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 
 Losses = NDArray[np.float16]
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
 def losses_path(shard: Path) -> Path:
@@ -47,7 +47,7 @@ def read_losses(shard: Path, tokens: int) -> Losses:
     return losses
 
 
-def selective_ifd(shards: Callable[[], Iterator[tuple[Losses, NDArray[np.int64]]]]) -> Floats:
+def selective_ifd(shards: Callable[[], Iterator[tuple[Losses, NDArray[np.int64]]]]) -> _Floats:
     """S-IFD (arXiv 2506.01317): IFD over the tokens that the question moves.
 
     A token's move is its loss given the question less its loss alone. The tokens that count are those whose move is
@@ -79,13 +79,13 @@ def selective_ifd(shards: Callable[[], Iterator[tuple[Losses, NDArray[np.int64]]
     return np.concatenate(parts)
 
 
-def _moves(losses: Losses) -> Floats:
+def _moves(losses: Losses) -> _Floats:
     with np.errstate(invalid="ignore"):
-        moves: Floats = losses[0].astype(np.float64) - losses[1]
+        moves: _Floats = losses[0].astype(np.float64) - losses[1]
     return moves
 
 
-def _by_row(values: Floats, tokens: NDArray[np.int64]) -> Floats:
+def _by_row(values: _Floats, tokens: NDArray[np.int64]) -> _Floats:
     """Sums of consecutive runs of ``values``, as long as ``tokens`` says."""
     ends = np.cumsum(tokens)
     sums = np.zeros(len(tokens))

@@ -24,10 +24,10 @@ _COLUMNS = {
 }
 _SUMS = ("cond_nll_sum", "scored_tokens", "uncond_nll_sum", "uncond_scored_tokens")
 
-Floats = NDArray[np.float64]
+_Floats = NDArray[np.float64]
 
 
-def difficulty_scores(table: pa.Table, name: str) -> tuple[Floats, NDArray[np.object_]]:
+def difficulty_scores(table: pa.Table, name: str) -> tuple[_Floats, NDArray[np.object_]]:
     """How difficult every row of a score table is, and why some may not be chosen by it.
 
     - ``ifd``: the quotient of the answer's perplexities with and without the question (arXiv 2402.00530), 0 to 1.
@@ -88,8 +88,8 @@ def difficulty_scores(table: pa.Table, name: str) -> tuple[Floats, NDArray[np.ob
 
 
 def rank_among_neighbours(
-    values: Floats, lengths: NDArray[np.int64], rows: NDArray[np.int64], neighbours: int = NEIGHBOURS
-) -> Floats:
+    values: _Floats, lengths: NDArray[np.int64], rows: NDArray[np.int64], neighbours: int = NEIGHBOURS
+) -> _Floats:
     """The share of the other rows next in length that a value is above, 0 to 1; all arrays (n,).
 
     In order of length, ties by row, a row's neighbours are the ``neighbours`` around it, itself the middle one; at both
