@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from codeact.evaluation.decoding import Manner, Sampling, decode, exact_manner
+from codeact.evaluation.decoding import Manner, Sampling, decode_batches, exact_manner
 from codeact.evaluation.generate import HuggingFaceGenerator
 from tests.helpers.zoo import SWITCH, WINDOW, logits_alone, make_model, random_ids
 
@@ -36,7 +36,7 @@ def run(model, prompts=PROMPTS, manner=None) -> dict[int, list[int]]:
     def ends(row: int, ids: list[int]) -> bool:
         return len(ids) == TOKENS[row]
 
-    return dict(decode(model, prompts, ends, 20, Sampling(), range(len(prompts)), manner=manner))
+    return dict(decode_batches(model, prompts, ends, 20, Sampling(), range(len(prompts)), manner=manner))
 
 
 @pytest.mark.parametrize(
