@@ -327,10 +327,10 @@ class _JsonPart:
 def _parse(span: bytes) -> Raw:
     try:
         text = span.decode()
+        _check_depth(text)  # first: where a library has raised the recursion limit, parsing would end the process
         row = json.loads(text)
         if _ESCAPED_SURROGATE.search(span):  # rare, so the row is only encoded again where an escape asks for it
             json.dumps(row, ensure_ascii=False).encode()
-        _check_depth(text)
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start} of the row is not UTF-8")
     except UnicodeEncodeError:
