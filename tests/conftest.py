@@ -32,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread, for as long as a module's tests run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mend Triton's interpreter, whose ``tl.dot`` multiplies the bit patterns of bfloat16; on a device, do nothing."""

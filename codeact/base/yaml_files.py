@@ -45,6 +45,14 @@ def read_yaml(path: Path) -> tuple[Any, Any]:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
+def read_value(text: str) -> Any:
+    """A value as it stands in a file, of one line; text that is no YAML is itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return text
+
+
 def line_of(node: Any, keys: Sequence[str]) -> int:
     """The line of the last of ``keys`` that is there, one below the other from ``node`` on; the first line is 1."""
     line: int = node.start_mark.line + 1

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
 
@@ -29,9 +30,13 @@ def chosen_ids(selected: Path) -> pa.Array:
     return pa.array(ids, pa.large_string())
 
 
+def row_tokens(table: pa.Table) -> NDArray[np.int64]:
+    """Question + answer tokens of every row of a score table, (rows,)."""
+    return np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+
+
 def chosen_tokens(scores: Path, ids: pa.Array) -> int:
     """Question + answer tokens of the rows of a score table (.parquet) that have one of these ids."""
     table = pq.read_table(scores, columns=["id", "prompt_tokens", "answer_tokens"])
     chosen = np.asarray(pc.is_in(table["id"].cast(pa.large_string()), value_set=ids))
-    tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
-    return int(tokens[chosen].sum())
+    return int(row_tokens(table)[chosen].sum())

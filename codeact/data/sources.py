@@ -346,12 +346,16 @@ def _parse(span: bytes) -> Raw:
 
 def _check_depth(text: str) -> None:
     """Raise a RecursionError for JSON of more brackets in brackets than a later walk through it can bear."""
+    if text.count("[") + text.count("{") > _DEPTH and any(depth > _DEPTH for depth, _ in _depths(text)):
+        raise RecursionError("it is nested too deeply")
+
+
+def _depths(text: str, position: int = 0) -> Iterator[tuple[int, int]]:
+    """After every token of JSON from ``position`` on: how many brackets are open, and where the token ends."""
     depth = 0
-    if text.count("[") + text.count("{") > _DEPTH:
-        for token in _JSON_TOKEN.finditer(text):
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-            if depth > _DEPTH:
-                raise RecursionError("it is nested too deeply")
+    for token in _JSON_TOKEN.finditer(text, position):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        yield depth, token.end()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -430,11 +434,9 @@ def _value_end(text: str, position: int) -> int:
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError):
-        depth = 0
-        for token in _JSON_TOKEN.finditer(text, position):
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        for depth, end in _depths(text, position):
             if depth == 0:
-                return token.end()
+                return end
         raise json.JSONDecodeError("A bracket is not closed", text, position) from None
 
 

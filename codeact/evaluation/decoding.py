@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from codeact.models.isolation import PassRule, forget_longest, round_row_by_row
+from codeact.base.errors import InputError
+from codeact.models.isolation import PassRule, forget_longest, refusals_of, round_row_by_row
 
 _GROWTH = 64  # tokens that the cache grows by
 _KEEP = 0.875  # a smaller share of unfinished rows is worth copying the cache
@@ -230,20 +232,9 @@ def exact_manner(model: PreTrainedModel) -> Manner:
     count = model.get_input_embeddings().weight.shape[0]
     prompts = [torch.randint(count, (length,), generator=ids).tolist() for length in (3, 11, 6)]
     for manner in (Manner(), Manner(batched=False)):
-        try:
+        with suppress(InputError), refusals_of(model):
             if _agrees(model, prompts, manner):
                 return manner
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-        ) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
     return Manner(batched=False, cached=False)
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from codeact.evaluation.results import Results
     from codeact.evaluation.sandbox.sandbox import Limits
 
-PARTS = ("before", "after")
-"""The model before training, and after it."""
 _PREFIXES = {"HumanEval/": "humaneval", "Mbpp/": "mbpp"}
 
 
@@ -179,7 +177,7 @@ def problems_of(settings: GenerationSettings) -> ProblemSet:
 
 
 class _Part(Stage):
-    """``part``: of ``PARTS``."""
+    """``part``: before or after, of training."""
 
     def __init__(self, part: str) -> None:
         self.part, self.name = part, f"{self.section}.{part}"

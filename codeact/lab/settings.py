@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import model_validator
 
 from codeact.base.settings import Settings, setting
-from codeact.selection.settings import SelectSettings
+from codeact.selection.settings import Difficulty, SamplingName, SelectSettings, Strategy
 
 
 class Arm(Settings):
     """A strategy that is tried; the fields are those of select."""
 
-    strategy: Literal["cdas", "top_ifd", "random", "longest", "facility_location"] = "cdas"
-    difficulty: Literal["ifd", "ifd_length_adjusted", "loss", "loss_gain", "ifd_loss", "s_ifd"] = "ifd"
+    strategy: Strategy = "cdas"
+    difficulty: Difficulty = "ifd"
     easiest: bool = False
-    sampling: Literal["top", "proportional"] = "top"
+    sampling: SamplingName = "top"
 
     @property
     def name(self) -> str:

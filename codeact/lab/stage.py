@@ -21,8 +21,9 @@ from codeact.lab.compare import Trial, compare
 from codeact.lab.settings import Arm, LabSettings
 from codeact.run.flow import STAGES, Flow, open_flow
 from codeact.run.folder import key_of
-from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
+from codeact.scoring.stage import SCORES_FOLDER
 from codeact.selection.settings import SelectSettings
+from codeact.selection.stage import check_kept, cluster_rows, read_scores
 from codeact.training.stage import TAKEN_FLAGS
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from codeact.data.records import Record
+    from codeact.data.records import Record, RecordSet
 
 LAB_FOLDER = "lab"
 TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other settings of the lab share them
@@ -40,6 +41,7 @@ TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other 
 class _Pool:
     """What all trials share: rows to choose from, their clusters and vectors, and the rows that nobody may choose."""
 
+    records: RecordSet
     table: pa.Table
     labels: NDArray[np.int32]
     vectors: NDArray[np.float32]
@@ -59,10 +61,7 @@ class Lab(Stage):
         from codeact.training.flags import check_flags
 
         if run.section(self.section) is not None:
-            if not run.of(ScoreSettings).keep_token_nll:
-                for arm in run.of(LabSettings).strategies:
-                    if arm.difficulty == "s_ifd":
-                        raise InputError("lab: difficulty s_ifd needs score: keep_token_nll: true")
+            check_kept(run, self.section, [arm.difficulty for arm in run.of(LabSettings).strategies])
             check_flags(run.of(LabSettings).train, "lab.train", taken=(*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path"))
 
     def inputs(self, run: Run) -> dict[str, Any]:
@@ -143,25 +142,21 @@ def _open_pool(run: Run, settings: LabSettings) -> _Pool:
     """Hold rows out, by whole questions: no answer to a held-out question is left to choose."""
     import numpy as np
 
+    from codeact.data.chosen import row_tokens
     from codeact.data.records import Record
-    from codeact.embedding.vectors import read_embeddings
     from codeact.scoring.folder import ScoreFolder
-    from codeact.selection.choose import join_labels, question_numbers
-    from codeact.selection.clustering import cluster
+    from codeact.selection.choose import question_numbers
     from codeact.selection.difficulty import ok_rows
 
-    folder = ScoreFolder.open(run.output / SCORES_FOLDER)
-    table, records = folder.read(), run.data.open()
-    if any(arm.difficulty == "s_ifd" for arm in settings.strategies):
-        table = table.append_column("s_ifd", [folder.selective_ifd()])
-    embedded, select = read_embeddings(run.output / EMBEDDINGS_FILE), run.of(SelectSettings)
-    places = join_labels(table, embedded.rows, embedded.ids, np.arange(len(embedded.rows)))
-    labels = cluster(embedded.vectors, select.clusters, select.seed, select.backend)[places]
+    folder, select = ScoreFolder.open(run.output / SCORES_FOLDER), run.of(SelectSettings)
+    table, records = read_scores(folder, [arm.difficulty for arm in settings.strategies]), run.data.open()
+    embeddings = run.output / EMBEDDINGS_FILE
+    clustered = cluster_rows(table, folder, embeddings, select.clusters, select.seed, select.backend)
     questions, ok = question_numbers(records, table), ok_rows(table)
     order = np.random.default_rng(0).permutation(np.flatnonzero(ok))
     held = order[: settings.held_out]
     kept = ok & ~np.isin(questions, questions[held])
-    tokens = table["prompt_tokens"].to_numpy() + table["answer_tokens"].to_numpy()
+    tokens = row_tokens(table)
     if len(held) < settings.held_out or tokens[kept].sum() < max(settings.budgets):
         raise InputError(
             f"lab: {int(ok.sum()):,} scored rows less {settings.held_out:,} held out leave {int(tokens[kept].sum()):,} "
@@ -170,7 +165,11 @@ def _open_pool(run: Run, settings: LabSettings) -> _Pool:
     held_out = [record for row in np.sort(held).tolist() for record in records.rows(row, row + 1)]
     assert all(isinstance(record, Record) for record in held_out), "what was scored can be read"
     return _Pool(
-        table=table.filter(kept), labels=labels[kept], vectors=embedded.vectors[places[kept]], held_out=held_out
+        records=records,
+        table=table.filter(kept),
+        labels=clustered.labels[kept],
+        vectors=clustered.vectors[clustered.places[kept]],
+        held_out=held_out,
     )
 
 
@@ -196,7 +195,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
         vectors=pool.vectors,
         **arm.model_dump(),
     )
-    write_selection(work / "selected.jsonl", run.data.open(), pool.table, selection, pool.labels)
+    write_selection(work / "selected.jsonl", pool.records, pool.table, selection, pool.labels)
     chosen = parse_mapping(
         {**flags, "data_path": str(work / "selected.jsonl"), "output_dir": str(work / "model")}, "lab.train"
     )

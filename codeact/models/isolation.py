@@ -208,7 +208,7 @@ def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
     trunk = trunk_of(model)
     assert trunk is not None
     ids = to_device(_sample(model, 9)[None], head.weight.device)
-    with computing(model), _refusals_of(model):
+    with computing(model), refusals_of(model):
         own = head.logits(trunk(input_ids=ids, use_cache=False).last_hidden_state)
         logits = model(input_ids=ids, use_cache=False).logits
     if (difference := _difference(own, logits)) is not None:
@@ -287,12 +287,7 @@ def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
     """
     device = model.get_input_embeddings().weight.device
     attention = packing_attention(model, device) if attention == "auto" else attention
-    was_training = model.training
-    model.eval()
-    try:
-        prove_isolation(model, attention, max_length, otherwise="its architecture looks across samples: do not pack")
-    finally:
-        model.train(was_training)
+    prove_isolation(model, attention, max_length, otherwise="its architecture looks across samples: do not pack")
     set_attention(model, attention)
     return attention
 
@@ -347,7 +342,7 @@ def _difference_of_passes(
     passes = _passes(rule, lengths)
     order = list(itertools.chain.from_iterable(passes))
     try:
-        with _refusals_of(model), _layers(model, layers):
+        with refusals_of(model), _layers(model, layers):
             with computing(model, plain_attention(model)):
                 plain = torch.cat([_logits(model, [samples[number]]) for number in order])
             with computing(model, attention):
@@ -438,8 +433,12 @@ def _difference(ours: Tensor, theirs: Tensor, tolerance: float = _TOLERANCE) -> 
 
 
 @contextmanager
-def _refusals_of(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what a model or an attention refuses (a dtype, a softcap, sinks) into one line."""
+def refusals_of(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model or an attention refuses (a dtype, a softcap, sinks) into one line.
+
+    Raises:
+        InputError: it raised something; want of memory is raised as it is.
+    """
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError, IndexError) as error:

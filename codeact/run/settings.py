@@ -15,7 +15,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
-from codeact.base.yaml_files import line_of, read_yaml
+from codeact.base.yaml_files import line_of, read_value, read_yaml
 from codeact.data.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def read_settings(path: str | Path, kind: type[RunSettings], changes: Sequence[s
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        complaints = [_complaint(item, tree, kind) for item in error.errors()]
-        raise InputError(f"{path}{'; '.join(complaints).replace('; , ', '; ')}") from None
+        told = "; ".join(_complaint(item, tree, kind) for item in error.errors())
+        raise InputError(f"{path}{', ' if told.startswith('line ') else ': '}{told}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
@@ -119,10 +119,7 @@ def _change(content: dict[str, Any], change: str) -> None:
         if not isinstance(content.setdefault(parent, {}), dict):
             content[parent] = {}
         content = content[parent]
-    try:
-        content[key] = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        content[key] = text
+    content[key] = read_value(text)
 
 
 def write_settings(settings: RunSettings, path: Path) -> None:
@@ -154,12 +151,12 @@ def shipped(path: Path) -> Path:
 
 def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
-    where = f", line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
+    where = f"line {line_of(tree, keys)}: {'.'.join(keys)}: " if keys else ""
     if item["type"] != "extra_forbidden":
-        return f"{where}: {item['msg'].removeprefix('Value error, ').lower()}"
+        return f"{where}{item['msg'].removeprefix('Value error, ').lower()}"
     for parent in keys[:-1]:
         annotation: Any = kind.model_fields[parent].annotation
         models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
         kind = next(model for model in models if issubclass(model, BaseModel))
     closest = difflib.get_close_matches(keys[-1], kind.model_fields, n=1, cutoff=0.0)[0]
-    return f"{where}: unknown key; did you mean {closest}?"
+    return f"{where}unknown key; did you mean {closest}?"

@@ -125,14 +125,19 @@ class ScoreFolder:
 
     def missing(self) -> list[int]:
         """Return the shards that are not done. A file made with other settings is an error, not a missing shard."""
-        missing = []
-        for shard in range(self.shards):
-            path = self.path(shard)
-            if path.exists() and (not self.keep_token_nll or losses_path(path).exists()):
-                self._facts(path)
-            else:
-                missing.append(shard)
-        return missing
+        return [shard for shard in range(self.shards) if not self.is_done(shard)]
+
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard's file is there, and is this run's.
+
+        Raises:
+            InputError: it is damaged, or was made with other settings.
+        """
+        path = self.path(shard)
+        if not path.exists() or (self.keep_token_nll and not losses_path(path).exists()):
+            return False
+        self._facts(path)
+        return True
 
     def score(
         self,

@@ -256,7 +256,7 @@ def _score_shard(number: int) -> tuple[float, int]:
         nonlocal tokens
         tokens += more
 
-    if number in _job.folder.missing():
+    if not _job.folder.is_done(number):
         _job.folder.score(_job.records, _job.scorer, [number], count)
     return float(rows), tokens
 
@@ -302,8 +302,9 @@ def _batch_padding(table: pa.Table, batch: int) -> float:
     """Share of padding tokens, were the scored rows padded in batches in input order."""
     import numpy as np
 
-    ok = np.asarray(table["status"]) == "ok"
-    lengths = (np.asarray(table["prompt_tokens"], dtype=np.int64) + np.asarray(table["answer_tokens"]))[ok]
+    from codeact.data.chosen import row_tokens
+
+    lengths = row_tokens(table)[np.asarray(table["status"]) == "ok"]
     if not len(lengths):
         return 0.0
     firsts = np.arange(0, len(lengths), batch)
@@ -342,11 +343,12 @@ class Score(Stage):
         import numpy as np
         import pyarrow.compute as pc
 
+        from codeact.data.chosen import row_tokens
         from codeact.scoring.folder import ScoreFolder
 
         folder = ScoreFolder.open(output / SCORES_FOLDER)
         table = folder.read()
-        tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+        tokens = row_tokens(table)
         scored = np.asarray(pc.is_valid(table["ifd"]))
         # Of a row that held no record reading made no tokens; a template may refuse one that did.
         refused = pc.fill_null(pc.starts_with(table["reason"], "template_refused"), False)

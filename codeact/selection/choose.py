@@ -20,14 +20,18 @@ from codeact.data.records import BadRow, Record, jsonable, write_jsonl
 from codeact.scoring.length import correlation_text, rank_correlation
 from codeact.selection.difficulty import check_columns, column, difficulty_scores, ok_rows
 from codeact.selection.facility import facility_location
-from codeact.selection.settings import BY_CLUSTER, BY_DIFFICULTY, check_choice
+from codeact.selection.settings import (
+    BY_CLUSTER,
+    BY_DIFFICULTY,
+    PER_QUESTION,
+    SAMPLINGS,
+    SELECTION_STRATEGIES,
+    check_choice,
+)
 
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet
 
-SELECTION_STRATEGIES = ("cdas", "top_ifd", "random", "longest", "facility_location")
-SAMPLINGS = ("top", "proportional")
-PER_QUESTION = ("best_fit", "hardest", "first")
 UNCLUSTERED = -1  # the label of a row that has no embedding
 _BLOCK_ROWS = 10_000  # records read at a time
 _NOT_IN_THE_PAPERS_TABLE = ("unreadable", "empty_question", "empty_answer")  # its script leaves them out
@@ -153,7 +157,7 @@ def plan_selection(
             None: one cluster of everything, for the strategies that need no clusters.
         ratio: in (0, 1], read as the decimal that was typed (0.29 is 29/100, not the nearest binary fraction).
         seed: of ``random`` and of ``proportional``; the others draw nothing.
-        difficulty: of ``codeact.selection.difficulty.DIFFICULTIES``.
+        difficulty: of ``codeact.selection.settings.DIFFICULTIES``.
         easiest: from the other end of the difficulty.
         sampling: "top", or "proportional": rows of a cluster are drawn one after the other, each with a probability in
             proportion to its difficulty (k-means-quality, arXiv 2409.11378).

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError, one_of
+from codeact.selection.settings import DIFFICULTIES
 
-DIFFICULTIES = ("ifd", "ifd_length_adjusted", "loss", "loss_gain", "ifd_loss", "s_ifd")
 NEIGHBOURS = 41
 """Rows next in length, itself among them, that a length-adjusted rank is among."""
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
 from codeact.base.errors import InputError
 from codeact.base.settings import Protocol, Settings, setting
 
+Strategy = Literal["cdas", "top_ifd", "random", "longest", "facility_location"]
+Difficulty = Literal["ifd", "ifd_length_adjusted", "loss", "loss_gain", "ifd_loss", "s_ifd"]
+SamplingName = Literal["top", "proportional"]
+PerQuestion = Literal["best_fit", "hardest", "first"]
+SELECTION_STRATEGIES: tuple[str, ...] = get_args(Strategy)
+DIFFICULTIES: tuple[str, ...] = get_args(Difficulty)
+SAMPLINGS: tuple[str, ...] = get_args(SamplingName)
+PER_QUESTION: tuple[str, ...] = get_args(PerQuestion)
 BY_DIFFICULTY = ("cdas", "top_ifd")
 BY_CLUSTER = ("cdas", "facility_location")
 RATIO = 0.4
@@ -21,17 +29,11 @@ class SelectSettings(Settings):
     budget_rows: int | None = setting(None, "Choose so many rows, instead of --ratio.", ge=1)
     budget_tokens: int | None = setting(None, "Choose at most so many question + answer tokens.", ge=1)
     clusters: int = setting(10, "Number of clusters.", ge=1)
-    strategy: Literal["cdas", "top_ifd", "random", "longest", "facility_location"] = setting(
-        "cdas", "cdas, top_ifd, random, longest or facility_location."
-    )
-    difficulty: Literal["ifd", "ifd_length_adjusted", "loss", "loss_gain", "ifd_loss", "s_ifd"] = setting(
-        "ifd", "What cdas and top_ifd rank by; see docs/select.md."
-    )
+    strategy: Strategy = setting("cdas", "cdas, top_ifd, random, longest or facility_location.")
+    difficulty: Difficulty = setting("ifd", "What cdas and top_ifd rank by; see docs/select.md.")
     easiest: bool = setting(False, "Choose from the other end: the least difficult.")
-    sampling: Literal["top", "proportional"] = setting(
-        "top", "Of a cluster: the top, or drawn in proportion to the difficulty."
-    )
-    per_question: Literal["best_fit", "hardest", "first"] | None = setting(
+    sampling: SamplingName = setting("top", "Of a cluster: the top, or drawn in proportion to the difficulty.")
+    per_question: PerQuestion | None = setting(
         None, "Keep one of several answers to a question: best_fit, hardest or first."
     )
     protocol: Protocol = setting("exact", "exact, or paper: the choice of the paper's scripts.")

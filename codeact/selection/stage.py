@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ from codeact.scoring.stage import TABLE as SCORE_TABLE
 from codeact.selection.settings import BY_CLUSTER, SelectSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
     from codeact.data.records import RecordSet
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.choose import Selection
@@ -43,38 +48,23 @@ def select_rows(
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
     """
-    import numpy as np
-
-    from codeact.embedding.vectors import read_embeddings
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import write_audit
-    from codeact.selection.choose import UNCLUSTERED, join_labels, plan_selection, question_numbers, write_selection
-    from codeact.selection.clustering import cluster
+    from codeact.selection.choose import plan_selection, question_numbers, write_selection
 
     folder = ScoreFolder.open(scores)
-    table = folder.read()
+    table = read_scores(folder, [settings.difficulty])
     records = open_scored_data(folder, source)
-    if settings.difficulty == "s_ifd":
-        table = table.append_column("s_ifd", [folder.selective_ifd()])
     choice = settings.choice()
     labels = None
     if embeddings is not None:
-        embedded = read_embeddings(embeddings)
-        places = join_labels(
-            table,
-            embedded.rows,
-            embedded.ids,
-            np.arange(len(embedded.rows)),
-            table_fingerprint=folder.settings["data"]["fingerprint"],
-            embeddings_fingerprint=embedded.metadata.data_fingerprint,
-        )
         backend, starts = settings.backend, 3
         if settings.protocol == "paper":  # whose script runs scikit-learn's k-means once
             backend, starts = "sklearn" if backend == "auto" else backend, 1
-        names = cluster(embedded.vectors, settings.clusters, settings.seed, backend, n_init=starts)
-        labels = np.append(names, np.int32(UNCLUSTERED))[places]  # the place of a row without a vector is -1, the last
+        clustered = cluster_rows(table, folder, embeddings, settings.clusters, settings.seed, backend, starts)
+        labels = clustered.labels
         if settings.strategy == "facility_location":
-            choice["vectors"] = embedded.vectors[places]
+            choice["vectors"] = clustered.vectors[clustered.places]
     elif settings.strategy in BY_CLUSTER:
         raise InputError(
             f"strategy {settings.strategy} chooses by cluster and needs --embeddings FILE.npy; make it with: "
@@ -86,6 +76,78 @@ def select_rows(
     write_selection(output, records, table, selection, labels)
     write_audit(output, table, selection, labels)
     return selection
+
+
+def read_scores(folder: ScoreFolder, difficulties: Collection[str]) -> pa.Table:
+    """The merged table of a score folder, with the column that one of these difficulties has beside it.
+
+    Raises:
+        InputError: it was not merged, or did not keep what a difficulty needs.
+    """
+    table = folder.read()
+    return table.append_column("s_ifd", [folder.selective_ifd()]) if "s_ifd" in difficulties else table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClusteredRows:
+    """``labels``: (rows of the score table,) int32, the cluster of each, -1 where there is no vector.
+
+    ``vectors``: (N, D) float32, of those that have one; ``places``: (rows,) which of them is a row's, -1: none.
+    """
+
+    labels: NDArray[np.int32]
+    vectors: NDArray[np.float32]
+    places: NDArray[np.int32]
+
+
+def cluster_rows(
+    table: pa.Table,
+    folder: ScoreFolder,
+    embeddings: str | Path,
+    clusters: int,
+    seed: int,
+    backend: str = "auto",
+    starts: int = 3,
+) -> ClusteredRows:
+    """Cluster the questions of a score table by their embeddings.
+
+    Args:
+        table: of ``folder``.
+        folder: says of which data it is.
+        embeddings: the embeddings of the same data.
+        clusters, seed, backend, starts: of ``codeact.selection.clustering.cluster``.
+
+    Raises:
+        InputError: scores and embeddings are not of the same data, or cannot be read.
+    """
+    import numpy as np
+
+    from codeact.embedding.vectors import read_embeddings
+    from codeact.selection.choose import UNCLUSTERED, join_labels
+    from codeact.selection.clustering import cluster
+
+    embedded = read_embeddings(embeddings)
+    places = join_labels(
+        table,
+        embedded.rows,
+        embedded.ids,
+        np.arange(len(embedded.rows)),
+        table_fingerprint=folder.settings["data"]["fingerprint"],
+        embeddings_fingerprint=embedded.metadata.data_fingerprint,
+    )
+    names = cluster(embedded.vectors, clusters, seed, backend, n_init=starts)
+    labels = np.append(names, np.int32(UNCLUSTERED))[places]  # the place of a row without a vector is -1, the last
+    return ClusteredRows(labels=labels, vectors=embedded.vectors, places=places)
+
+
+def check_kept(run: Run, section: str, difficulties: Collection[str]) -> None:
+    """Refuse a difficulty whose numbers the scoring of a run does not keep.
+
+    Raises:
+        InputError: it is s_ifd.
+    """
+    if "s_ifd" in difficulties and not run.of(ScoreSettings).keep_token_nll:
+        raise InputError(f"{section}: difficulty s_ifd needs score: keep_token_nll: true")
 
 
 def open_scored_data(folder: ScoreFolder, source: str | None = None) -> RecordSet:
@@ -138,8 +200,7 @@ class Select(Stage):
 
     def check(self, run: Run) -> None:
         """A difficulty whose numbers the scoring of this run does not keep."""
-        if run.of(SelectSettings).difficulty == "s_ifd" and not run.of(ScoreSettings).keep_token_nll:
-            raise InputError("select: difficulty s_ifd needs score: keep_token_nll: true")
+        check_kept(run, self.section, [run.of(SelectSettings).difficulty])
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""
@@ -159,11 +220,11 @@ class Select(Stage):
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        from codeact.data.chosen import chosen_ids, chosen_tokens
+        from codeact.data.chosen import chosen_ids, chosen_tokens, row_tokens
         from codeact.selection.audit import audit_path
 
         table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
-        tokens = np.asarray(table["prompt_tokens"], np.int64) + np.asarray(table["answer_tokens"], np.int64)
+        tokens = row_tokens(table)
         scored = np.asarray(pc.is_valid(table["ifd"]))
         reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
         # the paper's script chooses rows without a score where no others are left

@@ -54,8 +54,12 @@ def pass_memory(
 
 def state_memory(model: Any, optimizer: str) -> float:
     """Bytes of gradients and optimizer states that a model's training adds to its weights."""
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return float(trained * (4.0 + optimizer_bytes(optimizer)))
+    return float(trained_parameters(model) * (4.0 + optimizer_bytes(optimizer)))
+
+
+def trained_parameters(model: Any) -> int:
+    """How many numbers of a model have gradients."""
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def optimizer_bytes(optimizer: str) -> float:

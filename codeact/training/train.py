@@ -32,7 +32,7 @@ from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.room import check_memory, check_room, pass_memory, state_memory
+from codeact.training.room import check_memory, check_room, pass_memory, state_memory, trained_parameters
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 
@@ -164,12 +164,11 @@ def _check_fits(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> N
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
     place = "this machine" if arguments.device.type == "cpu" else str(arguments.device)
     check_memory(needs, free_memory(arguments.device) / sharing, tokens, place)
-    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     steps = arguments.max_steps
     if steps <= 0:
         packs = len(trainer.train_dataset) / (trainer.train_dataset.items_per_batch * arguments.world_size)
         steps = math.ceil(math.ceil(packs / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
-    check_room(arguments, trained, steps)
+    check_room(arguments, trained_parameters(trainer.model), steps)
 
 
 def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
@@ -196,7 +195,7 @@ def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> l
         rows = f"{options.pad_mode}, batches of {arguments.per_device_train_batch_size} samples"
     in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     unit = "packs" if options.packs and options.pack_scope == "epoch" else "samples"
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained = trained_parameters(trainer.model)
     dtype = str(_autocast_dtype(arguments)).removeprefix("torch.")
     return [
         ("rows", rows),

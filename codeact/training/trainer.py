@@ -92,12 +92,8 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             if attention == "auto":
                 attention = packing_attention(causal_lm, arguments.device)
             stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
-            _prove(
-                causal_lm,
-                lambda: prove_isolation(
-                    causal_lm, stand_in, options.max_seq_len, otherwise="say --pad_mode dynamic_pad"
-                ),
-            )
+            if _has_weights(causal_lm):
+                prove_isolation(causal_lm, stand_in, options.max_seq_len, otherwise="say --pad_mode dynamic_pad")
             set_attention(causal_lm, attention)
         elif options.attention != "auto":
             set_attention(causal_lm, options.attention)
@@ -307,23 +303,17 @@ def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
     return "sdpa" if computes_16_bits_only(attention, device) and not runs else attention
 
 
-def _prove(model: Any, proof: Callable[[], object]) -> None:
-    """Run a proof over a model; where there are no weights yet, do nothing.
-
-    With DeepSpeed ZeRO-3, and on most ranks of FSDP, they come later.
-    """
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return
-    proof()
+def _has_weights(model: Any) -> bool:
+    """Whether a model can be run now. With DeepSpeed ZeRO-3, and on most ranks of FSDP, its weights come later."""
+    return not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _has_plain_head(model: Any) -> bool:
-    """Whether hidden states and head are all that the logits are made of."""
+    """Whether hidden states and head are all that the logits are made of; taken to be so where it cannot be tried."""
     try:
-        _prove(model, lambda: split_head(model))
+        return not _has_weights(model) or bool(split_head(model))
     except InputError:
         return False
-    return True
 
 
 def sharding_asked_for(arguments: Any) -> str | None:

@@ -69,12 +69,7 @@ by_name = pytest.mark.parametrize("page", PAGES, ids=name_of)
 # ------------------------------------------------------------------------------------------------ what the pages run on
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,8 @@ from codeact.ops import cross_entropy as module
 from codeact.ops.cross_entropy import linear_cross_entropy
 from tests.helpers.pairwise import pairwise
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Blocks this small only wait for a second thread, and for long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Blocks this small only wait for a second thread, and for long where the machine is busy.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(tokens, width, vocabulary, dtype=torch.float32, bias=False, seed=0):

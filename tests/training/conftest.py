@@ -13,12 +13,8 @@ from tests.conftest import make_records
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def sums_in_one_order(one_thread):
     """A model this small only waits for a second thread; and sums in one order are what bit-identity means."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
