@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,12 @@ collect_ignore = [] if importlib.util.find_spec("triton") else ["kernels", "gpu"
 # In CI the same examples every time: a failure there is a failure of the change, not of a lucky draw.
 settings.register_profile("codeact", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("codeact")
+
+
+def pytest_configure() -> None:
+    """^C as in a terminal: a suite that a script starts in the background inherits that it is ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -104,8 +104,10 @@ def triton() -> str:
     if not _has_gpu():
         return f"{triton.__version__}{IDLE}"
     target = triton.runtime.driver.active.get_current_target()
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
-        raise RuntimeError("it needs a C compiler to launch kernels (Debian, Ubuntu: apt-get install gcc)")
+    from codeact.ops.nll import triton_lacks  # what scoring goes by
+
+    if lacks := triton_lacks():
+        raise RuntimeError(f"it {lacks}")
     return f"{triton.__version__}, for {target.backend} {target.arch}"
 
 

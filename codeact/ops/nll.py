@@ -69,7 +69,7 @@ def token_nll(
     check_operands(hidden, weight, targets, bias, softcap, ignore_index)
     name = nll_backend(hidden, backend)
     if backend == "auto":
-        why = _why_not("triton", hidden) if hidden.device.type == "cuda" else None
+        why = _why_not("triton", hidden) if name == "torch" and hidden.device.type == "cuda" else None
         _say_once(f"{name}, as triton {why}" if why else name, hidden.device.type, hidden.dtype)
     run = {"triton": _triton_nll, "native": _native_nll, "torch": _torch_nll}[name.partition(" ")[0]]
     with torch.no_grad():

@@ -144,7 +144,7 @@ def stats_for_data(
     Raises:
         InputError: the data or the tokenizer cannot be read, no sample is left, or a sample overflows under "error".
     """
-    records = data if isinstance(data, RecordSet) else open_conversations(data)
+    records = open_conversations(data)  # which gives back what is open already
     encoder, shape = _load(tokenizer)
     kept: list[tuple[int, int]] = []
     truncated, refused = 0, Counter[str]()

@@ -151,12 +151,12 @@ def shipped(path: Path) -> Path:
 
 def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
-    where = f"line {line_of(tree, keys)}: {'.'.join(keys)}: " if keys else ""
+    where = f"line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
     if item["type"] != "extra_forbidden":
-        return f"{where}{item['msg'].removeprefix('Value error, ').lower()}"
+        return ": ".join(filter(None, (where, item["msg"].removeprefix("Value error, ").lower())))
     for parent in keys[:-1]:
         annotation: Any = kind.model_fields[parent].annotation
         models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
         kind = next(model for model in models if issubclass(model, BaseModel))
     closest = difflib.get_close_matches(keys[-1], kind.model_fields, n=1, cutoff=0.0)[0]
-    return f"{where}unknown key; did you mean {closest}?"
+    return f"{where}: unknown key; did you mean {closest}?"
