@@ -15,6 +15,7 @@ from pathlib import Path
 from codeact.base.console import aligned, if_known
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ class Ledger:
             InputError: it is not there, or is something else.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             entries = tuple(_entry(stage) for stage in content["stages"])
             return cls(entries=entries, stale=tuple(content.get("stale", ())))
         except (OSError, ValueError, KeyError, TypeError) as error:

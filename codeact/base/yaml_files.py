@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import safe_recursion
 
 _MOST_VALUES = 100_000
 
@@ -24,6 +25,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+@safe_recursion()
 def read_yaml(path: Path) -> tuple[Any, Any]:
     """Return what a file holds, and its tree of nodes for ``line_of``. JSON is YAML.
 
@@ -45,6 +47,7 @@ def read_yaml(path: Path) -> tuple[Any, Any]:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
+@safe_recursion()
 def read_value(text: str) -> Any:
     """A value as it stands in a file, of one line; text that is no YAML is itself."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import parse_json
 
 
 def chosen_ids(selected: Path) -> pa.Array:
@@ -24,7 +24,7 @@ def chosen_ids(selected: Path) -> pa.Array:
     with selected.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                ids.append(json.loads(line)["id"])
+                ids.append(parse_json(line)["id"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{selected}, line {number}: no chosen row ({error}); select again") from None
     return pa.array(ids, pa.large_string())

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import safe_recursion
 from codeact.data.records import write_jsonl
 from codeact.data.sources import walk
 
@@ -212,6 +213,7 @@ def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: Ha
             yield {"id": row_id, **row, "path": relative, "line": function.lineno}
 
 
+@safe_recursion()
 def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other people's escapes

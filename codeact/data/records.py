@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from codeact.base.files import atomic_path
+from codeact.base.parsing import check_depth
 from codeact.data.forms import Columns, Turn, read_id, read_talk
 from codeact.data.sources import (
     Part,
@@ -313,8 +314,9 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         for row in rows:
             try:
+                check_depth(dict(row))
                 handle.write(json.dumps(dict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            except (TypeError, ValueError, RecursionError) as error:
+            except (TypeError, ValueError) as error:
                 raise refusal(f"row {count} for {path} cannot be written as JSON: {error}") from None
             count += 1
     return count

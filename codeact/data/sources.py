@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import TooDeepError, check_depth, json_depths, parse_json, safe_recursion
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
@@ -38,11 +39,9 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # what `datasets` does not read as rows either
 _LFS_POINTER = b"version https://git-lfs"
 _CHUNK = 1 << 24  # bytes of a file looked at in one go
-_DEPTH = 100  # brackets in brackets of a row
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's own white space; bytes.strip() would also take \v and \f
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]|[-+.\deE]+', re.DOTALL)
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -327,35 +326,20 @@ class _JsonPart:
 def _parse(span: bytes) -> Raw:
     try:
         text = span.decode()
-        _check_depth(text)  # first: where a library has raised the recursion limit, parsing would end the process
-        row = json.loads(text)
+        row = parse_json(text)
         if _ESCAPED_SURROGATE.search(span):  # rare, so the row is only encoded again where an escape asks for it
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start} of the row is not UTF-8")
     except UnicodeEncodeError:
         return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
-    except RecursionError:
+    except TooDeepError:
         return RowError("broken_json", "the row is nested too deeply")
     except json.JSONDecodeError as error:
         return RowError("broken_json", f"not JSON: {error.msg} at character {error.pos + 1} of the row")
     except ValueError:  # Python refuses to read a number of more than 4300 digits
         return RowError("broken_json", "the row holds a number with too many digits")
     return row if isinstance(row, dict) else RowError("not_an_object", f"the row is {kind(row)}, not an object")
-
-
-def _check_depth(text: str) -> None:
-    """Raise a RecursionError for JSON of more brackets in brackets than a later walk through it can bear."""
-    if text.count("[") + text.count("{") > _DEPTH and any(depth > _DEPTH for depth, _ in _depths(text)):
-        raise RecursionError("it is nested too deeply")
-
-
-def _depths(text: str, position: int = 0) -> Iterator[tuple[int, int]]:
-    """After every token of JSON from ``position`` on: how many brackets are open, and where the token ends."""
-    depth = 0
-    for token in _JSON_TOKEN.finditer(text, position):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        yield depth, token.end()
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -397,6 +381,7 @@ def _index_lines(path: Path) -> tuple[_Int64, _Int64]:
     return np.concatenate([*starts, [offset]]).astype(np.int64), np.concatenate(blank_lines).astype(np.int64)
 
 
+@safe_recursion()
 def _index_array(file: _File) -> _Int64:
     """Bounds of the elements of the one array that the file holds; the objects read on the way are let go at once."""
     # Bytes that are not UTF-8 become single surrogates here and are found again in their own row.
@@ -434,7 +419,7 @@ def _value_end(text: str, position: int) -> int:
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError):
-        for depth, end in _depths(text, position):
+        for depth, end in json_depths(text, position):
             if depth == 0:
                 return end
         raise json.JSONDecodeError("A bracket is not closed", text, position) from None
@@ -495,12 +480,11 @@ def _checked(row: object) -> Raw:
     try:
         # What pandas makes of a list column is an array of NumPy.
         plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-        text = json.dumps(plain, ensure_ascii=False, default=str)
-        text.encode()
-        _check_depth(text)
+        check_depth(plain)
+        json.dumps(plain, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return RowError("invalid_utf8", "the row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text")
-    except (RecursionError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return RowError("wrong_type", f"the row is nothing that JSON could hold: {error}")
     return plain
 

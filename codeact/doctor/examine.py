@@ -17,6 +17,7 @@ from pathlib import Path
 
 from codeact import __version__
 from codeact.base.console import aligned
+from codeact.base.parsing import parse_json
 from codeact.doctor.probes import ITEMS, Item
 
 SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
@@ -111,7 +112,7 @@ def _lines(out: bytes | None) -> list[dict[str, str]]:
     lines = []
     for line in (out or b"").splitlines():
         with suppress(ValueError):
-            lines.append(json.loads(line))
+            lines.append(parse_json(line))
     return lines
 
 

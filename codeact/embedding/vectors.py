@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from codeact.base.console import Progress
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def read_embeddings(path: str | Path) -> EmbeddingTable:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{sidecar} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
     try:
-        header = json.loads(stored[_METADATA_KEY])
+        header = parse_json(stored[_METADATA_KEY])
         version, digest = header["version"], header["npy_digest"]
         metadata = EmbeddingMetadata(**{field.name: header[field.name] for field in fields(EmbeddingMetadata)})
     except (KeyError, TypeError, ValueError):

@@ -7,12 +7,12 @@ work by the size of that, and no code of the program takes part.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from codeact.base.parsing import parse_json
 from codeact.evaluation.problems import Problem
 from codeact.evaluation.sandbox.runner import decode
 
@@ -68,7 +68,7 @@ class Judge:
         if len(line) > _SPARE_BYTES + 8 * len(expected) or _values(line) > _SPARE_VALUES + 8 * _values(expected):
             return False  # no right result holds so much more, and reading it would cost memory
         try:
-            wire, wanted = json.loads(line)["value"], decode(json.loads(expected)["value"])
+            wire, wanted = parse_json(line)["value"], decode(parse_json(expected)["value"])
             return self._passes(arguments, wire, wanted, self._problem.tolerance or (_FLOAT_TOLERANCE * after_floats))
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError):
             return False  # no result that a decent program writes

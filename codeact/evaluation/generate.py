@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.machine import free_memory
+from codeact.base.parsing import read_json
 from codeact.evaluation.problems import ProblemSet
 from codeact.evaluation.programs import SampleLog, discard_samples
 from codeact.evaluation.prompts import Prompt, PromptWriter
@@ -261,7 +262,7 @@ def _claim(
     known: dict[str, Any] = {}
     if output.is_file() and output.stat().st_size and not overwrite:
         try:
-            known = json.loads(notes.read_text(encoding="utf-8"))
+            known = read_json(notes)
         except (OSError, ValueError):
             raise InputError(
                 f"{output} is there, but not the settings it was made with ({notes.name}); choose another --output, "

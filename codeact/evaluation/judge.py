@@ -14,6 +14,7 @@ from typing import Any
 from codeact.base.console import visible
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, cache_path
+from codeact.base.parsing import parse_json
 from codeact.evaluation.compare import Judge, is_floats, result_form
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.sandbox.runner import decode, encode
@@ -110,7 +111,7 @@ class GroundTruth:
         try:
             with gzip.open(self._path(problem)) as file:
                 first, *expected = file.read().splitlines()
-            header = json.loads(first)
+            header = parse_json(first)
         except (OSError, EOFError, ValueError, zlib.error):
             self._compute(problem)
             return self.tests(problem)
@@ -148,7 +149,7 @@ def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list
         sandbox.run(check, keep, total=_REFERENCE_TOTAL, most_bytes=_REFERENCE_BYTES)
         if lines[-1:] != [_DONE]:
             raise InputError(f"{problem.task_id}: its test program fails on the canonical solution: {lines[-1:]}")
-        header["inputs"] = inputs = [json.loads(line)["arguments"] for line in lines[:-1]]
+        header["inputs"] = inputs = [parse_json(line)["arguments"] for line in lines[:-1]]
         lines.clear()
     else:
         inputs = [encode(arguments) for arguments in problem.base_input]
@@ -171,8 +172,8 @@ def _reference(problem: Problem, sandbox: Sandbox) -> tuple[dict[str, Any], list
         last = lines[-1][:200] if lines else b"nothing"
         raise InputError(f"{problem.task_id}: the canonical solution fails in the sandbox: {last!r}")
     expected, seconds = lines[:-1:2], lines[1:-1:2]
-    floats = [not line.startswith(_DIGEST) and is_floats(decode(json.loads(line)["value"])) for line in expected]
-    header["seconds"] = [round(json.loads(line)["seconds"], 6) for line in seconds]
+    floats = [not line.startswith(_DIGEST) and is_floats(decode(parse_json(line)["value"])) for line in expected]
+    header["seconds"] = [round(parse_json(line)["seconds"], 6) for line in seconds]
     header["floats"] = [*itertools.accumulate(floats[:base], max), *itertools.accumulate(floats[base:], max)]
     return header, expected
 
@@ -225,11 +226,11 @@ def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: b
 def _told_failure(line: bytes) -> tuple[str, str]:
     """What the program's own process says about its failure."""
     try:
-        row = json.loads(line[:_LONGEST_MESSAGE])
+        row = parse_json(line[:_LONGEST_MESSAGE])
         kind = row.get("load", row.get("error"))
         if kind in KINDS[1:]:
             return kind, visible(str(row.get("message"))[:300])
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         pass
     return "crash", "its results cannot be read"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import json
 import os
 import time
 import urllib.parse
@@ -19,6 +18,7 @@ from typing import Any
 from codeact.base.console import say
 from codeact.base.errors import InputError, one_of
 from codeact.base.files import atomic_path, cache_path
+from codeact.base.parsing import parse_json
 
 DATASETS = ("humaneval", "mbpp")
 _FILES = {"humaneval": ("HumanEvalPlus", "HumanEval"), "mbpp": ("MbppPlus",)}
@@ -109,8 +109,8 @@ def load_problems(
         if not line.strip():
             continue
         try:
-            problems.append(_problem(dataset, json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(_problem(dataset, parse_json(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {_remedy(dataset)}"
             ) from None

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from codeact.base.console import counted, say, visible
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import parse_json
 from codeact.evaluation.problems import Problem
 
 
@@ -101,8 +102,8 @@ def _once(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # a ValueError too: a number of 5,000 digits
+            row = parse_json(line)
+        except ValueError as error:  # a ValueError too: a number of 5,000 digits
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
             raise InputError(f"{path}, line {number}: no JSON ({reason}); mend or remove it") from None
         if not isinstance(row, dict):

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from codeact.base.parsing import safe_recursion
+
 _TOKEN = re.compile(
     r"""(?P<triple>\"{3}|'{3})|(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|(?P<comment>\#[^\n]*)"""
     r"""|(?P<open>[\[({])|(?P<close>[\])}])|(?P<joined>\\\n)|(?P<newline>\n)|(?P<stray>["'])""",
@@ -256,6 +258,7 @@ class _Source:
         self._spare -= position - self._starts[first]
         return first
 
+    @safe_recursion()
     def parse(self, first: int, end: int) -> tuple[list[_Statement], int]:
         """Parse the lines of a statement; where its end is broken, without it. Returns statements and lines used."""
         cut = end
@@ -295,6 +298,7 @@ def _statement(source: str, node: ast.stmt, alone: bool) -> _Statement:
     return _Statement(text, node, frozenset(binds), frozenset(uses), frozenset(sets), frozenset(calls))
 
 
+@safe_recursion()
 def _names(text: str, node: ast.stmt) -> tuple[set[str], set[str], set[str]]:
     """What a statement binds at the top level, what it needs of others, and what a function in it binds there."""
     try:

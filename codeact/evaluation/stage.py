@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
+from codeact.base.parsing import read_json
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
@@ -230,7 +230,7 @@ class Generate(_Part):
         from codeact.evaluation.programs import read_rows
 
         for samples in sorted((output / "programs" / self.part).glob("*.jsonl")):
-            settings = json.loads(samples.with_name(f"{samples.name}.settings.json").read_text(encoding="utf-8"))
+            settings = read_json(samples.with_name(f"{samples.name}.settings.json"))
             rows = read_rows(samples)
             tasks = len({row["task_id"] for row in rows})
             rows_in = tasks * settings["samples"]
@@ -278,7 +278,7 @@ class Evaluate(_Part):
     def account(self, output: Path) -> Iterator[Entry]:
         """Programs -> those that pass."""
         for path in sorted((output / "evaluation" / self.part).glob("*_eval.json")):
-            verdicts = json.loads(path.read_text(encoding="utf-8"))["samples"].values()
+            verdicts = read_json(path)["samples"].values()
             outcomes = Counter(item["plus"] or item["base"] for of_task in verdicts for item in of_task)
             yield Entry(
                 stage=self.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import read_json
 from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts
 
 
@@ -54,7 +54,7 @@ def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
     length = int(getattr(config, "max_position_embeddings", 512))
     with suppress(OSError, ValueError, TypeError, KeyError):
         path = Path(name).expanduser() / "sentence_bert_config.json"
-        length = int(json.loads(path.read_text(encoding="utf-8"))["max_seq_length"])
+        length = int(read_json(path)["max_seq_length"])
     return _facts_of(name, config, f"{name}: its config.json", causal=False), length, name
 
 

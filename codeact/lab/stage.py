@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from codeact.base.console import say
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import read_json
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.embedding.stage import EMBEDDINGS_FILE
@@ -89,7 +90,7 @@ class Lab(Stage):
             with atomic_path(paths[trial]) as temporary:
                 temporary.write_text(json.dumps(result), encoding="utf-8")
             longest = max(longest, time.monotonic() - start)
-        results = {trial: json.loads(path.read_text("utf-8")) for trial, path in paths.items() if path.exists()}
+        results = {trial: read_json(path) for trial, path in paths.items() if path.exists()}
         comparison = compare(settings, results)
         page = run.output / LAB_FOLDER / "lab.md"
         with atomic_path(page) as temporary:
@@ -202,7 +203,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
     with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
         result = train_from_settings(chosen)
     gc.collect()  # what was trained holds on to itself in circles
-    known = json.loads((work / "model" / "training.json").read_text(encoding="utf-8"))
+    known = read_json(work / "model" / "training.json")
     losses = _losses(run.model, result.output, chosen.model.lora, chosen, pool.held_out)
     shutil.rmtree(work)
     return {

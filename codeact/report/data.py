@@ -6,7 +6,6 @@ model/cost.json model/training.json evaluation/{before,after}/NAME-sanitized_eva
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
+from codeact.base.parsing import read_json
 from codeact.padding.strategies import StrategyStats, strategy_of
 from codeact.report.rows import read_report_rows
 
@@ -162,14 +162,14 @@ _R = TypeVar("_R", bound=_Record)
 
 def _read(path: Path, kind: type[_R]) -> _R | None:
     try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return TypeAdapter(kind).validate_python(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the whole"
         raise InputError(f"{path} is damaged: {where}: {problem['msg'].lower()}; run its stage again") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {' '.join(str(error).split())}; run its stage again") from None
 
 

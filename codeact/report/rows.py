@@ -5,7 +5,6 @@ Numbers are kept as 25 bytes a row; of the chosen conversations only those that 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import parse_json
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -194,11 +194,11 @@ def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
         turns = tuple((str(turn["role"]), str(turn["content"])) for turn in content["conversation"])
         cluster = content.get("cluster")
         return Example(row=row, id=str(content["id"]), ifd=float(content["ifd"]), cluster=cluster, turns=turns)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__} {error}"
         raise InputError(f"{path}, line {number + 1} is damaged: {what}; run stage select again") from None
 

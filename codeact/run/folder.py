@@ -27,6 +27,7 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.machine import machine_facts, peak_memory, reset_peaks, versions
+from codeact.base.parsing import read_json
 from codeact.base.stage import Lines, Run, Stage
 
 FORMAT = 1
@@ -45,7 +46,7 @@ class RunFolder:
         self._path = folder / "run.json"
         self._content: dict[str, Any] = {"format": FORMAT, "stages": {}}
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = read_json(self._path)
             content["stages"].items()
         except FileNotFoundError:
             return
@@ -188,7 +189,7 @@ class RunFolder:
         if aside.exists():
             self._move(stage.outputs, aside, self.folder)
             with suppress(OSError, ValueError):
-                self._content["stages"][stage.name] = json.loads((aside / "record.json").read_text(encoding="utf-8"))
+                self._content["stages"][stage.name] = read_json(aside / "record.json")
                 self._write()
             shutil.rmtree(aside)
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, remove_leftovers
+from codeact.base.parsing import parse_json, read_json
 from codeact.data.records import RecordSet
 from codeact.scoring.table import SCHEMA
 from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
@@ -270,7 +271,7 @@ class ScoreFolder:
             metadata = pq.read_schema(path).metadata or {}
         except (OSError, pa.ArrowInvalid) as error:
             raise InputError(f"{path} is damaged ({error}): delete it and score again") from None
-        facts: dict[str, Any] = json.loads(metadata.get(_METADATA_KEY, b"{}"))
+        facts: dict[str, Any] = parse_json(metadata.get(_METADATA_KEY, b"{}"))
         if facts.get("hash") != self.hash:
             raise InputError(
                 f"{path} was made with other settings (hash {facts.get('hash')}, this run {self.hash}): delete it and "
@@ -320,7 +321,7 @@ def _rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Ca
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(path)
         manifest["hash"], manifest["settings"]["data"]["rows"], manifest["settings"]["shard_size"]
     except (FileNotFoundError, NotADirectoryError):
         return None

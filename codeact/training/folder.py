@@ -15,6 +15,7 @@ import transformers
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
+from codeact.base.parsing import parse_json, read_json
 from codeact.data.sources import absolute_name
 from codeact.training.data import TrainingData, token_count
 from codeact.training.flags import TrainSettings
@@ -68,7 +69,7 @@ def finished(settings: TrainSettings, data: TrainingData) -> TrainResult | None:
     if settings.trainer.overwrite_output_dir or not (list(folder.glob("*.safetensors")) and merged.is_dir()):
         return None
     try:
-        known = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        known = read_json(folder / "training.json")
         if known["settings"] != _decisive(settings, data) or known["result"] is None:
             return None
         return TrainResult(**{**known["result"], "output": folder})
@@ -78,7 +79,7 @@ def finished(settings: TrainSettings, data: TrainingData) -> TrainResult | None:
 
 def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
     try:
-        content = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        content = read_json(folder / "training.json")
         known = content["settings"]
         if content["result"] is None and _last_checkpoint(folder) is None:
             known = wanted  # stopped before it made anything
@@ -106,7 +107,7 @@ def _decisive(settings: TrainSettings, data: TrainingData) -> dict[str, Any]:
     of_data = {key: getattr(settings.data, key) for key in ("eval_ratio", "model_type", "on_overflow")}
     trainer = {key: getattr(settings.trainer, key) for key in _DECISIVE}
     values = {"data": data.fingerprints, **of_data, **model, **dataclasses.asdict(settings.packs), **trainer}
-    return dict(json.loads(json.dumps(values, default=str)))
+    return dict(parse_json(json.dumps(values, default=str)))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -114,7 +115,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            read_json(path / "trainer_state.json")
         except (OSError, ValueError):
             continue
         return str(path)

@@ -5,7 +5,6 @@ Estimates, on the careful side.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB
+from codeact.base.parsing import parse_json, read_json
 from codeact.ops.flops import Memory, ModelFacts, ModelShape, ParameterCounts
 
 FUSED_LOSS_BYTES = 4 * 4 * 2**25
@@ -252,7 +252,7 @@ def _sharding(flags: Any, processes: int) -> str:
     name = str(flags.deepspeed)
     if name not in ("zero1", "zero2", "zero3"):
         try:
-            content = json.loads(name if "{" in name else Path(name).read_text(encoding="utf-8"))
+            content = parse_json(name) if "{" in name else read_json(Path(name))
             name = f"zero{int(content['zero_optimization']['stage'])}"
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"train: cannot read the stage of deepspeed {name}: {error}") from None

@@ -14,6 +14,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.ledger import Entry, changes
 from codeact.base.machine import usable_cpus
+from codeact.base.parsing import read_json
 from codeact.base.stage import Lines, Run, Stage
 
 MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
@@ -123,5 +124,5 @@ class Train(Stage):
 
 
 def _record(output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / MODEL_FOLDER / "training.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(output / MODEL_FOLDER / "training.json")
     return content

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import ast
+import decimal
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -157,7 +159,9 @@ def test_an_example_of_use_is_left_out(usage: str) -> None:
         "from decimal import getcontext\ngetcontext().prec = 50\nM = 1",
     ],
 )
-def test_what_fills_a_global_is_kept(filling: str) -> None:
+def test_what_fills_a_global_is_kept(filling: str, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    request.addfinalizer(partial(decimal.setcontext, decimal.getcontext().copy()))
     code = f"{filling}\ndef f(x):\n    return M"
     unused = "N = []\nN.append(input())\nprint(f(1))"
     state = {}
