@@ -44,7 +44,7 @@ demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
 test: models sandbox browser
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # Compiled once for each instruction set, and the linker keeps one copy of an inline function of the standard library.
 includes:
