@@ -40,6 +40,11 @@ class TrainingData:
 
     @classmethod
     def read(cls, settings: TrainSettings, tokenizer: Any) -> TrainingData:
+        """Tokenize the conversations, and hold some out.
+
+        Raises:
+            InputError: none of them can be trained on, or none evaluated on.
+        """
         records = _open(settings.data, settings.data.data_path or "")
         results = _encode(records, settings, tokenizer)
         samples = [result for result in results if isinstance(result, Sample)]
