@@ -41,19 +41,12 @@ class Finding:
 def examine(seconds: float = SECONDS) -> list[Finding]:
     """Look at everything; no library that crashes or hangs (for longer than ``seconds``) ends it."""
     results = _run_probes(list(ITEMS), seconds)
-    has_gpu = results["gpu"]["state"] == "yes"
-    return [_finding(item, results[name], has_gpu) for name, item in ITEMS.items()]
+    return [_finding(item, results[name]) for name, item in ITEMS.items()]
 
 
-def _finding(item: Item, result: dict[str, str], has_gpu: bool) -> Finding:
-    state, detail = result["state"], result["detail"]
-    command = {"no": item.command, "broken": item.mend or item.command}.get(state, "")
-    if state == "no" and not has_gpu:
-        if result["probe"] == "gpu":
-            detail, command = "none; everything runs on the CPU", ""
-        elif item.gpu:
-            detail = "of use with a GPU only"
-    return Finding(item.name, state, item.purpose, detail, command, item.vital)
+def _finding(item: Item, result: dict[str, str]) -> Finding:
+    command = {"no": item.command, "broken": item.mend or item.command}.get(result["state"], "")
+    return Finding(item.name, result["state"], item.purpose, result["detail"], command, item.vital)
 
 
 def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, str]]:
@@ -65,11 +58,10 @@ def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, str]]:
         lines, ended = _run_process(left, until - time.monotonic())
         results |= {line["probe"]: line for line in lines}
         left = [name for name in left if name not in results]
-        if left:
+        if left:  # slow is not broken: the first import after an installation, from a busy disk, may take minutes
+            state = "unknown" if time.monotonic() >= until else "broken"
             crashed = left.pop(0)  # they are tried in order
-            # Slow is not broken: the first import after an installation, from a busy disk, may take minutes.
-            late = time.monotonic() >= until
-            results[crashed] = {"probe": crashed, "state": "unknown" if late else "broken", "detail": ended}
+            results[crashed] = {"probe": crashed, "state": state, "detail": ended}
     return results
 
 

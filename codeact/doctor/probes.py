@@ -115,13 +115,13 @@ def problems() -> str:
     """Files of the problems, where they are looked for."""
     from codeact.evaluation.problems import DATASETS, downloaded_file, find_in_folder
 
-    if folder := os.environ.get("CODEACT_EVAL_DATA"):
-        found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}
-        if not any(found.values()):
-            raise RuntimeError(f"CODEACT_EVAL_DATA={folder} holds none")
-        here = [path.name for path in found.values() if path]
-        return ", ".join([*here, *(f"no {dataset}" for dataset, path in found.items() if not path)])
-    return ", ".join(path.name for path in map(downloaded_file, DATASETS) if path.is_file())
+    folder = os.environ.get("CODEACT_EVAL_DATA")
+    if not folder:
+        return ", ".join(path.name for path in map(downloaded_file, DATASETS) if path.is_file())
+    found = {dataset: find_in_folder(dataset, folder) for dataset in DATASETS}
+    if not any(found.values()):
+        raise RuntimeError(f"CODEACT_EVAL_DATA={folder} holds none")
+    return ", ".join(path.name if path else f"no {dataset}" for dataset, path in found.items())
 
 
 def sandbox() -> str:
@@ -210,7 +210,7 @@ ITEMS = {
     "torch": Item("PyTorch", torch, "all stages", _extra("score"), vital=True),
     "transformers": Item("transformers", _SCORE, "all stages", _extra("score"), vital=True),
     "sentence-transformers": Item("sentence-transformers", _EMBED, "embed, select", _extra("select")),
-    "gpu": Item("GPU", gpu, "speed", _TORCH),
+    "gpu": Item("GPU", gpu, "speed; all runs without", "", mend=_TORCH),
     "triton": Item("triton", triton, "NLL on the GPU", _extra("gpu"), gpu=("triton",)),
     "flash-attn": Item("flash-attn", library("flash_attn"), "attention on the GPU", _FLASH, gpu=("flash-attn",)),
     "cuml": Item("cuml, cupy", _CUML, "clustering on the GPU", _extra("gpu"), gpu=("cuml-cu13", "cuml-cu12", "cuml")),
@@ -233,9 +233,10 @@ ITEMS = {
 
 def run_probe(name: str) -> dict[str, str]:
     """Run one probe; whatever it raises is its result."""
+    item, detail = ITEMS[name], ""
     try:
-        item = ITEMS[name]
         if item.gpu and not _has_gpu():
+            detail = "of use with a GPU only"
             state, detail = "idle", f"{_installed(*item.gpu)}; no device"
         else:
             detail = item.probe()
@@ -243,7 +244,7 @@ def run_probe(name: str) -> dict[str, str]:
     except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as error:
         missing = str(error.name or "")
         absent = missing.partition(".")[0] in {name, name.replace("-", "_"), "torch"}  # which has a line of its own
-        state, detail = ("no", "") if absent else ("broken", f"it needs {missing}, which is not installed")
+        state, detail = ("no", detail) if absent else ("broken", f"it needs {missing}, which is not installed")
     except BaseException as error:  # a library may well raise SystemExit, and the next one is to be looked at
         text = " ".join(str(error).split())
         state, detail = "broken", f"{type(error).__name__}: {text}"[:200].rstrip(": ")
