@@ -28,7 +28,9 @@ DRAWN = 2_500
 _FITTED = 20_000  # vectors that the axes of the map are found from
 _SHOWN = 3  # examples of each kind
 _PART = 1 << 20  # rows of a table that are in memory at a time
-_TABLE = "scores/scores.parquet"
+SCORE_TABLE = "scores/scores.parquet"
+"""The first file of them all."""
+
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 
@@ -74,7 +76,7 @@ class Rows:
     """
 
     def __init__(self, folder: Path) -> None:
-        path, selected = folder / _TABLE, folder / "selected.rows.parquet"
+        path, selected = folder / SCORE_TABLE, folder / "selected.rows.parquet"
         with _reading(path):
             count = int(pq.read_metadata(path).num_rows)
             self.status, self.reasons = Counter[str](), Counter[str]()
@@ -122,11 +124,6 @@ class Rows:
             done = part.stop
         if done != rows:
             raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
-
-
-def read_report_rows(folder: Path) -> Rows | None:
-    """Read what the stages score, embed and select wrote; None before the first. Errors: see ``Rows``."""
-    return Rows(folder) if (folder / _TABLE).exists() else None
 
 
 def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
