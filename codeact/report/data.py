@@ -165,12 +165,12 @@ def _read(path: Path, kind: type[_R]) -> _R | None:
         return TypeAdapter(kind).validate_python(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the whole"
-        raise InputError(f"{path} is damaged: {where}: {problem['msg'].lower()}; run its stage again") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}; run its stage again") from None
+        what = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            what = f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg'].lower()}"
+        raise InputError(f"{path} is damaged: {what}; run its stage again") from None
 
 
 def _read_lengths(path: Path) -> NDArray[np.int64] | None:

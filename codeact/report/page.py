@@ -54,13 +54,11 @@ def write_report(folder: Path) -> Path:
     )
     environment.filters |= {"unbroken": _unbroken, "counted": counted}
     sentence, tiles = _head(run)
-    title, version = f"codeact run {folder.resolve().name}", run.record.codeact
-    shown = {"title": title, "sentence": sentence, "tiles": tiles, "sections": sections, "codeact": version}
-    page = environment.get_template("page.html").render(shown)
-    target = folder / "report.html"
-    with atomic_path(target) as temporary:
+    shown = {"title": f"codeact run {folder.resolve().name}", "codeact": run.record.codeact, "sentence": sentence}
+    page = environment.get_template("page.html").render(**shown, tiles=tiles, sections=sections)
+    with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
-    return target
+    return folder / "report.html"
 
 
 def _text(value: Any) -> Any:

@@ -191,6 +191,8 @@ def cluster_map(rows: Rows, plane: Map) -> Plot:
 
 def length_histogram(rows: Rows) -> Plot | None:
     """Rows by tokens of question and answer."""
+    from matplotlib.ticker import LogLocator
+
     usable = rows.tokens > 0
     tokens = rows.tokens[usable].astype(np.float64)
     if not len(tokens):
@@ -205,8 +207,9 @@ def length_histogram(rows: Rows) -> Plot | None:
     _histogram(axes, tokens, chosen, edges)
     axes.axvline(middle, color=COLOURS["ink"], linewidth=1, linestyle=(0, (1.2, 1.6)))
     if logarithmic:
-        axes.set_xscale("log")
-        _log_ticks(axes, edges[0], edges[-1])
+        axes.set_xscale("log", subs=())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 300 * edges[0] else (1, 3)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel=f"tokens of question and answer{' (logarithmic)' if logarithmic else ''}", ylabel="rows")
     text = (
         f"The median row has {middle:,.0f} tokens (dotted line), one in twenty more than "
@@ -432,14 +435,6 @@ def _ifd_axis(axes: Axes, ylabel: str) -> None:
 def _no_left_axis(axes: Axes) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-
-
-def _log_ticks(axes: Axes, low: float, high: float) -> None:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    many, few = ([m * 10.0**d for d in decades for m in ms if low <= m * 10.0**d <= high] for ms in ((1, 2, 5), (1, 3)))
-    axes.set_xticks(many if len(many) <= 8 else few)
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _name_clusters(axes: Axes, centres: dict[int, FloatArray]) -> None:

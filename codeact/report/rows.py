@@ -105,11 +105,9 @@ class Rows:
             self.ifd[part] = np.where(np.isfinite(scores), scores, np.nan)
             self.tokens[part] = _numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32())
             with np.errstate(divide="ignore", invalid="ignore"):
-                for mean, total, scored in (
-                    (self.cond, "cond_nll_sum", "scored_tokens"),
-                    (self.uncond, "uncond_nll_sum", "uncond_scored_tokens"),
-                ):
-                    mean[part] = _numpy(table[total], pa.float64()) / _numpy(table[scored], pa.int64())
+                scored, alone = (_numpy(table[f"{of}scored_tokens"], pa.int64()) for of in ("", "uncond_"))
+                self.cond[part] = _numpy(table["cond_nll_sum"], pa.float64()) / scored
+                self.uncond[part] = _numpy(table["uncond_nll_sum"], pa.float64()) / alone
 
     def _read_selected(self, path: Path, rows: int) -> None:
         self.length = (pq.read_schema(path).metadata or {}).get(b"length", b"").decode("utf-8", "replace")
@@ -171,22 +169,13 @@ def _examples(path: Path, ifd: FloatArray, chosen: Any) -> tuple[tuple[Example, 
     shown = min(_SHOWN, len(ranked) // 2) or min(1, len(ranked))
     highest = ranked[np.lexsort((ranked, -values))[:shown]]
     lowest = ranked[np.lexsort((ranked, values))[: min(shown, len(ranked) - shown)]]
-    wanted = sorted({*highest.tolist(), *lowest.tolist()})
-    lines = dict(zip(wanted, _lines(path, wanted), strict=True))
-    made = {at: _example(path, at, int(rows[at]), lines[at]) for at in wanted}
+    wanted = {*highest.tolist(), *lowest.tolist()}
+    with path.open("rb") as file:  # of the other lines only the ends are looked for
+        lines = {at: line for at, line in enumerate(islice(file, max(wanted, default=-1) + 1)) if at in wanted}
+    if len(lines) < len(wanted):
+        raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
+    made = {at: _example(path, at, int(rows[at]), line) for at, line in lines.items()}
     return tuple(made[at] for at in highest.tolist()), tuple(made[at] for at in lowest.tolist())
-
-
-def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
-    """The lines of these numbers, ascending; of the others only the ends are looked for."""
-    at = 0
-    with path.open("rb") as file:
-        for number in wanted:
-            line = next(islice(file, number - at, None), None)
-            if line is None:
-                raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
-            at = number + 1
-            yield line
 
 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:
