@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from codeact.base.console import aligned
+from codeact.base.console import Progress, aligned
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB, free_memory
@@ -63,8 +64,7 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    for callback in (_Log,) if arguments.disable_tqdm else (_Log, _Bar):
-        trainer.add_callback(callback())
+    trainer.add_callback(_Shown(bar=not arguments.disable_tqdm))
     needs, tokens = Memory({}), trainer.largest_pass()
     if facts is not None and not sharding_asked_for(arguments):  # else DeepSpeed or FSDP decides what a rank holds
         flags = settings.flags(fused_loss=trainer.fused)
@@ -199,18 +199,25 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
 
 
-class _Bar(ProgressCallback):  # type: ignore[misc]
-    """Trainer's bar of steps, and no other."""
+class _Shown(TrainerCallback):  # type: ignore[misc]
+    """How far it is, and a log as one short line instead of a dictionary; the loggers get everything."""
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Show no second bar."""
+    def __init__(self, bar: bool) -> None:
+        self._bar, self._stack = bar, ExitStack()
 
-    def on_log(self, *_: Any, **__: Any) -> None:
-        """Leave the log to ``_Log``."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show what is left of the steps."""
+        shown = self._bar and state.is_world_process_zero
+        bar = Progress(state.max_steps - state.global_step, "steps", "training", show=shown)
+        self._step = self._stack.enter_context(bar)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One more is done."""
+        self._step(1)
 
-class _Log(TrainerCallback):  # type: ignore[misc]
-    """A log as one short line instead of a dictionary; the loggers get everything."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the terminal to others."""
+        self._stack.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Print what a person looks at."""
