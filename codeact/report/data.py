@@ -19,7 +19,8 @@ from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
 from codeact.base.parsing import read_json
 from codeact.padding.strategies import StrategyStats, strategy_of
-from codeact.report.rows import SCORE_TABLE, Rows
+from codeact.report.rows import Rows
+from codeact.scoring.stage import TABLE
 
 
 class _Record(BaseModel):
@@ -145,7 +146,7 @@ class RunData:
             raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
         self.record = record
         self.ledger = Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None
-        self.rows = Rows(folder) if (folder / SCORE_TABLE).exists() else None
+        self.rows = Rows(folder) if (folder / TABLE).exists() else None
         self.packs = _read(folder / "pack_stats.json", PackFigures)
         self.lengths = _read_lengths(folder / "pack_lengths.npy")
         self.cost = _read(folder / "model" / "cost.json", Cost)

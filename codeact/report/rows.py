@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
+from codeact.scoring.stage import TABLE
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -28,8 +29,6 @@ DRAWN = 2_500
 _FITTED = 20_000  # vectors that the axes of the map are found from
 _SHOWN = 3  # examples of each kind
 _PART = 1 << 20  # rows of a table that are in memory at a time
-SCORE_TABLE = "scores/scores.parquet"
-"""The first file of them all."""
 
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
@@ -76,7 +75,7 @@ class Rows:
     """
 
     def __init__(self, folder: Path) -> None:
-        path, selected = folder / SCORE_TABLE, folder / "selected.rows.parquet"
+        path, selected = folder / TABLE, folder / "selected.rows.parquet"
         with _reading(path):
             count = int(pq.read_metadata(path).num_rows)
             self.status, self.reasons = Counter[str](), Counter[str]()
