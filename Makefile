@@ -7,12 +7,13 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check includes constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test check docs includes constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
 	@echo "make test    all tests"
-	@echo "make check   lint, types, format, sanitizers over the C++"
+	@echo "make check   lint, types, format, pages, sanitizers over the C++"
+	@echo "make docs    the pages and the public names by their docstrings, as a site: build/docs/index.html"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
 
 $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -52,7 +53,11 @@ includes:
 	  grep -vE '(<(immintrin\.h|cstdint|cstddef)>|"[a-z0-9_/]+\.inc\.hpp")[[:space:]]*(//.*)?$$' || \
 	  { echo "codeact: a *.inc.hpp includes the standard library"; exit 1; }
 
-check: $(BIN)/codeact includes
+# A link that leads nowhere, a docstring of an argument that is not there: each fails.
+docs: $(BIN)/codeact
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+check: $(BIN)/codeact includes docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -117,11 +117,6 @@ def group_folders(controller: str) -> Iterator[Path]:
                     yield parent
 
 
-def resident_memory() -> int:
-    """Bytes of memory that this process holds now; an OSError where the system is not Linux."""
-    return _status("VmRSS")
-
-
 def reset_peaks(device: torch.device | None = None) -> str:
     """Forget peaks of memory from before; returns since when the resident set's peak counts."""
     if device is not None and device.type == "cuda":

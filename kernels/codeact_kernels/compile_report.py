@@ -86,13 +86,15 @@ class NamedChip:
         self._target = target
 
     def get_current_target(self) -> GPUTarget:
+        """The chip to compile for."""
         return self._target
 
     def get_current_device(self) -> str:
-        # Triton keeps what it compiled by device: one for every chip.
+        """One for every chip: Triton keeps what it compiled by device."""
         return str(self._target)
 
     def get_current_stream(self, device: str) -> int:
+        """Nothing is launched on it."""
         return 0
 
 
@@ -209,6 +211,7 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main() -> None:
+    """Compile every kernel for every chip; the exit code is 1 where one has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
