@@ -171,8 +171,8 @@ def merge(
     scores = ScoreFolder.open(folder)
     _print_scores(folder, scores.merge())
     if paper_json is not None:
-        count = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
-        print(f"{count:,} rows in {paper_json}")
+        count, failed = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
+        print(f"{count:,} rows in {paper_json}" + (f", {failed:,} of them failed and with IFD 0" if failed else ""))
 
 
 @command()

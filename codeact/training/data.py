@@ -91,6 +91,9 @@ class TrainingData:
             ("  dropped", f"{sum(counts.refused.values()):,} ({dropped})"),
             ("  cut", f"{counts.truncated:,} to the maximum length, by {counts.cut_tokens:,} tokens"),
         ]
+        if counts.changed:
+            text = f"{counts.changed:,} earlier answers, which the chat template changes (leaves out their reasoning)"
+            lines.append(("  not learnt", text))
         if self.held_out_counts is not None:
             lost = sum(self.held_out_counts.refused.values())
             cut = f"{lost:,} dropped and {self.held_out_counts.truncated:,} cut"
