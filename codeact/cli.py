@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from codeact import __version__
 from codeact.base.console import aligned
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, MissingExtraError, in_command
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
 from codeact.data.settings import DataSettings
@@ -379,6 +379,11 @@ def main() -> None:
     logging.getLogger("codeact").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
     signal.signal(signal.SIGTERM, _terminate)
+    with in_command():
+        _run()
+
+
+def _run() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 128 + signal.SIGINT:  # newer typers' word for it

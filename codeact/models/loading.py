@@ -135,6 +135,12 @@ def _refused(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
 
 
+def positions_of(config: Any) -> int | None:
+    """Most tokens of a sequence by a model's configuration; None: it names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model's folder or hub name.
 

@@ -149,7 +149,7 @@ def _told_of(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error.args[0]}") from None
 
 
 def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
@@ -159,7 +159,7 @@ def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
     try:
         return _settings(parser, [*_flags(parser, content), *argv])
     except InputError as error:
-        raise InputError(located(str(error), path, tree)) from None
+        raise InputError(located(error.args[0], path, tree)) from None
 
 
 def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:

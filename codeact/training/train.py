@@ -24,7 +24,7 @@ from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
-from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
+from codeact.models.loading import load_causal_lm, load_tokenizer, positions_of, quiet_transformers
 from codeact.ops.flops import ModelShape
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
@@ -107,7 +107,7 @@ def _model(settings: TrainSettings) -> Any:
     name = wanted.model_name_or_path or ""
     quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
     model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions and settings.packs.max_seq_len > positions:
         raise InputError(
             f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"

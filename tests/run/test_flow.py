@@ -190,21 +190,21 @@ def test_a_result_that_somebody_changed_is_not_overwritten(codeact, config):
         (
             {"train": {"lora": True, "learning_rat": 1}},
             "learning_rat",
-            "train: unknown flag --learning_rat; did you mean",
+            "train: unknown flag learning_rat; did you mean",
         ),
-        ({"train": {"learning_rate": "high"}}, "learning_rate", "train: argument --learning_rate"),
+        ({"train": {"learning_rate": "high"}}, "learning_rate", "train: argument learning_rate"),
         ({"train": {"output_dir": "x"}}, "output_dir", "train: output_dir follows from the other settings"),
-        ({"train": {"seed": 1, "eval_strategy": "epoch"}}, "eval_strategy", "train: --eval_strategy needs held-out"),
-        ({"train": {"bf16": False, "merge": True}}, "merge", "train: --merge True merges adapters, and there are none"),
+        ({"train": {"seed": 1, "eval_strategy": "epoch"}}, "eval_strategy", "train: eval_strategy needs held-out"),
+        ({"train": {"bf16": False, "merge": True}}, "merge", "train: merge True merges adapters, and there are none"),
         (
             {"train": {"bf16": False, "report_to": ["x"]}},
             "report_to",
-            "train: --report_to 'x' is unknown; choose one of",
+            "train: report_to 'x' is unknown; choose one of",
         ),
         (
             {"train": {"lora": True, "report_to": "swanlab"}},
             "report_to",
-            "train: --report_to swanlab: swanlab is not inst",
+            "train: report_to swanlab: swanlab is not inst",
         ),
         ({"train": {}, "generate": {"data": "nowhere.jsonl"}}, "data", "cannot read nowhere.jsonl"),
     ],
@@ -222,7 +222,7 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
 def test_a_flag_of_the_command_line_has_no_line(codeact, config):
     code, _, err = codeact("run", config, "--set", "train.learning_rat=1")
     assert code == 2
-    assert "error: train: unknown flag --learning_rat" in err
+    assert "error: train: unknown flag learning_rat" in err
 
 
 def test_a_stage_that_loses_a_row_in_silence_is_found_out(codeact, config, monkeypatch):

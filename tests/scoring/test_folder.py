@@ -274,13 +274,13 @@ class TestRefusals:
             ScoreFolder.open(tmp_path)
 
     def test_strict_stops_at_the_first_bad_row(self, data_path, tiny_model_path, tmp_path):
-        with pytest.raises(InputError, match=r"row 7 .*\(empty_answer\).*--strict"):
+        with pytest.raises(InputError, match=r"row 7 .*\(empty_answer\).*strict"):
             score(data_path, tiny_model_path, tmp_path / "s", strict=True)
         assert not (tmp_path / "s").exists()
 
     def test_a_place_that_cannot_be_written(self, data_path, tiny_model_path, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(InputError, match=r"cannot write .*choose another --output"):
+        with pytest.raises(InputError, match=r"cannot write .*choose another output"):
             score(data_path, tiny_model_path, tmp_path / "file" / "scores")
 
     def test_a_full_disk(self, data_path, tiny_model_path, tmp_path):
@@ -398,5 +398,5 @@ def test_selective_ifd_by_hand():
 
 
 def test_losses_by_token_are_not_of_the_papers_protocol(data_path, tiny_model_path):
-    with pytest.raises(ValueError, match="score different tokens; leave out --keep-token-nll"):
+    with pytest.raises(ValueError, match="score different tokens; leave out keep_token_nll"):
         settings(tiny_model_path, protocol="paper", keep_token_nll=True)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, in_command
 from codeact.data.records import write_jsonl
 from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
@@ -423,9 +423,9 @@ def test_what_is_needed_is_named(missing):
 def test_a_mistake_in_a_file_of_flags_names_the_file(tmp_path, content, message):
     path = tmp_path / "flags.yaml"
     path.write_text(content)
-    with pytest.raises(InputError) as caught:
+    with in_command(), pytest.raises(InputError) as caught:
         parse([str(path), "--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"])
-    assert message in str(caught.value)
+    assert message in caught.value.args[0]
     assert "flags.yaml" in str(caught.value)
     with pytest.raises(InputError, match="cannot read"):
         parse([str(tmp_path / "other.yaml")])
