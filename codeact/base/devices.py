@@ -51,6 +51,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def check_device(device: str, dtype: str) -> None:
+    """Refuse a device that is not here, and a dtype that is none.
+
+    Raises:
+        InputError: it is named, and what there is.
+    """
+    resolve_dtype(dtype, resolve_device(device))
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move to ``device``; to CUDA from pinned memory, so that the copy does not wait for the kernels before it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,14 +75,23 @@ def _adapter_folder(adapter: str) -> Path:
     return folder
 
 
+def check_generator(name: str) -> None:
+    """Refuse a backend whose library is not installed.
+
+    Raises:
+        MissingExtraError: vllm is not.
+    """
+    if name == "vllm" and name not in sys.modules and importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("vllm", "vllm", "--backend vllm")
+
+
 class VllmGenerator:
     """vLLM, with the same prompts and the same stops. Not run on a device by its authors: tested with a stand-in."""
 
     def __init__(self, model: str, adapter: Path | None, dtype: str) -> None:
-        try:
-            import vllm
-        except ImportError:
-            raise MissingExtraError("vllm", "vllm", "--backend vllm") from None
+        check_generator("vllm")
+        import vllm
+
         name = str(Path(model).expanduser())
         self._vllm = vllm
         self._engine = vllm.LLM(

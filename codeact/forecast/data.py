@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, RecordSet
-from codeact.forecast.models import config_of
-from codeact.models.loading import load_tokenizer
+from codeact.models.loading import config_of, load_tokenizer
 from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
 from codeact.scoring.ifd import default_max_length

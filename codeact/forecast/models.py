@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 import datasets
 import huggingface_hub.constants as hub
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import read_json
+from codeact.models.loading import config_of
 from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts
 
 
@@ -56,14 +57,6 @@ def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
         path = Path(name).expanduser() / "sentence_bert_config.json"
         length = int(read_json(path)["max_seq_length"])
     return _facts_of(name, config, f"{name}: its config.json", causal=False), length, name
-
-
-def config_of(name: str) -> Any:
-    """A model's configuration, or None: it cannot be had."""
-    with suppress(OSError, ValueError, ImportError):
-        name = str(Path(name).expanduser()) if name.startswith("~") else name
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return None
 
 
 def _facts_of(name: str, config: Any, source: str, causal: bool = True) -> ModelFacts:

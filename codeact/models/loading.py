@@ -135,6 +135,14 @@ def _refused(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
 
 
+def config_of(name: str) -> Any:
+    """A model's configuration, or None: it cannot be had."""
+    with suppress(OSError, ValueError, ImportError):
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return None
+
+
 def positions_of(config: Any) -> int | None:
     """Most tokens of a sequence by a model's configuration; None: it names no limit."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

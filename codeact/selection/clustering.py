@@ -61,7 +61,7 @@ def cluster(
             is no GPU for ``cuml``.
         MissingExtraError: ``cuml`` was asked for by name and is not installed.
     """
-    one_of("backend", backend, KMEANS_BACKENDS)
+    check_kmeans(backend)
     if not hasattr(vectors, "is_cuda"):
         vectors = np.asarray(vectors)
     _check(vectors, k, seed, n_init)
@@ -186,6 +186,12 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def check_kmeans(backend: str) -> None:
+    """Refuse a backend that is unknown or not here; errors as in ``kmeans_labels``."""
+    if one_of("backend", backend, KMEANS_BACKENDS) == "cuml":
+        _import_cuml()
 
 
 def _import_cuml() -> tuple[Any, Any]:

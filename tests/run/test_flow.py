@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,36 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
     assert f"error: {config}, line {len(lines) - lines[::-1].index(key)}: {message}" in err
     assert did(err) == []
     assert "generate" in sections or message in codeact("run", config, "--dry-run")[2]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"embed": {"model": "./nowhere"}}, "no such folder: ./nowhere"),
+        ({"embed": {"dtype": "bfloat61"}}, "dtype 'bfloat61' is unknown; choose one of: bfloat16"),
+        ({"embed": {"device": "cuda:7"}}, "device 'cuda:7' is not here"),
+        ({"select": {"backend": "cuml"}}, "backend 'cuml' needs an NVIDIA GPU"),
+        ({"train": {"max_seq_len": 9999}}, "train: max_seq_len 9999 is more than the 512 positions"),
+        ({"train": {"max_seq_len": 1}}, "train: max_seq_len is 1; a sample needs at least 2"),
+        ({"train": {"model_type": "llama3"}}, "train: template llama3 needs <|start_header_id|>"),
+        ({"train": {"lora": True, "lora_target_modules": "c_fc"}}, "LlamaForCausalLM has no layer named c_fc"),
+        ({"train": {"learning_rate": 0}}, "train: learning_rate is 0.0; it must be above 0"),
+        ({"train": {"num_train_epochs": 0, "max_steps": -1}}, "train: num_train_epochs is 0.0 and no max_steps"),
+        ({"train": {"bf16": True, "fp16": True}}, "train: bf16 and fp16 are two dtypes"),
+        ({"train": {"attention": "sdap"}}, "train: attention 'sdap' is unknown; choose one of: "),
+        ({"train": {"label_smoothing_factor": 0.1}}, "train: label_smoothing_factor needs all"),
+        ({"train": {"eval_path": "nowhere.jsonl", "eval_ratio": 0}}, "train: no such file: nowhere.jsonl"),
+        ({"train": {}, "generate": {"dtype": "f8"}}, "dtype 'f8' is unknown"),
+        ({"train": {}, "generate": {"template": "llama3"}}, "template llama3 needs <|start_header_id|>"),
+    ],
+)
+def test_what_this_machine_or_model_refuses_is_said_before_the_first(codeact, training, sections, message):
+    given = yaml.safe_load(training.read_text())
+    change(training, **{name: {**given.get(name, {}), **section} for name, section in sections.items()})
+    code, _, err = codeact("run", training)
+    assert code == 2
+    assert re.search(rf"error: {re.escape(str(training))}, line \d+: .*{re.escape(message)}", err)
+    assert did(err) == []
 
 
 def test_a_flag_of_the_command_line_has_no_line(codeact, config):
