@@ -81,7 +81,7 @@ def check_generator(name: str) -> None:
     Raises:
         MissingExtraError: vllm is not.
     """
-    if name == "vllm" and name not in sys.modules and importlib.util.find_spec("vllm") is None:
+    if name == "vllm" and not sys.modules.get(name) and (name in sys.modules or not importlib.util.find_spec(name)):
         raise MissingExtraError("vllm", "vllm", "--backend vllm")
 
 
