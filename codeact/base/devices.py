@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError, NotHereError, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise InputError(f"device {name!r} is unknown; say auto, cpu, cuda or cuda:N") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"device {name!r} is not here (CUDA devices: {count}); use --device cpu")
+        raise NotHereError(f"device {name!r} is not here (CUDA devices: {count}); use --device cpu")
     return device
 
 

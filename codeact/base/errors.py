@@ -43,6 +43,10 @@ class InputError(ValueError):
         return addressed(super().__str__())
 
 
+class NotHereError(InputError):
+    """A model or a device that this machine lacks and another one may have."""
+
+
 class MissingExtraError(ImportError):
     """An optional library is absent."""
 

@@ -207,10 +207,11 @@ class Generate(_Part):
         from codeact.models.loading import load_tokenizer
 
         settings = run.of(GenerationSettings)
+        problems = problems_of(settings).problems
         check_device(settings.device, settings.dtype)
         check_generator(settings.backend)
         writer = PromptWriter(load_tokenizer(run.model), settings.chat)
-        writer.write(problems_of(settings).problems[0])
+        writer.write(problems[0])
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Problems, model, and how."""

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, NotHereError
 from codeact.models.isolation import packing_attention, set_attention
 
 
@@ -132,7 +132,7 @@ def _refused(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
+        raise NotHereError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
 
 
 def config_of(name: str) -> Any:

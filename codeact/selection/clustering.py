@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.errors import InputError, MissingExtraError, one_of
+from codeact.base.errors import InputError, MissingExtraError, NotHereError, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ def check_kmeans(backend: str) -> None:
 def _import_cuml() -> tuple[Any, Any]:
     """The KMeans class and the CuPy module."""
     if not _has_gpu():
-        raise InputError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'sklearn'")
+        raise NotHereError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'sklearn'")
     try:
         import cupy
         from cuml.cluster import KMeans

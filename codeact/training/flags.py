@@ -158,7 +158,7 @@ def told_of(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error.args[0]}") from None
+        raise type(error)(f"{where}: {error.args[0]}") from None
 
 
 def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
