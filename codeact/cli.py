@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from codeact import __version__
 from codeact.base.console import aligned
-from codeact.base.errors import InputError, MissingExtraError, import_extra
+from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
 from codeact.data.settings import DataSettings
@@ -171,8 +171,8 @@ def merge(
     scores = ScoreFolder.open(folder)
     _print_scores(folder, scores.merge())
     if paper_json is not None:
-        count = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
-        print(f"{count:,} rows in {paper_json}")
+        count, failed = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
+        print(f"{count:,} rows in {paper_json}" + (f", {failed:,} of them failed and with IFD 0" if failed else ""))
 
 
 @command()
@@ -379,6 +379,11 @@ def main() -> None:
     logging.getLogger("codeact").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
     signal.signal(signal.SIGTERM, _terminate)
+    with in_command():
+        _run()
+
+
+def _run() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 128 + signal.SIGINT:  # newer typers' word for it

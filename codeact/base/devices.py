@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError, NotHereError, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise InputError(f"device {name!r} is unknown; say auto, cpu, cuda or cuda:N") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"device {name!r} is not here (CUDA devices: {count}); use --device cpu")
+        raise NotHereError(f"device {name!r} is not here (CUDA devices: {count}); use --device cpu")
     return device
 
 
@@ -49,6 +49,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = cpu_has_bf16()
     return torch.bfloat16 if native else torch.float32
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Refuse a device that is not here, and a dtype that is none.
+
+    Raises:
+        InputError: it is named, and what there is.
+    """
+    resolve_dtype(dtype, resolve_device(device))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

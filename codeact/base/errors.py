@@ -1,15 +1,52 @@
-"""The two ways a run stops because of something the user can mend; the command line prints them as one line."""
+"""The two ways a run stops because of something the user can mend; the command line prints them as one line.
+
+Messages are written with the flags of the command line (``lower --max-length``). Whoever comes from Python, or writes a
+YAML file, knows the same settings as arguments and keys, so outside of a command they are told those.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+_FLAG = re.compile(r"\b(?:codeact|pip|python) [a-z][^;,:()]*|(?<![^\s('])--([a-z][\w-]*)")
+_in_command = False
+
+
+@contextmanager
+def in_command() -> Iterator[None]:
+    """Within it messages name flags."""
+    global _in_command  # noqa: PLW0603 - what an error's text is follows from who reads it
+    _in_command = True
+    try:
+        yield
+    finally:
+        _in_command = False
+
+
+def in_arguments(text: str) -> str:
+    """A message with arguments for flags; commands in it stay."""
+    return _FLAG.sub(lambda match: match[1].replace("-", "_") if match[1] else match[0], text)
+
+
+def addressed(text: str) -> str:
+    """A message for whoever reads it now: with flags within a command, with arguments elsewhere."""
+    return text if _in_command else in_arguments(text)
 
 
 class InputError(ValueError):
     """Bad input or a bad setting. The message is one line: the file, the row where there is one, and the remedy."""
+
+    def __str__(self) -> str:
+        return addressed(super().__str__())
+
+
+class NotHereError(InputError):
+    """A model or a device that this machine lacks and another one may have."""
 
 
 class MissingExtraError(ImportError):
@@ -17,6 +54,9 @@ class MissingExtraError(ImportError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f'{purpose} needs {library}: pip install "codeact[{extra}]"', name=library)
+
+    def __str__(self) -> str:
+        return addressed(super().__str__())
 
 
 def import_extra(library: str, extra: str, purpose: str) -> Any:

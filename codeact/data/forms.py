@@ -31,6 +31,7 @@ _PAIRS = [("instruction", "output"), ("instruction", "response")]
 _PAIRS += [(question, answer) for question in ("prompt", "question") for answer in ("completion", "response", "answer")]
 _CONTEXT = ("system", "history", "tools")
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
+_TOOLS = "write tools into the system text, calls and results into the texts of assistant and user"
 _LEARN_KEYS = ("weight", "train", "training", "loss")
 
 
@@ -120,7 +121,7 @@ def read_talk(raw: Mapping[str, Any], columns: Columns) -> Talk:
         RowError: it holds no question with an answer, or what is not read.
     """
     if columns.tools is not None and not _is_blank(raw.get(columns.tools)):
-        raise RowError("tool_use", f"column {show(columns.tools)} describes tools, which are not read")
+        raise RowError("tool_use", f"column {show(columns.tools)} describes tools, which are not read; {_TOOLS}")
     turns = _dialogue(raw, columns) if columns.conversation is not None else _pair(raw, columns)
     if system := _text_or_none(raw, columns.system):
         if turns[:1] and turns[0][0] == "system":
@@ -174,7 +175,9 @@ def _turn(turn: object, number: int) -> _Heard:
     role, text = turn.get(role_key), turn.get(text_key)
     more = next((key for key in _NOT_READ if not _is_blank(turn.get(key))), None)
     if role in _TOOL_ROLES or more in ("tool_calls", "function_call"):
-        raise RowError("tool_use", f"turn {number} calls or answers a tool ({more or role}), which is not read")
+        raise RowError(
+            "tool_use", f"turn {number} calls or answers a tool ({more or role}), which is not read; {_TOOLS}"
+        )
     if more is not None:
         raise RowError("bad_conversation", f"turn {number} has {more}, which is not read; put it into its text")
     if not isinstance(role, str) or role not in _ROLES:

@@ -114,7 +114,9 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
         if not names:
             raise refusal(f"{path} holds no {', '.join(_SUFFIXES)} file; give a folder that does")
         names = _of_split(path, names, split, config_name)
-        unread = sorted(files.keys() - set(names))
+        _refuse_a_part(path, names)
+        hidden = {file.name for file in path.iterdir() if file.name.startswith(".") and _suffix(file) in _SUFFIXES}
+        unread = sorted({*files, *hidden} - set(names))
     else:
         files, names = {path.name: path}, [path.name]
         if _suffix(path) not in _SUFFIXES:
@@ -125,6 +127,18 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
     tables = _open_parquet([file for file in opened if file.suffix == ".parquet"])
     parts = [tables[file.path] if file.path in tables else _open_file(file) for file in opened]
     return Source(str(path), parts, [file.path for file in opened], unread)
+
+
+def _refuse_a_part(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder in which files are missing, as their names say: train-00000-of-00002."""
+    found: dict[tuple[str, int], int] = {}
+    for name in names:
+        if match := re.search(r"(.*)-\d{5}-of-(\d{5})", name):
+            key = (match[1], int(match[2]))
+            found[key] = found.get(key, 0) + 1
+    for (stem, total), count in found.items():
+        if count < total:
+            raise refusal(f"{folder} holds {count} of the {total} files {stem}-...; fetch the rest, or rename them")
 
 
 def _open_file(file: _File) -> Part:

@@ -81,6 +81,14 @@ class Embed(Stage):
     outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet"), (EMBEDDINGS_FILE,)
     told = False
 
+    def check(self, run: Run) -> None:
+        """The model is there, and the device."""
+        from codeact.base.devices import check_device
+
+        settings = run.of(EmbedSettings)
+        check_device(settings.device, settings.dtype)
+        run.identity(settings.model)
+
     def inputs(self, run: Run) -> dict[str, Any]:
         """Data, model, and how."""
         settings = run.of(EmbedSettings)

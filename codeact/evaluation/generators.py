@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from codeact.base.errors import InputError, import_extra, one_of
+from codeact.base.errors import InputError, MissingExtraError, import_extra, one_of
 from codeact.evaluation.generate import (
     GENERATORS,
     Completion,
@@ -71,6 +73,16 @@ def _adapter_folder(adapter: str) -> Path:
         if not (folder / name).is_file():
             raise InputError(f"adapter {adapter} has no {name}; save it with peft, as safetensors")
     return folder
+
+
+def check_generator(name: str) -> None:
+    """Refuse a backend whose library is not installed.
+
+    Raises:
+        MissingExtraError: vllm is not.
+    """
+    if name == "vllm" and not sys.modules.get(name) and (name in sys.modules or not importlib.util.find_spec(name)):
+        raise MissingExtraError("vllm", "vllm", "--backend vllm")
 
 
 class VllmGenerator:

@@ -108,7 +108,7 @@ def _needed(main: list[_Statement], others: list[_Statement], entry_point: str) 
                 binding[name].append(statement)
         for statement in statements:
             for name in statement.calls & binding.keys():
-                if _may_fill(binding[name][0], entry_point):
+                if _may_fill(binding[name][0], statement, entry_point):
                     binding[name].append(statement)
         chosen |= binding
     imports = {id(statement): statement for statement in main if isinstance(statement.node, _IMPORTS)}
@@ -135,10 +135,12 @@ def _defining(candidates: list[_Statement]) -> list[_Statement]:
     return [next((statement for statement in definitions if not _is_stub(statement.node)), definitions[0])]
 
 
-def _may_fill(definition: _Statement, entry_point: str) -> bool:
+def _may_fill(definition: _Statement, caller: _Statement, entry_point: str) -> bool:
     """Whether a call of what a statement defines can be more than an example of use."""
     if isinstance(definition.node, _IMPORTS):
         return False
+    if isinstance(caller.node, _DEFINITIONS):  # it is decorated by it; but of the entry point there is one
+        return entry_point not in caller.binds
     shows = {entry_point, "print", "input"} & (definition.uses | definition.binds)
     return not isinstance(definition.node, _DEFINITIONS) or bool(definition.sets and not shows)
 
@@ -293,8 +295,12 @@ def _statement(source: str, node: ast.stmt, alone: bool) -> _Statement:
     binds, uses, assigned = _names(text, node)
     sets, calls = _filled(node.body if isinstance(node, _DEFINITIONS) else [node])
     if isinstance(node, _DEFINITIONS):
-        sets, calls = assigned | uses & (sets | calls), set()
+        # What a definition is decorated by may keep it: f.register, a table of handlers.
+        sets, calls = assigned | uses & (sets | calls), {_root(decorator) for decorator in node.decorator_list}
     uses |= _quoted(node)
+    if uses & {"getattr", "globals", "eval"}:  # names may be told as texts
+        texts = (item.value for item in ast.walk(node) if isinstance(item, ast.Constant))
+        uses |= {text for text in texts if isinstance(text, str) and text.isidentifier()}
     return _Statement(text, node, frozenset(binds), frozenset(uses), frozenset(sets), frozenset(calls))
 
 

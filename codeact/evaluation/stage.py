@@ -200,8 +200,18 @@ class Generate(_Part):
         self.products = (f"programs/{part}/*.jsonl",)
 
     def check(self, run: Run) -> None:
-        """The problems are there."""
-        problems_of(run.of(GenerationSettings))
+        """The problems are there, the device, and a template to ask by."""
+        from codeact.base.devices import check_device
+        from codeact.evaluation.generators import check_generator
+        from codeact.evaluation.prompts import PromptWriter
+        from codeact.models.loading import load_tokenizer
+
+        settings = run.of(GenerationSettings)
+        problems = problems_of(settings).problems
+        check_device(settings.device, settings.dtype)
+        check_generator(settings.backend)
+        writer = PromptWriter(load_tokenizer(run.model), settings.chat)
+        writer.write(problems[0])
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Problems, model, and how."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from codeact.base.console import aligned, duration, if_known, short, size
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, MissingExtraError, NotHereError
 from codeact.base.machine import GIB
 from codeact.base.stage import Stage
 from codeact.forecast.models import hub_if_reached, weight_bytes
@@ -83,7 +83,8 @@ def forecast(flow: Flow, first: str | None = None, last: str | None = None) -> F
         states, warnings = _states(flow, planned)
         steps = [StepForecast(name=stage.name, state=states[stage.name]) for stage, _ in planned]
         to_do = [stage for stage, _ in planned if states[stage.name] in TO_DO]
-        result = Forecast(output=str(flow.output), steps=steps, warnings=[*warnings, *_obstacles(flow, to_do)])
+        warnings += _obstacles(flow, to_do, here)
+        result = Forecast(output=str(flow.output), steps=steps, warnings=warnings)
         if to_do:  # else nothing has to be known of data and machine
             sections = {stage.section for stage in to_do}
             plan = RunPlan(settings, flags, states, sections)
@@ -140,10 +141,11 @@ def _sections(flow: Flow, stage: Stage) -> set[str]:
     return {stage.section}.union(*(_sections(flow, other) for other in needed))
 
 
-def _obstacles(flow: Flow, stages: list[Stage]) -> Iterator[str]:
-    """What would stop one of these stages."""
+def _obstacles(flow: Flow, stages: list[Stage], here: bool) -> Iterator[str]:
+    """What would stop one of these stages, here or on another machine."""
     for stage in stages:
         try:
             stage.check(flow)
         except (InputError, MissingExtraError) as error:
-            yield f"will stop: {error}"
+            if here or not isinstance(error, NotHereError | MissingExtraError):
+                yield f"will stop: {error}"

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, RecordSet, open_records
-from codeact.models.loading import load_tokenizer
+from codeact.models.loading import config_of, load_tokenizer
 from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
+from codeact.scoring.ifd import default_max_length
 from codeact.scoring.tokens import tokenize
 from codeact.text.conversations import IGNORE, Sample, encode_conversations
 from codeact.text.templates import PromptBuilder
@@ -125,7 +126,8 @@ def _counted(
     score, rows = settings.score, len(records)
     drawn = _draw(records)
     prompts = PromptBuilder(tokenizer, score.template)
-    items = [item for item in tokenize(drawn, tokenizer, prompts, score.max_length, score.protocol) if item.conditional]
+    most = _most_tokens(settings)
+    items = [item for item in tokenize(drawn, tokenizer, prompts, most, score.protocol) if item.conditional]
     both = [(len(item.conditional), len(item.unconditional)) for item in items]
     starts = [item.conditional_start + item.unconditional_start for item in items]
     good = [row for row in drawn if isinstance(row, Record)]
@@ -158,6 +160,11 @@ def _counted(
     )
 
 
+def _most_tokens(settings: RunSettings) -> int:
+    """Of a sequence that is scored."""
+    return settings.score.max_length or default_max_length(config_of(settings.score.model))
+
+
 def _draw(records: RecordSet) -> list[Record | BadRow]:
     if len(records) <= SAMPLE_ROWS:
         return records.rows(0, len(records))
@@ -169,7 +176,7 @@ def _assumed(
     settings: RunSettings, rows: int, question: float, answer: float, flags: Any, embedder_length: int, why: str
 ) -> DataFacts:
     """Lengths spread lognormally around the averages that the settings give."""
-    most = settings.score.max_length
+    most = _most_tokens(settings)
     rng = np.random.default_rng(0)
     questions = _spread(rng, question)
     answers = np.maximum(_spread(rng, answer), 2)

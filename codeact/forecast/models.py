@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 import datasets
 import huggingface_hub.constants as hub
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import read_json
+from codeact.models.loading import config_of
 from codeact.ops.flops import ModelFacts
 
 
@@ -26,7 +27,7 @@ def model_facts(name: str, assumed: float | None) -> ModelFacts:
     Raises:
         InputError: neither is there.
     """
-    config, source = _config(name), f"{name}: its config.json"
+    config, source = config_of(name), f"{name}: its config.json"
     if config is None and assumed is None:
         raise InputError(
             f"cannot reach the configuration of {name}; add to the settings: forecast: {{parameters: 6.7e9}}"
@@ -47,7 +48,7 @@ def model_facts(name: str, assumed: float | None) -> ModelFacts:
 
 def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
     """The same of an embedding model, the tokens it takes, and a name to load its tokenizer by ("": there is none)."""
-    config = _config(name)
+    config = config_of(name)
     if config is None:  # as all-mpnet-base-v2: 12 layers of 768
         source = f"{name} is not here: 12 layers of width 768 are assumed"
         return _facts_of(name, BertConfig(), source, causal=False), 384, ""
@@ -56,13 +57,6 @@ def embedder_facts(name: str) -> tuple[ModelFacts, int, str]:
         path = Path(name).expanduser() / "sentence_bert_config.json"
         length = int(read_json(path)["max_seq_length"])
     return _facts_of(name, config, f"{name}: its config.json", causal=False), length, name
-
-
-def _config(name: str) -> Any:
-    with suppress(OSError, ValueError, ImportError):
-        name = str(Path(name).expanduser()) if name.startswith("~") else name
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return None
 
 
 def _facts_of(name: str, config: Any, source: str, causal: bool = True) -> ModelFacts:

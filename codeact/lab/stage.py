@@ -25,7 +25,7 @@ from codeact.run.folder import key_of
 from codeact.scoring.stage import SCORES_FOLDER
 from codeact.selection.settings import SelectSettings
 from codeact.selection.stage import check_kept, cluster_rows, read_scores
-from codeact.training.stage import TAKEN_FLAGS
+from codeact.training.stage import TAKEN_FLAGS, check_training
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,11 +59,10 @@ class Lab(Stage):
 
     def check(self, run: Run) -> None:
         """Flags of the trainings, and a difficulty whose numbers the scoring does not keep."""
-        from codeact.training.flags import check_flags
-
         if run.section(self.section) is not None:
             check_kept(run, self.section, [arm.difficulty for arm in run.of(LabSettings).strategies])
-            check_flags(run.of(LabSettings).train, "lab.train", taken=(*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path"))
+            taken = (*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path")
+            check_training(run.of(LabSettings).train, "lab.train", taken, run.model)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, the model, and what is compared."""

@@ -55,9 +55,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
         MissingExtraError: peft is absent.
     """
     peft = import_extra("peft", "train", "--lora True")
-    names = [name.strip() for name in targets.split(",") if name.strip()]
-    if names != ["all-linear"]:
-        _check_targets(model, names)
+    names = check_targets(model, targets)
     if getattr(model, "is_quantized", False):
         # An evaluation on a CPU with AVX512-BF16 would pack 4-bit weights for inference, and they stay so in training,
         # where the packed product passes no gradient on (bitsandbytes 0.50).
@@ -130,7 +128,11 @@ def merge_adapters(base: str, adapters: str | Path, output: str | Path, dtype: t
     AutoTokenizer.from_pretrained(adapters).save_pretrained(output)
 
 
-def _check_targets(model: Any, names: list[str]) -> None:
+def check_targets(model: Any, targets: str) -> list[str]:
+    """The names of the layers that get adapters; arguments and errors as in ``add_lora``."""
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    if names == ["all-linear"]:
+        return names
     layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
     missing = [name for name in names if name not in layers]
     if missing:
@@ -141,3 +143,4 @@ def _check_targets(model: Any, names: list[str]) -> None:
             f"--lora_target_modules: {type(model).__name__} has no layer named {', '.join(missing)}; its linear layers "
             f"are {', '.join(sorted(linear))}; or say all-linear"
         )
+    return names

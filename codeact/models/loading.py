@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, NotHereError
 from codeact.models.isolation import packing_attention, set_attention
 
 
@@ -132,7 +132,21 @@ def _refused(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
+        raise NotHereError(f"{what}: {reason or type(error).__name__}; {remedy}") from None
+
+
+def config_of(name: str) -> Any:
+    """A model's configuration, or None: it cannot be had."""
+    with suppress(OSError, ValueError, ImportError):
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return None
+
+
+def positions_of(config: Any) -> int | None:
+    """Most tokens of a sequence by a model's configuration; None: it names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def load_tokenizer(name: str) -> Any:

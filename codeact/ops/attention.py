@@ -120,6 +120,7 @@ def varlen_attention(
     position_ids: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention in which no sample of a pack sees another; a transformers attention function.
@@ -132,6 +133,7 @@ def varlen_attention(
             ``position_ids`` do not go up by one.
         sliding_window: a query sees at most so many tokens, itself included.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: (H,) sinks: the score of one more key, of value 0, that every query of a head looks at (GPT-OSS).
 
     Returns:
         (B, T, H, D), and None for the attention weights, which are never formed.
@@ -139,10 +141,17 @@ def varlen_attention(
     Raises:
         ValueError: the model wants something that this attention does not compute.
     """
-    for name in ("s_aux", "position_bias", "head_mask"):
+    for name in ("position_bias", "head_mask"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{ATTENTION} does not compute {name}, which {type(module).__name__} wants; use eager")
+    if s_aux is not None and softcap is not None:
+        raise ValueError(f"{ATTENTION} computes either sinks or a softcap; use eager")
     if attention_mask is not None or key.shape[2] != query.shape[2]:
+        if s_aux is not None:
+            mask = attention_mask
+            if mask is None:  # a step with a cache: one token sees all before it
+                mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            return _sink_attention(query, key, value, mask, dropout, scaling, s_aux).transpose(1, 2), None
         return _masked_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs)
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
@@ -153,10 +162,11 @@ def varlen_attention(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
         query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
-    if computes_16_bits_only(ATTENTION, query.device):
+    if computes_16_bits_only(ATTENTION, query.device) and s_aux is None:
         return _cuda_varlen(query, key, value, bounds, max_length_q, dropout, scaling, sliding_window, softcap), None
     batch, heads, tokens, _ = query.shape
-    plain = batch == 1 and not dropout and softcap is None and (sliding_window is None or sliding_window >= tokens)
+    plain = batch == 1 and not dropout and softcap is None and s_aux is None
+    plain = plain and (sliding_window is None or sliding_window >= tokens)
     if plain and _native_runs(query, key, value):
         return _native_varlen(query, key, value, bounds, scaling), None
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
@@ -165,7 +175,8 @@ def varlen_attention(
         row, first = divmod(start, tokens)
         here = slice(first, first + end - start)
         q, k, v = query[row, :, here], key[row, :, here], value[row, :, here]
-        output[row, here] = _sample_attention(q, k, v, dropout, scaling, sliding_window, softcap).transpose(0, 1)
+        sample = _sample_attention(q, k, v, dropout, scaling, sliding_window, softcap, s_aux)
+        output[row, here] = sample.transpose(0, 1)
     return output, None
 
 
@@ -245,19 +256,28 @@ def _native_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, sc
 
 
 def _sample_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention of one sample: q (H, L, D), k and v (G, L, D) -> (H, L, D)."""
     length = q.shape[1]
     banded = window is not None and window < length
     mask = None
-    if banded or softcap is not None:
+    if banded or softcap is not None or sinks is not None:
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         if banded:
             mask = mask.triu(1 - cast(int, window))
     q, k, v = q[None], k[None], v[None]
     if softcap is not None:
         return _softcapped(q, k, v, mask, dropout, scale, softcap)[0]
+    if sinks is not None:
+        return _sink_attention(q, k, v, cast(Tensor, mask)[None, None], dropout, scale, sinks)[0]
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=grouped
@@ -275,6 +295,27 @@ def _softcapped(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = F.dropout(scores.float().softmax(dim=-1).to(q.dtype), p=dropout)
     return cast(Tensor, weights @ repeat_kv(v, groups))
+
+
+def _sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float | None, sinks: Tensor
+) -> Tensor:
+    """SDPA with sinks: q (B, H, T, D), k and v (B, G, S, D), mask (B, 1, T, S) bool, sinks (H,) -> (B, H, T, D).
+
+    A sink is a key of value 0. A dimension of their own gives the queries of a head its score, and other keys 0.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score = (sinks / scale).to(q.dtype)[None, :, None, None].expand(len(q), -1, q.shape[2], 1)
+    key = F.pad(torch.ones_like(k[:, :, :1, :1]), (k.shape[-1], 0))
+    return F.scaled_dot_product_attention(
+        torch.cat([q, score], dim=-1),
+        torch.cat([key, F.pad(k, (0, 1))], dim=2),
+        F.pad(v, (0, 0, 1, 0)),
+        attn_mask=F.pad(mask, (1, 0), value=True),
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def _masked_attention(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from codeact.base.console import aligned, duration, say
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError, in_arguments, one_of
 from codeact.base.ledger import Entry, Ledger
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
@@ -150,7 +150,7 @@ class Flow:
             if self.source is None:
                 raise
             path = shipped(Path(self.source))
-            raise InputError(located(str(error), path, read_yaml(path)[1], section)) from None
+            raise InputError(in_arguments(located(error.args[0], path, read_yaml(path)[1], section))) from None
 
     def run(self, first: str | None = None, last: str | None = None) -> Ledger:
         """Do the stages; what is there already for the same inputs and settings is kept.

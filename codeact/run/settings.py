@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, in_arguments
 from codeact.base.files import atomic_path
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
@@ -153,7 +153,7 @@ def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
     where = f"line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
     if item["type"] != "extra_forbidden":
-        return ": ".join(filter(None, (where, item["msg"].removeprefix("Value error, ").lower())))
+        return ": ".join(filter(None, (where, in_arguments(item["msg"].removeprefix("Value error, ")).lower())))
     for parent in keys[:-1]:
         annotation: Any = kind.model_fields[parent].annotation
         models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]

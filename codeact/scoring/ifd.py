@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, addressed
 from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
@@ -32,7 +32,7 @@ from codeact.models.isolation import (
     prove_isolation,
     split_head,
 )
-from codeact.models.loading import load_causal_lm
+from codeact.models.loading import load_causal_lm, positions_of
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
@@ -41,6 +41,14 @@ from codeact.scoring.tokens import TokenizedRecord, tokenize
 from codeact.text.templates import PromptBuilder
 
 logger = logging.getLogger(__name__)
+
+MAX_LENGTH = 2048
+"""Tokens of a sequence, where nothing is said and the model takes so many."""
+
+
+def default_max_length(config: Any) -> int:
+    """Tokens of a sequence where nothing is said, for a model of this configuration; None: it is not here."""
+    return min(MAX_LENGTH, (config and positions_of(config)) or MAX_LENGTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +68,7 @@ class IfdScorer:
         model: a causal transformers model; while it scores, it has an attention that keeps the samples of a pack apart.
         tokenizer: its tokenizer.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
-        max_length: tokens of a sequence at most, BOS included.
+        max_length: tokens of a sequence at most, BOS included; None: 2,048, or as many as the model has positions.
         tokens_per_pack: tokens of one forward pass; None: ``default_tokens_per_pack``. A longer sequence has a pack of
             its own; with 1 every sequence has, and any causal model can be scored. Where packs of so many do not fit in
             the device's memory, the attribute of this name is halved and scoring goes on.
@@ -76,7 +84,7 @@ class IfdScorer:
         model: PreTrainedModel,
         tokenizer: Any,
         template: str = "qa",
-        max_length: int = 2048,
+        max_length: int | None = None,
         tokens_per_pack: int | None = None,
         protocol: str = "exact",
         attention: str = "auto",
@@ -86,13 +94,17 @@ class IfdScorer:
             raise InputError(f"protocol paper scores the template qa only, not {template!r}")
         self.device = model.get_input_embeddings().weight.device
         self.tokens_per_pack = tokens_per_pack or default_tokens_per_pack(self.device, model.num_parameters())
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = positions_of(model.config)
+        if max_length is None:
+            max_length = default_max_length(model.config)
+            if max_length < MAX_LENGTH:
+                logger.info("sequences of at most %s tokens: the model has no more positions", f"{max_length:,}")
         if max_length < 2 or (limit is not None and max_length > limit):
             raise InputError(
-                f"max_length (--max-length) is {max_length}; this model takes 2 to {limit or 'any number of'} tokens"
+                f"--max-length is {max_length}; this model takes 2 to {limit or 'any number of'} tokens; lower it"
             )
         if self.tokens_per_pack < 1:
-            raise InputError(f"tokens_per_pack (--tokens-per-pack) is {tokens_per_pack}; it must be at least 1")
+            raise InputError(f"--tokens-per-pack is {tokens_per_pack}; it must be at least 1")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.prompts = PromptBuilder(tokenizer, template)
@@ -102,7 +114,7 @@ class IfdScorer:
         if attention == "auto":
             attention = plain_attention(model) if alone else packing_attention(model, self.device)
         self.attention = attention
-        remedy = "" if alone else "say --tokens-per-pack 1 (tokens_per_pack=1): every sequence gets a pass of its own"
+        remedy = "" if alone else "say --tokens-per-pack 1: every sequence gets a pass of its own"
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
         self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
@@ -208,9 +220,10 @@ class IfdScorer:
             self._halved = True
             logger.warning(
                 "a pack of %s tokens does not fit on %s: packs are halved until they do, and scoring goes on; "
-                "--tokens-per-pack starts lower",
+                "%s starts lower",
                 f"{tokens:,}",
                 self.device,
+                addressed("--tokens-per-pack"),
             )
         return None
 
@@ -292,7 +305,7 @@ def score_ifd(
     tokenizer: Any = None,
     records: Any = (),
     template: str = "qa",
-    max_length: int = 2048,
+    max_length: int | None = None,
     tokens_per_pack: int | None = None,
     protocol: str = "exact",
     dtype: str = "auto",
@@ -308,7 +321,8 @@ def score_ifd(
             dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars). Rows that hold no record are kept
             with their reason.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
-        max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked.
+        max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked. None:
+            2,048, or as many as the model has positions.
         tokens_per_pack: tokens of one forward pass; None: as many as keep the device busy. With 1 every sequence has a
             pass of its own, and any causal model can be scored.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.

@@ -33,7 +33,9 @@ class ScoreSettings(Settings):
 
     model: str = setting(..., "Causal language model: a folder or a hub name.")
     template: str = setting("qa", "qa, alpaca, chat, a chat format, or text with {question}.")
-    max_length: int = setting(2048, "Tokens of a sequence; a longer answer is cut and marked.", ge=2)
+    max_length: int | None = setting(
+        None, "Tokens of a sequence; a longer answer is cut. Default: 2048, or what the model takes.", ge=2
+    )
     dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
     tokens_per_pack: int | None = setting(
@@ -51,7 +53,7 @@ class ScoreSettings(Settings):
     @model_validator(mode="after")
     def _tokens_of_both_passes(self) -> ScoreSettings:
         if self.keep_token_nll and self.protocol == "paper":
-            raise ValueError("under protocol paper the two passes score different tokens; leave out --keep-token-nll")
+            raise InputError("under protocol paper the two passes score different tokens; leave out --keep-token-nll")
         return self
 
 
@@ -99,7 +101,7 @@ def prepare(
             },
             "model": {"name": absolute_name(settings.model), "fingerprint": model_fingerprint(settings.model, model)},
             "template": scorer.prompts.text,
-            "max_length": settings.max_length,
+            "max_length": scorer.max_length,
             "dtype": str(dtype).removeprefix("torch."),
             "tokens_per_pack": scorer.tokens_per_pack,
             "device": str(device),
@@ -216,7 +218,7 @@ def _score_in_processes(
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
                     f"one of {processes} scoring processes was killed, perhaps for want of memory; lower "
-                    "tokens_per_pack or processes and run again: finished shards are kept"
+                    "--tokens-per-pack or --processes and run again: finished shards are kept"
                 ) from None
             raise
     return ScoreFolder.open(output).merge()

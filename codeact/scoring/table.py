@@ -30,23 +30,32 @@ SCHEMA = pa.schema(
 """The score table: one row for each row of the data set, whatever became of it."""
 
 
-def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> int:
-    """Write the scored rows as the reference script's JSON, a list of {question, answer, IFD}; return how many."""
-    count = 0
+def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> tuple[int, int]:
+    """Write the reference script's JSON, a list of {question, answer, IFD}, in the order of the rows.
+
+    Every row with a question and an answer is in it; of one whose score failed the IFD is 0, as that script has it.
+
+    Returns:
+        How many rows were written, and of how many the score failed.
+    """
+    count = failed = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
-        for record, ifd in _scored_records(table, records):
-            entry = {"question": record.question, "answer": record.answer, "IFD": ifd}
+        for record, ifd in _records_with_scores(table, records):
+            entry = {"question": record.question, "answer": record.answer, "IFD": 0 if ifd is None else ifd}
             file.write(("," if count else "") + "\n" + json.dumps(entry, ensure_ascii=False))
             count += 1
+            failed += ifd is None
         file.write("\n]\n")
-    return count
+    return count, failed
 
 
-def _scored_records(table: pa.Table, records: RecordSet, block: int = 10_000) -> Iterator[tuple[Record, float]]:
+def _records_with_scores(
+    table: pa.Table, records: RecordSet, block: int = 10_000
+) -> Iterator[tuple[Record, float | None]]:
     for first in range(0, len(records), block):
         scores = table["ifd"].slice(first, block).to_pylist()
         rows = records.rows(first, min(first + block, len(records)))
         for row, ifd in zip(rows, scores, strict=True):
-            if ifd is not None and not isinstance(row, BadRow):
+            if not isinstance(row, BadRow):
                 yield row, ifd

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.errors import InputError, MissingExtraError, one_of
+from codeact.base.errors import InputError, MissingExtraError, NotHereError, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def cluster(
             is no GPU for ``cuml``.
         MissingExtraError: ``cuml`` was asked for by name and is not installed.
     """
-    one_of("backend", backend, KMEANS_BACKENDS)
+    check_kmeans(backend)
     if not hasattr(vectors, "is_cuda"):
         vectors = np.asarray(vectors)
     _check(vectors, k, seed, n_init)
@@ -188,10 +188,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def check_kmeans(backend: str) -> None:
+    """Refuse a backend that is unknown or not here; errors as in ``kmeans_labels``."""
+    if one_of("backend", backend, KMEANS_BACKENDS) == "cuml":
+        _import_cuml()
+
+
 def _import_cuml() -> tuple[Any, Any]:
     """The KMeans class and the CuPy module."""
     if not _has_gpu():
-        raise InputError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'sklearn'")
+        raise NotHereError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'sklearn'")
     try:
         import cupy
         from cuml.cluster import KMeans

@@ -199,8 +199,12 @@ class Select(Stage):
     outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
 
     def check(self, run: Run) -> None:
-        """A difficulty whose numbers the scoring of this run does not keep."""
-        check_kept(run, self.section, [run.of(SelectSettings).difficulty])
+        """The scoring of this run keeps the numbers of the difficulty, and the backend is installed."""
+        from codeact.selection.clustering import check_kmeans
+
+        settings = run.of(SelectSettings)
+        check_kept(run, self.section, [settings.difficulty])
+        check_kmeans(settings.backend)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""

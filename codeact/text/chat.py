@@ -29,6 +29,8 @@ class ChatTemplate:
     the whole text: behind every turn's text a mark is written, a character that stands nowhere else. An answer begins
     where the prompt before it ends, so that what the template writes itself (an empty ``<think>``) is learnt too, and
     it ends with what the template writes after it whether another turn follows or not. The end of turn belongs to it.
+    An earlier answer that the template changes, most often by leaving out its reasoning, is context: it stands there as
+    the model will see it, and to learn it so would teach to answer without reasoning.
 
     A template that refuses or leaves out a system turn gets it as the beginning of the first user turn, as Gemma's own
     later templates have it.
@@ -66,13 +68,16 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses it, or does not end.
         """
-        if not self._writes_system and len(turns) > 1 and (turns[0][0], turns[1][0]) == ("system", "user"):
-            turns = [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
-        messages = [{"role": role, "content": text} for role, text in turns]
+        messages = self._messages(turns)
         with self._refusals():
             return str(
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
             )
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        if not self._writes_system and len(turns) > 1 and (turns[0][0], turns[1][0]) == ("system", "user"):
+            turns = [("user", f"{turns[0][1]}\n\n{turns[1][1]}"), *turns[2:]]
+        return [{"role": role, "content": text} for role, text in turns]
 
     def find(self, turns: Sequence[Turn]) -> Rendered:
         """The whole conversation, and where its answers are.
@@ -80,7 +85,16 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses it, or leaves open where an answer begins or ends.
         """
-        return self._marked(turns) if _MARKS_ANSWERS.search(self._text) else self._searched(turns)
+        if _MARKS_ANSWERS.search(self._text):
+            rendered = self._marked(turns)
+            spans = [rendered.text[start:end] for start, end in rendered.answers]
+            answers = [text for role, text in turns if role == "assistant"]
+            pairs = [(text, rendered.text) for role, text in turns if role == "user"]
+            # Marks of a part of the answers are meant; those of something else than the answers are not.
+            pairs += zip(answers, spans, strict=True) if len(answers) == len(spans) else []
+            if len(answers) >= len(spans) and all(_dense(text) in _dense(place) for text, place in pairs):
+                return rendered
+        return self._searched(turns)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -104,7 +118,8 @@ class ChatTemplate:
         for index, core in enumerate(talk.cores):
             if core and index not in places:
                 raise ValueError(f"turn {index}: the chat template leaves it out")
-        answers = []
+        answers: list[tuple[int, int]] = []
+        changed = set()
         for index in (index for index, (role, _) in enumerate(turns) if role == "assistant"):
             answer, end = talk.cores[index], places[index]
             start = end - len(answer)
@@ -114,12 +129,17 @@ class ChatTemplate:
                 previous = places[index - 1]
                 prompt = talk.behind(index - 1, self.write(talk.marked[:index], True))
                 written = whole[previous:end]
-                if index + 1 == len(turns) and _THOUGHT in answer and not _holds(written, answer):
+                if index + 1 == len(turns) and _THOUGHT in answer and _start(written, answer) is None:
                     # Templates of reasoning models leave out all reasoning; that of the last answer is to be learnt.
                     opened = prompt.rstrip().endswith("<think>")
                     written = prompt + (answer.removeprefix("<think>").lstrip("\n") if opened else answer)
                     whole, end = whole[:previous] + written + whole[end:], previous + len(written)
-                start = previous + _prompt_length(prompt, written, answer, index)
+                begin = _start(written, answer)
+                if begin is None and index + 1 < len(turns):
+                    changed.add(len(answers))
+                    start = previous + _common(prompt, written)
+                else:
+                    start = previous + _prompt_length(prompt, written, begin, answer, index)
             if index + 1 < len(turns):
                 following = places.get(index + 1, end) - len(talk.cores[index + 1])
                 length = self._end(
@@ -132,7 +152,7 @@ class ChatTemplate:
                     "the chat template writes no end-of-turn token after an answer, so a model never stops"
                 )
             answers.append((start, end + length))
-        return Rendered(text=whole, answers=tuple(answers))
+        return Rendered(text=whole, answers=tuple(answers), changed=frozenset(changed))
 
     def _end(self, region: str, other: str) -> int:
         """How much of what stands behind an answer ends it: to the last token that stands there in another place, too.
@@ -163,7 +183,7 @@ class ChatTemplate:
     def _marked(self, turns: Sequence[Turn]) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": role, "content": text} for role, text in turns]
+        messages = self._messages(turns)
         with self._refusals():
             (whole,), (marks,) = render_jinja_template(
                 conversations=[messages],
@@ -173,7 +193,13 @@ class ChatTemplate:
             )
         answers = []
         terminators = {self._tokenizer.eos_token, *(family.end for family in CHAT_FORMATS.values())}
-        for start, marked_end in marks:
+        joined: list[list[int]] = []  # some templates mark an answer and its end one after the other
+        for start, end in marks:
+            if joined and not whole[joined[-1][1] : start].strip():
+                joined[-1][1] = end
+            else:
+                joined.append([start, end])
+        for start, marked_end in joined:
             end = marked_end
             # Some templates mark the text of the answer only. A model that never sees the end never stops.
             following = self._tokens.search(whole, end)
@@ -223,18 +249,19 @@ class _MarkedTalk:
         return self._any.sub("", rest)
 
 
-def _prompt_length(prompt: str, written: str, answer: str, index: int) -> int:
-    """How much of ``written``, which ends with the answer, stands in the prompt and need not be learnt."""
-    bare = answer.rpartition(_THOUGHT)[2].strip()
-    if not _holds(written, answer) and not _holds(written, bare):
+def _prompt_length(prompt: str, written: str, begin: int | None, answer: str, index: int) -> int:
+    """How much of ``written``, which ends with the answer from ``begin`` on, stands in the prompt and is not learnt."""
+    if begin is None:  # its reasoning may be what the prompt or the template wrote itself
+        begin = _start(written, answer.rpartition(_THOUGHT)[2])
+    if begin is None:
         raise ValueError(
-            f"turn {index}: the chat template changes this answer, as it may once later turns follow; take out of the "
-            "data what it changes, or choose a model type"
+            f"turn {index}: the chat template changes this answer; take out of the data what it changes, or choose a "
+            "model type"
         )
     if written.startswith(prompt):
         return len(prompt)
     # A prompt can open more than an answer of the past has, such as <think>.
-    head = written[: len(written) - len(answer if written.endswith(answer) else bare)]
+    head = written[:begin]
     length = _common(prompt, head)
     if prompt[:length].rstrip().endswith("<think>"):
         length = prompt.rindex("<think>", 0, length)
@@ -251,9 +278,23 @@ def _common(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _holds(written: str, answer: str) -> bool:
-    """Whether the text ends with the answer, but for white space."""
-    return "".join(written.split()).endswith("".join(answer.split()))
+def _dense(text: str) -> str:
+    """Without white space."""
+    return "".join(text.split())
+
+
+def _start(written: str, answer: str) -> int | None:
+    """Where the answer begins that the text ends with, but for white space; None: it does not end with it."""
+    if written.endswith(answer):
+        return len(written) - len(answer)
+    place = len(written)
+    for character in reversed(_dense(answer)):
+        place -= 1
+        while place >= 0 and written[place].isspace():
+            place -= 1
+        if place < 0 or written[place] != character:
+            return None
+    return place
 
 
 @contextmanager

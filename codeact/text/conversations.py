@@ -34,12 +34,14 @@ class Sample:
     ``input_ids`` int32 (L,); ``labels`` int32 (L,), equal to ``input_ids`` on answers and their end of turn and
     ``IGNORE`` elsewhere (not shifted: transformers does that). Both end with the last label, since what follows it
     cannot change a causal loss. ``cut_tokens``: so many more there were, of the end of an answer or of whole later
-    turns, that did not fit.
+    turns, that did not fit. ``changed``: so many earlier answers are context because the chat template writes them
+    otherwise than the data, most often without their reasoning.
     """
 
     input_ids: Ints
     labels: Ints
     cut_tokens: int
+    changed: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -63,12 +65,13 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingCounts:
-    """What became of rows: ``rows == samples + sum(refused.values())``."""
+    """What became of rows: ``rows == samples + sum(refused.values())``; ``changed``: answers, see ``Sample``."""
 
     rows: int
     samples: int
     truncated: int
     cut_tokens: int
+    changed: int
     tokens: int
     labelled_tokens: int
     refused: dict[str, int]
@@ -85,8 +88,8 @@ def encode_conversations(
 ) -> list[Sample | Refused]:
     """Tokenize conversations for training; one result a row, in order.
 
-    Every assistant turn that the data does not exclude (weight 0) is labelled, its end of turn too. A BOS stands first,
-    once, if the tokenizer writes one.
+    Every assistant turn is labelled, its end of turn too, unless the data excludes it (weight 0) or a chat template
+    changes it once later turns follow (leaves out its reasoning). A BOS stands first, once, if the tokenizer has one.
 
     Args:
         rows: records, and the rows that hold none; or whatever `codeact.data.records.open_records` opens.
@@ -117,7 +120,7 @@ def encode_conversations(
             if isinstance(item, Refused):
                 results.append(item)
             else:
-                results.append(_sample(row, *next(encoded), max_length, on_overflow))
+                results.append(_sample(row, *next(encoded), item.changed, max_length, on_overflow))
         if progress is not None:
             progress(len(block))
     return results
@@ -131,6 +134,7 @@ def count_conversations(results: Sequence[Sample | Refused]) -> EncodingCounts:
         samples=len(samples),
         truncated=sum(sample.truncated for sample in samples),
         cut_tokens=sum(sample.cut_tokens for sample in samples),
+        changed=sum(sample.changed for sample in samples),
         tokens=sum(len(sample.input_ids) for sample in samples),
         labelled_tokens=sum(int(np.count_nonzero(sample.labels != IGNORE)) for sample in samples),
         refused=dict(Counter(result.reason for result in results if isinstance(result, Refused))),
@@ -148,7 +152,7 @@ def _refuse(row: Record | BadRow, reason: str, message: str) -> Refused:
 
 
 def _sample(
-    row: Record | BadRow, ids: Ints, labelled: NDArray[np.bool_], max_length: int, on_overflow: str
+    row: Record | BadRow, ids: Ints, labelled: NDArray[np.bool_], changed: int, max_length: int, on_overflow: str
 ) -> Sample | Refused:
     wanted = np.flatnonzero(labelled)
     length = int(wanted[-1]) + 1 if len(wanted) else 0
@@ -166,7 +170,7 @@ def _sample(
     # A cut may fall into a later question; what comes after the last label that is left is of no use.
     stop = int(kept[-1]) + 1
     labels = np.where(labelled[:stop], ids[:stop], np.int32(IGNORE))
-    return Sample(input_ids=ids[:stop].copy(), labels=labels, cut_tokens=length - stop)
+    return Sample(input_ids=ids[:stop].copy(), labels=labels, cut_tokens=length - stop, changed=changed)
 
 
 def _write(
@@ -190,9 +194,12 @@ def _write(
         return _refuse(row, "template_refused", f"{where}: {rendered}")
     whole = controls.show(rendered.text, marks, rendered.answers)
     numbers = [number for number, role in enumerate(roles) if role == "assistant"]
-    context = set(numbers[:-1]) if last_answer_only else row.context
+    context = {*numbers[:-1]} if last_answer_only else {*row.context}
+    changed = {numbers[place] for place in rendered.changed} - context
+    context |= changed
     if context and len(numbers) != len(whole.answers):
         message = f"{where}: the chat template marks {len(whole.answers)} of {len(numbers)} answers, and not all count"
         return _refuse(row, "template_refused", message)
     spans = zip(numbers, whole.answers, strict=False)
-    return replace(whole, context=frozenset(span for number, span in spans if number in context))
+    context_spans = frozenset(span for number, span in spans if number in context)
+    return replace(whole, context=context_spans, changed=len(changed))

@@ -12,10 +12,14 @@ from codeact.data.forms import Turn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A conversation as text; ``answers`` are the spans ``[start, end)`` that the model writes, each with its end."""
+    """A conversation as text; ``answers`` are the spans ``[start, end)`` that the model writes, each with its end.
+
+    ``changed`` numbers the answers that stand there otherwise than they were given, such as without their reasoning.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    changed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,12 +31,16 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpannedText:
-    """Text, its answers, spans that hold a control token's text but are none, and the answers not to be labelled."""
+    """Text, its answers, spans that hold a control token's text but are none, and the answers not to be labelled.
+
+    ``changed``: of the latter, how many the template changed.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
     plain: frozenset[tuple[int, int]]
     context: frozenset[tuple[int, int]] = frozenset()
+    changed: int = 0
 
 
 class ControlTexts:

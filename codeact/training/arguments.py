@@ -41,9 +41,7 @@ class TrainerArguments(TrainerDefaults, TrainingArguments, _NEW_NAMES):  # type:
             raise InputError("--output_dir is missing: where the trained model goes")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 1
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or self.per_device_train_batch_size
-        given: Any = self.deepspeed
-        if isinstance(given, str) and not Path(given).exists() and "{" not in given:
-            self.deepspeed: Any = _shipped(given)
+        self.deepspeed: Any = deepspeed_config(self.deepspeed)
         if not torch.accelerator.is_available():
             self.use_cpu: bool = True  # or bf16 autocast is refused
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -68,9 +66,15 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
         raise InputError(message)
 
 
-def _shipped(name: str) -> str:
-    """A DeepSpeed configuration of ours, by name."""
+def deepspeed_config(given: Any) -> Any:
+    """A DeepSpeed configuration: a file, JSON or a dictionary as it is, or one of ours by its name.
+
+    Raises:
+        InputError: it is no file, and there is none of that name.
+    """
+    if not isinstance(given, str) or Path(given).exists() or "{" in given:
+        return given
     folder = files("codeact") / "configs"
     names = sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.startswith("zero"))
-    one_of("deepspeed configuration (or file)", name, names)
-    return str(folder / f"{name}.json")
+    one_of("deepspeed configuration (or file)", given, names)
+    return str(folder / f"{given}.json")

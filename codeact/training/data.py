@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 from codeact.base.console import Progress
 from codeact.base.errors import InputError
 from codeact.data.forms import Columns
 from codeact.data.records import RecordSet, open_records
+from codeact.models.adapters import check_targets
+from codeact.models.loading import config_of, load_tokenizer, positions_of
 from codeact.text.conversations import (
     IGNORE,
     EncodingCounts,
@@ -20,6 +24,7 @@ from codeact.text.conversations import (
     count_conversations,
     encode_conversations,
 )
+from codeact.text.templates import ConversationTemplate
 from codeact.training.flags import TrainSettings
 from codeact.training.options import DataArguments
 
@@ -93,6 +98,9 @@ class TrainingData:
             ("  dropped", f"{sum(counts.refused.values()):,} ({dropped})"),
             ("  cut", f"{counts.truncated:,} to the maximum length, by {counts.cut_tokens:,} tokens"),
         ]
+        if counts.changed:
+            text = f"{counts.changed:,} earlier answers, which the chat template changes (leaves out their reasoning)"
+            lines.append(("  not learnt", text))
         if self.held_out_counts is not None:
             lost = sum(self.held_out_counts.refused.values())
             cut = f"{lost:,} dropped and {self.held_out_counts.truncated:,} cut"
@@ -104,6 +112,42 @@ class TrainingData:
         lines.append(("samples", f"{len(self.samples):,} of {tokens:,} tokens, {labels:,} of them to be learnt"))
         lines += [("dropped", refused.message) for refused in self.refused[:_NAMED_REFUSALS]]
         return lines
+
+
+def load_trainable(name: str, data: Any, packs: Any) -> Any:
+    """Load a model's tokenizer, if what is said of data and packs fits it and the model's configuration.
+
+    Args:
+        name: the model's folder or hub name.
+        data: what has ``model_type``.
+        packs: what has ``max_seq_len``.
+
+    Raises:
+        InputError: the model has fewer positions, or its chat template cannot be trained on.
+    """
+    tokenizer = load_tokenizer(name)
+    ConversationTemplate(tokenizer, data.model_type).check_trainable()
+    config = config_of(name)
+    positions = config and positions_of(config)
+    if positions and packs.max_seq_len > positions:
+        raise InputError(
+            f"--max_seq_len {packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
+        )
+    return tokenizer
+
+
+def check_data_and_adapters(name: str, flags: Any) -> None:
+    """Find what would stop a training before there are weights: held-out data, and layers for adapters.
+
+    Raises:
+        InputError: the data cannot be opened, or the model has no layer of one of the names.
+    """
+    if flags.eval_path:
+        _open(flags, flags.eval_path)
+    if flags.lora and (config := config_of(name)) is not None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        check_targets(model, flags.lora_target_modules)
 
 
 def _open(data: DataArguments, path: str) -> RecordSet:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError, one_of
 from codeact.base.yaml_files import located, read_yaml
-from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
+from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults, refuse_inexact
 from codeact.training.room import check_room
 
 if TYPE_CHECKING:
@@ -118,12 +118,16 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
         InputError: as ``parse``.
     """
     parser = flag_parser()
-    with _told_of(where):
+    with told_of(where):
         return _settings(parser, _flags(parser, values))
 
 
 def check_flags(
-    values: Mapping[str, Any], where: str, taken: Collection[str] | Mapping[str, Any] = (), here: bool = True
+    values: Mapping[str, Any],
+    where: str,
+    taken: Collection[str] | Mapping[str, Any] = (),
+    here: bool = True,
+    model: str | None = None,
 ) -> argparse.Namespace:
     """Check what can be checked before there is data or a model: names, values, and what they need.
 
@@ -132,6 +136,7 @@ def check_flags(
         where: in messages, where they stand.
         taken: flags that the caller sets, refused in ``values``; with what it sets them to, if that is known by now.
         here: whether this machine will train; False: libraries, device and disk are of another one.
+        model: what is trained, where the flags do not say it.
 
     Returns:
         Every flag by its name, defaults filled in.
@@ -140,22 +145,26 @@ def check_flags(
         InputError: as ``parse``; or a flag is one of ``taken``.
     """
     parser = flag_parser()
-    with _told_of(where):
+    with told_of(where):
         for name in taken:
             if name in values:
                 raise InputError(f"{name} follows from the other settings; leave it out")
         given = {**values, **taken} if isinstance(taken, Mapping) else values
-        flags = _filled(parser.parse_known_args(_flags(parser, given))[0])
+        argv = _flags(parser, given)
+        known, _ = parser.parse_known_args(argv)
+        known.model_name_or_path = known.model_name_or_path or model
+        flags = _filled(known, argv)
         _check_together(flags, here)
     return flags
 
 
 @contextmanager
-def _told_of(where: str) -> Iterator[None]:
+def told_of(where: str) -> Iterator[None]:
+    """Begin an InputError with where the flags stand."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error.args[0]}") from None
 
 
 def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
@@ -165,7 +174,7 @@ def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
     try:
         return _settings(parser, [*_flags(parser, content), *argv])
     except InputError as error:
-        raise InputError(located(str(error), path, tree)) from None
+        raise InputError(located(error.args[0], path, tree)) from None
 
 
 def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
@@ -177,7 +186,7 @@ def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
     for name, meaning in (("model_name_or_path", "the model to train"), ("data_path", "the conversations")):
         if not getattr(known, name):
             raise InputError(f"--{name} is missing: {meaning}")
-    flags = _filled(known)
+    flags = _filled(known, argv)
     _check_together(flags, here=True)
     sizes = (f"--{name}={getattr(flags, name)}" for name in _SIZES)
     try:
@@ -189,11 +198,18 @@ def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
     return TrainSettings(**dict(zip(("model", "data", "packs", "trainer"), parts, strict=True)))
 
 
-_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+_ABOVE_ZERO: tuple[str, ...] = ("learning_rate", "gradient_accumulation_steps", "save_steps", "logging_steps")
+_ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size")
+_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_seq_len")
 
 
-def _filled(flags: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the sizes of batches, which count packs or samples."""
+def _filled(flags: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
+    """Fill in the sizes of batches, which count packs or samples, and a length that the model takes."""
+    from codeact.models.loading import config_of, positions_of
+
+    if flags.model_name_or_path and not any(word.partition("=")[0] == "--max_seq_len" for word in argv):
+        config = config_of(flags.model_name_or_path)
+        flags.max_seq_len = min(flags.max_seq_len, (config and positions_of(config)) or flags.max_seq_len)
     packs = flags.pad_mode == "dynamic_pack"
     counts_packs = packs and flags.pack_scope == "epoch"
     if flags.per_device_train_batch_size is None:
@@ -205,15 +221,27 @@ def _filled(flags: argparse.Namespace) -> argparse.Namespace:
 
 def _check_together(flags: argparse.Namespace, here: bool) -> None:
     """Refuse now what would stop the run after hours: flags that do not fit together, or to this machine."""
+    from codeact.training.arguments import deepspeed_config
+
     for part in (ModelArguments, DataArguments, PackOptions):
         part(**{option.name: getattr(flags, option.name) for option in dataclasses.fields(part)})
     evaluates = [name for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end") if _is_set(flags, name)]
     if evaluates and not (flags.eval_ratio or flags.eval_path):
         raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")
+    refuse_inexact(flags, flags.pad_mode)
+    deepspeed_config(flags.deepspeed)
+    for name in _ABOVE_ZERO:
+        if getattr(flags, name) <= 0:
+            raise InputError(f"--{name} is {getattr(flags, name)}; it must be above 0")
+    if flags.num_train_epochs <= 0 and flags.max_steps <= 0:
+        raise InputError(f"--num_train_epochs is {flags.num_train_epochs} and no --max_steps is given; raise one")
+    if flags.bf16 and flags.fp16:
+        raise InputError("--bf16 and --fp16 are two dtypes to compute in; say one of them")
     if flags.load_best_model_at_end and str(flags.eval_strategy) != str(flags.save_strategy):
         raise InputError("--load_best_model_at_end needs an --eval_strategy that is the --save_strategy")
     if not here:
         return
+    _check_attention(flags.attention)
     optimizer = str(getattr(flags.optim, "value", flags.optim))
     for needed, module, install, purpose in (
         (flags.lora, "peft", '"codeact[train]"', "--lora True"),
@@ -227,6 +255,20 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
     _check_trackers(flags.report_to)
     _check_dtype(flags)
     check_room(flags)
+
+
+def _check_attention(name: str) -> None:
+    """The name is known, and its library is here; whether the model takes it is seen when that is loaded."""
+    from transformers import AttentionInterface
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    import codeact.ops.attention  # noqa: F401 - makes its own known
+
+    if "/" not in name and "|" not in name:  # else kernels of the hub
+        one_of("attention", name, ["auto", "eager", *AttentionInterface().valid_keys()])
+    there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name in there and not there[name]():
+        raise InputError(f"--attention {name} needs flash-attn, which does not work here; leave it out")
 
 
 def _is_set(flags: argparse.Namespace, name: str) -> bool:

@@ -102,7 +102,9 @@ class PackOptions:
         "epoch: best-fit decreasing over all samples; per_device_train_batch_size counts packs. batch: the "
         "per_device_train_batch_size random samples of one batch share a row, as in the paper.",
     )
-    max_seq_len: int = _text(2048, "Most tokens in a sample, and in a pack of scope epoch.")
+    max_seq_len: int = _text(
+        2048, "Most tokens in a sample, and in a pack of scope epoch. If it is not said, no more than the model takes."
+    )
     attention: str = _text(
         "auto",
         "An attention implementation of transformers. auto: for dynamic_pack the best one that keeps samples apart, "
@@ -114,8 +116,8 @@ class PackOptions:
     def __post_init__(self) -> None:
         one_of("pad_mode", self.pad_mode, PAD_MODES)
         one_of("pack_scope", self.pack_scope, PACK_SCOPES)
-        if self.max_seq_len < 1:
-            raise InputError(f"max_seq_len is {self.max_seq_len}; it must be at least 1")
+        if self.max_seq_len < 2:
+            raise InputError(f"--max_seq_len is {self.max_seq_len}; a sample needs at least 2 tokens")
 
     @property
     def packs(self) -> bool:
@@ -136,3 +138,19 @@ class TrainerDefaults:
     save_total_limit: int | None = _text(2, "Keep so many checkpoints, the last ones; a checkpoint holds everything.")
     logging_steps: float = _text(10, "Log every so many steps; below 1 a share of all.")
     overwrite_output_dir: bool = _text(False, "Discard what another run with other settings left in output_dir.")
+
+
+def refuse_inexact(arguments: Any, pad_mode: str) -> None:
+    """Refuse what of Trainer's arguments would make a loss that is not the mean over its tokens.
+
+    Raises:
+        InputError: it is named.
+    """
+    if arguments.auto_find_batch_size:
+        raise InputError(
+            "auto_find_batch_size would change packs in mid-run; lower per_device_train_batch_size instead"
+        )
+    if arguments.label_smoothing_factor:
+        raise InputError("label_smoothing_factor needs all logits and mixes samples of a pack; leave it at 0")
+    allowed = ("random", "sequential") + ("group_by_length",) * (pad_mode != "dynamic_pack")
+    one_of(f"train_sampling_strategy with {pad_mode}", str(arguments.train_sampling_strategy), allowed)

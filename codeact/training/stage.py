@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def train_command(argv: Sequence[str]) -> None:
             torch.distributed.destroy_process_group()
 
 
+def check_training(
+    values: Mapping[str, Any], where: str, taken: Collection[str] | Mapping[str, Any], model: str
+) -> None:
+    """``codeact.training.flags.check_flags``, and whether the flags fit the model's tokenizer and configuration."""
+    from codeact.training.data import check_data_and_adapters, load_trainable
+    from codeact.training.flags import check_flags, told_of
+
+    flags = check_flags(values, where, taken=taken, model=model)
+    with told_of(where):
+        load_trainable(model, flags, flags)
+        check_data_and_adapters(model, flags)
+
+
 class Train(Stage):
     """In a run; its section holds flags of ``codeact train``."""
 
@@ -56,9 +69,7 @@ class Train(Stage):
 
     def check(self, run: Run) -> None:
         """Flags, their types, and what they ask for."""
-        from codeact.training.flags import check_flags
-
-        check_flags(run.section("train"), "train", taken=self._taken(run))
+        check_training(run.section("train"), "train", self._taken(run), run.model)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Chosen rows, model, flags."""

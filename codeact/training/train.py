@@ -22,15 +22,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 
 from codeact.base.console import Progress, aligned
 from codeact.base.devices import resolve_dtype
-from codeact.base.errors import InputError
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
-from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
+from codeact.models.loading import load_causal_lm, quiet_transformers
 from codeact.ops.flops import Memory, ModelFacts
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
 from codeact.training.cost import CostMonitor
-from codeact.training.data import TrainingData
+from codeact.training.data import TrainingData, load_trainable
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
 from codeact.training.room import PlannedTraining, check_memory, check_room, trained_parameters
@@ -48,7 +47,7 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     arguments = settings.trainer
     quiet_transformers()
     set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
-    tokenizer = load_tokenizer(settings.model.model_name_or_path or "")
+    tokenizer = load_trainable(settings.model.model_name_or_path or "", settings.data, settings.packs)
     data = TrainingData.read(settings, tokenizer)
     done = finished(settings, data)
     if done is not None:
@@ -110,11 +109,6 @@ def _model(settings: TrainSettings) -> tuple[Any, ModelFacts | None]:
     name = wanted.model_name_or_path or ""
     quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
     model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and settings.packs.max_seq_len > positions:
-        raise InputError(
-            f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
-        )
     facts = ModelFacts.of(model, name)
     if wanted.lora:
         sizes = (wanted.lora_r, wanted.lora_alpha, wanted.lora_dropout, wanted.lora_target_modules)

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
 from codeact.ops.attention import computes_16_bits_only
 from codeact.text.conversations import IGNORE
 from codeact.training.cost import CostMonitor
 from codeact.training.dataset import EpochSampler, PackCollator, PackDataset, PadCollator, TokenizedSample
-from codeact.training.options import PackOptions
+from codeact.training.options import PackOptions, refuse_inexact
 
 _LOSSES = "codeact losses"  # their place in a checkpoint's trainer_state.json
 
@@ -273,16 +273,9 @@ def _refuse_inexact(arguments: TrainingArguments, options: PackOptions) -> None:
             f"one process cannot share a pack among {arguments.n_gpu} GPUs; start one process a GPU with torchrun or "
             "accelerate launch, or set CUDA_VISIBLE_DEVICES"
         )
-    if arguments.auto_find_batch_size:
-        raise InputError(
-            "auto_find_batch_size would change packs in mid-run; lower per_device_train_batch_size instead"
-        )
-    if arguments.label_smoothing_factor:
-        raise InputError("label_smoothing_factor needs all logits and mixes samples of a pack; leave it at 0")
     if arguments.world_size > 1 and not arguments.average_tokens_across_devices:
         raise InputError("average_tokens_across_devices=False weighs ranks, not tokens; leave it True")
-    allowed = ("random", "sequential") if options.packs else ("random", "sequential", "group_by_length")
-    one_of(f"train_sampling_strategy with {options.pad_mode}", str(arguments.train_sampling_strategy), allowed)
+    refuse_inexact(arguments, options.pad_mode)
 
 
 def _causal_lm(model: Any) -> Any:

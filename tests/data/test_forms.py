@@ -83,6 +83,29 @@ def test_what_is_refused_by_name(row: dict[str, Any], reason: str, text: str) ->
     assert text in message
 
 
+def test_the_remedy_for_tools_works(tokenizer: Any) -> None:
+    """Tools in the system text, calls and results in the texts of assistant and user: learnt as any other answer."""
+    from codeact.text.conversations import encode_conversations
+
+    call = {"role": A, "content": None, "tool_calls": [{"function": {"name": "w", "arguments": "{}"}}]}
+    row = {"messages": [QA[0], call, {"role": "tool", "content": "sun"}, {"role": A, "content": "Sunny."}]}
+    reason, text = talk(row)
+    assert (reason, text.partition("; ")[2]) == (
+        "tool_use",
+        "write tools into the system text, calls and results into the texts of assistant and user",
+    )
+    assert talk({**row, "messages": QA, "tools": [{"name": "w"}]})[1].endswith(text.partition("; ")[2])
+    called = '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'
+    row["messages"] = [
+        {"role": S, "content": '<tools>\n{"name": "w"}\n</tools>'},
+        *(QA[0], {"role": A, "content": called}),
+        *({"role": U, "content": "<tool_response>\nsun\n</tool_response>"}, {"role": A, "content": "Sunny."}),
+    ]
+    (sample,) = encode_conversations([row], tokenizer)
+    learnt = tokenizer.decode(sample.input_ids[sample.labels != -100])
+    assert learnt == f"{called}<|im_end|>Sunny.<|im_end|>"
+
+
 def test_columns_that_are_named_are_read_and_no_others() -> None:
     row = {"q": "q", "a": "a", "input": "i", "system": "s", "before": [["h", "i"]], "messages": QA}
     assert talk(row, Columns(question="q", answer="a")) == (PAIR, set())

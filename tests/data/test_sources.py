@@ -119,12 +119,24 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
     save(tmp_path / "LICENSE", b"x")
     save(tmp_path / "dataset_infos.json", b"{}")
     save(tmp_path / ".hidden", b"x")
+    save(tmp_path / ".kept.jsonl", LINES)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "00")
     check(tmp_path, 4 * (len(FILES) + 1))
     assert open_records(tmp_path).reading.endswith(
-        "; files not read: LICENSE, dataset_infos.json, link, notes.txt, pipe"
+        "; files not read: .kept.jsonl, LICENSE, dataset_infos.json, link, notes.txt, pipe"
     )
+
+
+@pytest.mark.parametrize("name", ["data/train-{}-of-{}.jsonl", "part-{}-of-{}.jsonl", "x-{}-of-{}-ab12.jsonl.gz"])
+def test_a_folder_of_which_files_are_missing_is_refused(tmp_path: Path, name: str) -> None:
+    for number in (0, 1):
+        save(tmp_path / name.format(f"{number:05}", "00003"), LINES)
+    with pytest.raises(InputError, match=r"holds 2 of the 3 files (data/train|part|x)-\.\.\.; fetch the rest"):
+        open_records(tmp_path)
+    assert len(open_records(tmp_path / name.format("00001", "00003"))) == 4  # one that is named is meant
+    save(tmp_path / name.format("00002", "00003"), LINES)
+    check(tmp_path, 12)
 
 
 @pytest.mark.parametrize(

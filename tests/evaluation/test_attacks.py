@@ -312,7 +312,7 @@ def test_right_programs_pass_in_the_same_sandbox(patient: Sandbox) -> None:
 
 def test_without_isolation_nothing_is_run(monkeypatch) -> None:
     monkeypatch.setattr("codeact.evaluation.sandbox.sandbox._find_bwrap", lambda: None)
-    with pytest.raises(InputError, match=r"refusing .* bubblewrap .* --unsafe-no-sandbox"):
+    with pytest.raises(InputError, match=r"refusing .* bubblewrap .* unsafe_no_sandbox"):
         Sandbox(LIMITS)
 
 

@@ -227,7 +227,7 @@ def test_samples_of_other_settings_are_not_mixed(tiny_model, tokenizer, problems
         (GenerationSettings(max_new_tokens=12, template="chat"), {}, "prompts, template"),
         (SHORT, {"batch_size": 2}, "batch_size"),
     ):
-        with pytest.raises(InputError, match=rf"other settings \({name}\).*--overwrite"):
+        with pytest.raises(InputError, match=rf"other settings \({name}\).*overwrite"):
             generate(problems, generator, path, settings, **options)
     assert (
         len(run(problems, generator, path, GenerationSettings(max_new_tokens=2, instruct=False), overwrite=True)) == 6

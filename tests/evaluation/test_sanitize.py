@@ -175,6 +175,29 @@ def test_what_fills_a_global_is_kept(filling: str, request: pytest.FixtureReques
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "from functools import singledispatch\n@singledispatch\ndef g(x):\n    return None\n@g.register\n"
+        "def _(x: int):\n    return x + 1\n@g.register\ndef _(x: str):\n    return 0\ndef f(x):\n    return g(x)",
+        "T = {}\ndef kept(h):\n    T[h.__name__] = h\n    return h\n@kept\ndef one(x):\n    return x + 1\n"
+        "def f(x):\n    return T['one'](x)",
+        "class R(dict):\n    def add(self, name):\n        return lambda h: self.setdefault(name, h)\nW = R()\n"
+        "@W.add('one')\ndef one(x):\n    return x + 1\ndef f(x):\n    return W['one'](x)",
+        "def f(x):\n    return globals()['one'](x)\ndef one(x):\n    return x + 1",
+        "import sys\ndef f(x):\n    return getattr(sys.modules[__name__], 'one', one)(x)\ndef one(x):\n    return x + 1",
+    ],
+)
+def test_what_is_reached_by_a_decorator_or_a_text_is_kept(code: str) -> None:
+    scope: dict[str, object] = {"__name__": "builtins"}
+    program = sanitize(FENCED.format(code=f"{code}\nprint(f(1))"), "f")
+    exec(program, scope)
+    assert scope["f"](1) == 2  # type: ignore[operator]
+    assert "print" not in program
+    unused = "import functools\n@functools.lru_cache\ndef other(x):\n    return 1\n"
+    assert "other" not in sanitize(unused + code, "f")
+
+
+@pytest.mark.parametrize(
     "thought",
     [
         "<think>\n{}\n</think>",

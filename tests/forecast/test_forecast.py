@@ -300,7 +300,7 @@ def test_what_cannot_be_known_is_one_line_that_says_what_to_add(elsewhere, missi
 def test_an_unknown_device_and_a_wrong_flag_are_refused(elsewhere):
     with pytest.raises(InputError, match="A100"):
         forecast(changed(elsewhere, forecast={**elsewhere.forecast.model_dump(), "device": "A1000"}))
-    with pytest.raises(InputError, match="did you mean --learning_rate"):
+    with pytest.raises(InputError, match="did you mean learning_rate"):
         forecast(changed(elsewhere, train={"learning_rat": 1e-4}))
 
 

@@ -100,7 +100,7 @@ def test_the_sentence_names_what_is_beyond_noise_and_rows_that_do_not_fit_are_le
         ({"budgets": [5], "seeds": []}, "seeds needs whole numbers"),
         (
             {"budgets": [5], "strategies": [{"strategy": "random", "easiest": True}]},
-            "--easiest is about the difficulty",
+            "easiest is about the difficulty",
         ),
         ({"budgets": [5], "strategies": [{"strategy": "randm"}]}, "strategy"),
         ({}, "budgets"),
@@ -211,6 +211,8 @@ def test_what_a_lab_cannot_do_is_said_before_it_trains(config, codeact):
     for values, message in (
         ({"train": {"seed": 3}}, "seed"),
         ({"train": {"lorra": True}}, "lorra"),
+        ({"train": {"max_seq_len": 9999}}, "lab.train: max_seq_len 9999 is more than the 512 positions"),
+        ({"train": {"model_type": "llama3"}}, "lab.train: template llama3 needs <|start_header_id|>"),
         ({"train": {"max_seq_len": 8}}, "no held-out row fits into max_seq_len 8; raise it in lab.train"),
         ({"budgets": [10**7]}, "fewer than the budget of 10,000,000; lower budgets or held_out"),
         ({"strategies": [{"strategy": "cdas", "difficulty": "s_ifd"}]}, "s_ifd needs score: keep_token_nll: true"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -157,7 +158,43 @@ def test_softcap_equals_eager(samples):
     torch.testing.assert_close(packed, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_sinks_are_keys_without_a_value(heads, window):
+    """Against the definition, sample by sample: one more column of scores before the softmax, left out behind it."""
+    torch.manual_seed(0)
+    lengths, (many, few) = [5, 1, 7], heads
+    q, k, v = (torch.randn(1, n, sum(lengths), 8, requires_grad=True) for n in (many, few, few))
+    sinks = torch.randn(many, requires_grad=True)
+    bounds = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+    parts = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        queries, keys, values = (t[0, :, start:end] for t in (q, k, v))
+        keys, values = (t.repeat_interleave(many // few, 0) for t in (keys, values))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        scores = (queries @ keys.mT * 8**-0.5).masked_fill(~seen, -torch.inf)
+        weights = torch.cat([scores, sinks[:, None, None].expand(-1, end - start, 1)], -1).softmax(-1)[..., :-1]
+        parts.append((weights @ values).transpose(0, 1))
+    expected = torch.cat(parts)[None]
+    ours, _ = varlen_attention(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, sliding_window=window, s_aux=sinks
+    )
+    torch.testing.assert_close(ours, expected)
+    slope = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(out, (q, k, v, sinks), slope) for out in (ours, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+    # a step with a cache, and a padded batch
+    step, _ = varlen_attention(torch.nn.Module(), q[:, :, 12:], k[:, :, 6:], v[:, :, 6:], None, s_aux=sinks)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    masked, _ = varlen_attention(torch.nn.Module(), q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], mask, s_aux=sinks)
+    if window is None:
+        torch.testing.assert_close(step, expected[:, 12:])
+        torch.testing.assert_close(masked, expected[:, 6:])
+
+
+@pytest.mark.parametrize("name", ["head_mask", "position_bias"])
 def test_what_it_does_not_compute_is_refused(name):
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match=name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,21 +191,21 @@ def test_a_result_that_somebody_changed_is_not_overwritten(codeact, config):
         (
             {"train": {"lora": True, "learning_rat": 1}},
             "learning_rat",
-            "train: unknown flag --learning_rat; did you mean",
+            "train: unknown flag learning_rat; did you mean",
         ),
-        ({"train": {"learning_rate": "high"}}, "learning_rate", "train: argument --learning_rate"),
+        ({"train": {"learning_rate": "high"}}, "learning_rate", "train: argument learning_rate"),
         ({"train": {"output_dir": "x"}}, "output_dir", "train: output_dir follows from the other settings"),
-        ({"train": {"seed": 1, "eval_strategy": "epoch"}}, "eval_strategy", "train: --eval_strategy needs held-out"),
-        ({"train": {"bf16": False, "merge": True}}, "merge", "train: --merge True merges adapters, and there are none"),
+        ({"train": {"seed": 1, "eval_strategy": "epoch"}}, "eval_strategy", "train: eval_strategy needs held-out"),
+        ({"train": {"bf16": False, "merge": True}}, "merge", "train: merge True merges adapters, and there are none"),
         (
             {"train": {"bf16": False, "report_to": ["x"]}},
             "report_to",
-            "train: --report_to 'x' is unknown; choose one of",
+            "train: report_to 'x' is unknown; choose one of",
         ),
         (
             {"train": {"lora": True, "report_to": "swanlab"}},
             "report_to",
-            "train: --report_to swanlab: swanlab is not inst",
+            "train: report_to swanlab: swanlab is not inst",
         ),
         ({"train": {}, "generate": {"data": "nowhere.jsonl"}}, "data", "cannot read nowhere.jsonl"),
     ],
@@ -219,10 +220,40 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
     assert "generate" in sections or message in codeact("run", config, "--dry-run")[2]
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"embed": {"model": "./nowhere"}}, "no such folder: ./nowhere"),
+        ({"embed": {"dtype": "bfloat61"}}, "dtype 'bfloat61' is unknown; choose one of: bfloat16"),
+        ({"embed": {"device": "cuda:7"}}, "device 'cuda:7' is not here"),
+        ({"select": {"backend": "cuml"}}, "backend 'cuml' needs an NVIDIA GPU"),
+        ({"train": {"max_seq_len": 9999}}, "train: max_seq_len 9999 is more than the 512 positions"),
+        ({"train": {"max_seq_len": 1}}, "train: max_seq_len is 1; a sample needs at least 2"),
+        ({"train": {"model_type": "llama3"}}, "train: template llama3 needs <|start_header_id|>"),
+        ({"train": {"lora": True, "lora_target_modules": "c_fc"}}, "LlamaForCausalLM has no layer named c_fc"),
+        ({"train": {"learning_rate": 0}}, "train: learning_rate is 0.0; it must be above 0"),
+        ({"train": {"num_train_epochs": 0, "max_steps": -1}}, "train: num_train_epochs is 0.0 and no max_steps"),
+        ({"train": {"bf16": True, "fp16": True}}, "train: bf16 and fp16 are two dtypes"),
+        ({"train": {"attention": "sdap"}}, "train: attention 'sdap' is unknown; choose one of: "),
+        ({"train": {"label_smoothing_factor": 0.1}}, "train: label_smoothing_factor needs all"),
+        ({"train": {"eval_path": "nowhere.jsonl", "eval_ratio": 0}}, "train: no such file: nowhere.jsonl"),
+        ({"train": {}, "generate": {"dtype": "f8"}}, "dtype 'f8' is unknown"),
+        ({"train": {}, "generate": {"template": "llama3"}}, "template llama3 needs <|start_header_id|>"),
+    ],
+)
+def test_what_this_machine_or_model_refuses_is_said_before_the_first(codeact, training, sections, message):
+    given = yaml.safe_load(training.read_text())
+    change(training, **{name: {**given.get(name, {}), **section} for name, section in sections.items()})
+    code, _, err = codeact("run", training)
+    assert code == 2
+    assert re.search(rf"error: {re.escape(str(training))}, line \d+: .*{re.escape(message)}", err)
+    assert did(err) == []
+
+
 def test_a_flag_of_the_command_line_has_no_line(codeact, config):
     code, _, err = codeact("run", config, "--set", "train.learning_rat=1")
     assert code == 2
-    assert "error: train: unknown flag --learning_rat" in err
+    assert "error: train: unknown flag learning_rat" in err
 
 
 def test_a_stage_that_loses_a_row_in_silence_is_found_out(codeact, config, monkeypatch):

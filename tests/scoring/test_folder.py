@@ -18,7 +18,7 @@ import pytest
 
 from codeact.base.errors import InputError
 from codeact.base.files import TEMPORARY_PREFIX
-from codeact.data.records import write_jsonl
+from codeact.data.records import Record, write_jsonl
 from codeact.data.settings import DataSettings
 from codeact.scoring.folder import ScoreFolder, settings_hash
 from codeact.scoring.stage import ScoreSettings, score_data
@@ -274,13 +274,13 @@ class TestRefusals:
             ScoreFolder.open(tmp_path)
 
     def test_strict_stops_at_the_first_bad_row(self, data_path, tiny_model_path, tmp_path):
-        with pytest.raises(InputError, match=r"row 7 .*\(empty_answer\).*--strict"):
+        with pytest.raises(InputError, match=r"row 7 .*\(empty_answer\).*strict"):
             score(data_path, tiny_model_path, tmp_path / "s", strict=True)
         assert not (tmp_path / "s").exists()
 
     def test_a_place_that_cannot_be_written(self, data_path, tiny_model_path, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(InputError, match=r"cannot write .*choose another --output"):
+        with pytest.raises(InputError, match=r"cannot write .*choose another output"):
             score(data_path, tiny_model_path, tmp_path / "file" / "scores")
 
     def test_a_full_disk(self, data_path, tiny_model_path, tmp_path):
@@ -305,16 +305,30 @@ def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
     assert manifest["totals"]["rows"] == ROWS
 
 
-def test_paper_json(data_path, tiny_model_path, tmp_path):
+def test_paper_json(tiny_model_path, tiny_model, tokenizer, tmp_path):
+    """What the paper's script writes, to the row: 0 of a score that failed, nothing of a row without an answer."""
+    from codeact.scoring.reference import paper_ifd
     from codeact.scoring.table import write_paper_json
 
-    score(data_path, tiny_model_path, tmp_path / "s", protocol="paper")
+    pairs = [
+        ("Add two.", "a + b"),
+        ("", "a"),
+        ("One token", "x"),
+        ("long " * 80, "answer"),
+        ("q", ""),
+        ("Why?", "So it is."),
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in pairs))
+    score(data, tiny_model_path, tmp_path / "s", protocol="paper", max_length=64, dtype="float32")
     folder = ScoreFolder.open(tmp_path / "s")
-    count = write_paper_json(tmp_path / "paper.json", folder.read(), open_scored_data(folder))
+    assert write_paper_json(tmp_path / "paper.json", folder.read(), open_scored_data(folder)) == (4, 2)
     entries = json.loads((tmp_path / "paper.json").read_text())
-    assert len(entries) == count == ROWS - 2
-    assert set(entries[0]) == {"question", "answer", "IFD"}
-    assert entries[0]["IFD"] == folder.read()["ifd"][0].as_py()
+    assert [(e["question"], e["answer"]) for e in entries] == [(q, a) for q, a in pairs if q and a]
+    assert [entry["IFD"] == 0 for entry in entries] == [False, True, True, False]
+    for place in (0, 3):
+        record = Record(id="", row=0, question=entries[place]["question"], answer=entries[place]["answer"])
+        assert entries[place]["IFD"] == pytest.approx(paper_ifd(tiny_model, tokenizer, record, 64), rel=1e-4)
 
 
 def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, tiny_model_path, tmp_path):
@@ -384,5 +398,5 @@ def test_selective_ifd_by_hand():
 
 
 def test_losses_by_token_are_not_of_the_papers_protocol(data_path, tiny_model_path):
-    with pytest.raises(ValueError, match="score different tokens; leave out --keep-token-nll"):
+    with pytest.raises(ValueError, match="score different tokens; leave out keep_token_nll"):
         settings(tiny_model_path, protocol="paper", keep_token_nll=True)

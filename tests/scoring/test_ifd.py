@@ -260,7 +260,7 @@ class TestFailures:
 
         monkeypatch.setattr(scorer, "trunk", full)
         with pytest.raises(
-            InputError, match=r"a sequence of \d+ tokens does not fit on cpu: lower --max-length \(now 512"
+            InputError, match=r"a sequence of \d+ tokens does not fit on cpu: lower max_length \(now 512"
         ):
             scorer.score(records)
 
@@ -300,7 +300,7 @@ class TestFailures:
         """The check runs the model, so it sees a leak whatever its cause."""
         prove_isolation(tiny_model, "sdpa", 512)  # it isolates a pack when positions restart
         monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-        with pytest.raises(InputError, match=r"cannot be packed with sdpa: .*say --attention codeact_varlen"):
+        with pytest.raises(InputError, match=r"cannot be packed with sdpa: .*say attention codeact_varlen"):
             prove_isolation(tiny_model, "sdpa", 512)
 
     def test_a_head_that_does_more_is_refused(self, tiny_model):

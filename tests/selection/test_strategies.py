@@ -394,7 +394,7 @@ def test_facility_location_takes_one_of_each_kind_before_a_twin_and_shares_by_cl
 
 def test_facility_location_says_when_memory_is_short(monkeypatch):
     monkeypatch.setattr(facility, "free_memory", lambda: 100)
-    with pytest.raises(InputError, match=r"20 rows need .* half of the free memory is .* raise --clusters"):
+    with pytest.raises(InputError, match=r"20 rows need .* half of the free memory is .* raise clusters"):
         facility_location(np.eye(20, dtype=np.float32), 3)
 
 
@@ -432,15 +432,15 @@ def test_the_line_about_length_counts():
         ({"strategy": "longst"}, "strategy 'longst' is unknown; choose one of: longest"),
         ({"difficulty": "los"}, "difficulty 'los' is unknown; choose one of: loss"),
         ({"sampling": "kmq"}, "sampling 'kmq' is unknown"),
-        ({"budget_rows": 3, "budget_tokens": 5}, "--budget-rows and --budget-tokens are 2 budgets; say one of them"),
-        ({"ratio": 0.3, "budget_rows": 5}, "--budget-rows and --ratio are 2 budgets"),
-        ({"budget_rows": 0}, "--budget-rows must be 1 or more, not 0"),
+        ({"budget_rows": 3, "budget_tokens": 5}, "budget_rows and budget_tokens are 2 budgets; say one of them"),
+        ({"ratio": 0.3, "budget_rows": 5}, "budget_rows and ratio are 2 budgets"),
+        ({"budget_rows": 0}, "budget_rows must be 1 or more, not 0"),
         ({"budget_tokens": 4}, "4 tokens is below the shortest row that may be chosen, row 0 with 5; raise"),
-        ({"strategy": "random", "easiest": True}, "--easiest is about the difficulty, which strategy random does not"),
-        ({"strategy": "longest", "sampling": "proportional"}, "--sampling is about the difficulty"),
-        ({"easiest": True, "sampling": "proportional"}, "leave out --easiest"),
-        ({"protocol": "paper", "strategy": "longest"}, "knows no --strategy longest; leave out --protocol paper"),
-        ({"protocol": "paper", "difficulty": "loss", "budget_rows": 1}, "no --difficulty loss and no --budget-rows"),
+        ({"strategy": "random", "easiest": True}, "easiest is about the difficulty, which strategy random does not"),
+        ({"strategy": "longest", "sampling": "proportional"}, "sampling is about the difficulty"),
+        ({"easiest": True, "sampling": "proportional"}, "leave out easiest"),
+        ({"protocol": "paper", "strategy": "longest"}, "knows no strategy longest; leave out protocol paper"),
+        ({"protocol": "paper", "difficulty": "loss", "budget_rows": 1}, "no difficulty loss and no budget_rows"),
         ({"per_question": "first"}, "per_question needs the number of its question for each of 2 rows"),
         ({"per_question": "last", "questions": np.zeros(2, int)}, "per_question 'last' is unknown"),
     ],

@@ -10,6 +10,7 @@ from codeact.base.errors import InputError
 from codeact.data.records import Record
 from codeact.scoring.tokens import tokenize
 from codeact.text import chat
+from codeact.text.conversations import encode_conversations
 from codeact.text.formats import CHAT_FORMATS
 from codeact.text.templates import MODEL_TYPES, ConversationTemplate, PromptBuilder
 from tests.helpers.chat_tokenizers import family_tokenizer
@@ -229,7 +230,9 @@ class TestChat:
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
         assert self.answers(own, text, TURNS[3:]) == ["Ciao<|im_end|>"]
-        assert "turn 2: the chat template changes this answer" in self.answers(own, text)
+        assert self.answers(own, text) == ["ello\n<|im_end|>", "Ciao<|im_end|>"]
+        (result,) = ConversationTemplate(own, "chat").render([TURNS])
+        assert result.changed == {0}
 
     @pytest.mark.parametrize("content", ["m['content'][:-1]", "m['content'] | length", "'<br>' + m['content'] | upper"])
     def test_a_template_that_changes_texts(self, own, content):
@@ -434,7 +437,82 @@ def test_the_reasoning_of_the_last_answer_is_learnt(tokenizer):
     (result,) = template.render([turns])
     labels = [result.text[start:end] for start, end in result.answers]
     assert labels == ["\n\n42<|end|>", "hm\n</think>\n\n42<|end|>"]
+    assert result.changed == {0}
     assert result.text[: result.answers[-1][0]] == template.prompt(turns[:-1])
+
+
+MARKED = {
+    # Phi-3's of TRL: the end of all is marked beside the answers.
+    "phi": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + '<|end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+        "{% else %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}",
+        ["<think>one</think>1<|end|>", "<think>two</think>2<|end|>\n<|endoftext|>"],
+    ),
+    # Gemma's of TRL: a system turn is refused, answer and end are marked apart.
+    "gemma": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}<|user|>"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% generation %}"
+        "<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}",
+        ["<think>one</think>1<|end|>", "<think>two</think>2<|end|>"],
+    ),
+    # DeepSeek-V3's of TRL: marked are answers without the reasoning, of the last one, too.
+    "deepseek": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|assistant|>"
+        "{{ m['content'].split('</think>')[-1] }}<|end|>{% endgeneration %}{% else %}<|user|>{{ m['content'] }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
+        ["1<|end|>", "two</think>2<|end|>"],
+    ),
+    # Qwen3.5 without thinking: the prompt closes the thought that the last answer opens in another form.
+    "qwen": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and '</think>' in m['content'] %}"
+        "{% set t = m['content'].split('</think>') %}"
+        "{% if loop.last %}<think>\n{{ t[0].split('<think>')[-1] }}\n</think>\n\n{% endif %}{{ t[-1] }}"
+        "{% else %}{{ m['content'] }}{% endif %}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n\n</think>\n\n{% endif %}",
+        ["1<|end|>", "<think>\ntwo\n</think>\n\n2<|end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_reasoning_in_every_turn(tokenizer, name):
+    """The last answer is learnt whole; an earlier one that the template writes without its reasoning is context."""
+    text, expected = MARKED[name]
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens(
+        {
+            "eos_token": "<|endoftext|>",
+            "additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"],
+        }
+    )
+    made.chat_template = text
+    turns = [("system", "Be brief."), ("user", "a"), ("assistant", "<think>one</think>1")]
+    turns += [("user", "b"), ("assistant", "<think>two</think>2")]
+    template = ConversationTemplate(made, "chat")
+    template.check_trainable()
+    (result,) = template.render([turns])
+    assert [result.text[start:end] for start, end in result.answers] == expected
+    assert result.changed == (frozenset() if "one" in expected[0] else {0})
+    assert result.text.count("Be brief.") == 1
+    record = Record(id="0", row=0, question="b", answer=turns[-1][1], history=tuple(turns[:-2]))
+    for last_only in (False, True):
+        (sample,) = encode_conversations([record], made, last_answer_only=last_only)
+        learnt = made.decode(sample.input_ids[sample.labels != -100])
+        assert learnt == "".join(expected[1 if last_only or result.changed else 0 :])
+        assert sample.changed == len(result.changed) * (not last_only)
+
+
+def test_marks_of_what_is_left_out_are_no_answers(tokenizer):
+    """Idefics3's template reads texts in parts only: it marked answers that were not there."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m['content'].nothing }}<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="turn 0: the chat template leaves it out"):
+        ConversationTemplate(made, "chat").check_trainable()
 
 
 def test_a_blank_system_text_keeps_the_templates_own_away(tokenizer):

@@ -97,7 +97,7 @@ def test_full_determinism_reaches_flash_attn(run, monkeypatch):
 @pytest.mark.parametrize("flags", [{}, {"dtype": "float32"}, {"lora": True}, {"attention": "flash_attention_2"}])
 def test_float32_packs_on_a_gpu_are_refused_before_anything_is_loaded(monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(InputError, match=r"train: .* computes in 16 bits on a GPU: add --bf16 True"):
+    with pytest.raises(InputError, match=r"train: .* computes in 16 bits on a GPU: add bf16 True"):
         check_flags({"bf16": False, **flags}, "train")
 
 

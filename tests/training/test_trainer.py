@@ -336,7 +336,7 @@ class TestRefusals:
     def test_an_attention_that_cannot_isolate(self, tmp_path, leaky):
         with pytest.raises(InputError, match="LlamaForCausalLM cannot be packed with leaky: ") as caught:
             train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_seq_len=64, attention=leaky))
-        for word in ("samples of 5/9/7 tokens", "--attention sdpa"):
+        for word in ("samples of 5/9/7 tokens", "attention sdpa"):
             assert word in str(caught.value)
         assert "\n" not in str(caught.value)
         padded = PackOptions(max_seq_len=64, attention=leaky, pad_mode="dynamic_pad")
@@ -346,7 +346,7 @@ class TestRefusals:
         config = AutoConfig.for_model(
             "mamba", vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1, initializer_range=0.5
         )
-        with pytest.raises(InputError, match=r"MambaForCausalLM cannot be packed with .*; say --pad_mode dynamic_pad"):
+        with pytest.raises(InputError, match=r"MambaForCausalLM cannot be packed with .*; say pad_mode dynamic_pad"):
             train(AutoModelForCausalLM.from_config(config), make_samples(4), make_arguments(tmp_path), PACK)
 
     def test_an_unknown_attention(self, tmp_path):
