@@ -63,7 +63,7 @@ def as_code(text: str) -> str:
 
 def left_out_note(tasks: Counter[str]) -> str:
     """What is said of samples of tasks that the data set, or what is asked of it, has not."""
-    names = sorted(map(as_code, tasks))
+    names = sorted(as_code(task[:80]) for task in tasks)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
     return (
         f"{counted(tasks.total(), 'sample')} left out, of tasks that the problems lack or that are not asked: {shown}"

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from codeact.base.console import size
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB
 from codeact.base.parsing import parse_json, read_json
@@ -117,10 +118,14 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
     already = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
     free = shutil.disk_usage(place).free + already
     if needed > free:
+        if not kept:
+            raise InputError(
+                f"the model needs {size(needed)}, and {place} has {size(free)} left: take another --output_dir"
+            )
         raise InputError(
-            f"{kept} checkpoints of about {one / GIB:,.1f} GiB and the model need {needed / GIB:,.1f} GiB, and "
-            f"{place} has {free / GIB:,.1f} GiB left: lower --save_total_limit (now {flags.save_total_limit}), say "
-            "--save_only_model True (a third; no resume) or --save_strategy no, or take another --output_dir"
+            f"{kept} checkpoints of about {size(one)} and the model need {size(needed)}, and {place} has {size(free)} "
+            f"left: lower --save_total_limit (now {flags.save_total_limit}), say --save_only_model True (a third; no "
+            "resume) or --save_strategy no, or take another --output_dir"
         )
 
 
@@ -150,7 +155,7 @@ def _parameters_in(folder: Path) -> int | None:
 
     count = 0
     with suppress(OSError, SafetensorError):
-        for path in folder.glob("*.safetensors"):
+        for path in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would wait for ever
             with safe_open(path, "numpy") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count or None

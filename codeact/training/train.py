@@ -31,7 +31,7 @@ from codeact.training.arguments import TrainerArguments
 from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
-from codeact.training.folder import TrainResult, claim, finished, write_result
+from codeact.training.folder import TrainResult, claim, finished, write_result, written_to
 from codeact.training.room import check_memory, check_room, pass_memory, state_memory, trained_parameters
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
@@ -70,7 +70,8 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     _check_fits(trainer, needs, tokens)
     if resume:
         _say(arguments, f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+    with written_to(arguments.output_dir):
+        trainer.train(resume_from_checkpoint=resume)
     losses = _held_out_losses(trainer) if data.held_out else (None, None)
     if monitor.report is not None:
         _say(arguments, aligned(monitor.report.lines()))
@@ -79,12 +80,14 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     _stop_where_answers_end(model, data.samples)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
     output = Path(arguments.output_dir)
-    if settings.model.lora and arguments.should_save:
-        model.generation_config.save_pretrained(output)
-        if settings.model.merge:
-            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", _weight_dtype(settings))
+    with written_to(output):
+        trainer.save_model()
+        if settings.model.lora and arguments.should_save:
+            model.generation_config.save_pretrained(output)
+            if settings.model.merge:
+                base, dtype = settings.model.model_name_or_path or "", _weight_dtype(settings)
+                merge_adapters(base, output, output / "merged", dtype)
     result = TrainResult(
         output=output,
         steps=trainer.state.global_step,

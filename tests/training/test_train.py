@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -453,3 +454,25 @@ def test_a_pass_that_does_not_fit_is_refused_before_the_first_step(train, select
     assert "lower --per_device_train_batch_size" in err
     monkeypatch.undo()
     assert train(*options, "--max_steps", 1)[0] == 0, "the folder is still free"
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "flags"),
+    [
+        (100_000, ("--save_strategy", "no")),  # the weights
+        (100_000, ("--save_strategy", "no", "--lora", "True", "--lora_target_modules", "q_proj")),  # the tokenizer
+        (12_000_000, ("--save_steps", 1, "--save_total_limit", 1)),  # the optimizer's states, in a checkpoint
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(train, selected, tmp_path, most_bytes, flags):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        code, _, err = train("--data_path", selected, "--output_dir", out, *FEW, "--max_steps", 1, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert "Traceback" not in err
+    assert f"codeact: error: cannot write {out}" in err
+    assert train("--data_path", selected, "--output_dir", out, *FEW, "--max_steps", 1, *flags)[0] == 0
