@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, Never, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +20,7 @@ from codeact.base.console import aligned, is_text, say, visible
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
+from codeact.base.stopping import end_as_stopped, heed_sigterm
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
@@ -369,22 +369,13 @@ class _Visible(logging.Formatter):
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers bring themselves
 
 
-_stopped_by = signal.SIGINT
-
-
-def _terminate(number: int, frame: FrameType | None) -> Never:
-    global _stopped_by  # noqa: PLW0603 - typer hands on that it was interrupted, not by what
-    _stopped_by = signal.SIGTERM
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line: exit code 2 and one line for what the user can mend, 130 for ^C, 143 for SIGTERM."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger().handlers[0].setFormatter(_Visible())
     logging.getLogger("codeact").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
-    signal.signal(signal.SIGTERM, _terminate)
+    heed_sigterm()
     try:
         for word in sys.argv:
             if not is_text(word):
@@ -402,8 +393,7 @@ def main() -> None:
         say(f"codeact: error: {error}")
         raise SystemExit(1) from None
     except (KeyboardInterrupt, typer.Abort):
-        say("\ncodeact: stopped; the same command goes on where it was")
-        raise SystemExit(128 + _stopped_by) from None
+        end_as_stopped()
     raise SystemExit(code or 0)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from codeact.base.console import counted, say, visible
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.base.parsing import parse_json
+from codeact.base.parsing import parse_json, read_file
 from codeact.evaluation.problems import Problem
 
 
@@ -81,7 +81,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _placed_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         content.decode()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; give a file of codeact generate") from None

@@ -218,15 +218,15 @@ class Select(Stage):
             return
         import numpy as np
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         from codeact.data.chosen import chosen_ids, chosen_tokens, row_tokens
+        from codeact.data.tables import read_table
         from codeact.selection.audit import audit_path
 
-        table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
+        table = read_table(output / SCORE_TABLE, "score again", columns=["prompt_tokens", "answer_tokens", "ifd"])
         tokens = row_tokens(table)
         scored = np.asarray(pc.is_valid(table["ifd"]))
-        reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
+        reasons = read_table(audit_path(output / SELECTED_FILE), "select again", columns=["reason"])["reason"]
         # the paper's script chooses rows without a score where no others are left
         unscored = np.asarray(pc.is_null(reasons)) & ~scored
         lost = {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from codeact.base.errors import InputError, one_of
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
-from codeact.training.room import check_room
+from codeact.training.room import check_room, sharding
 
 if TYPE_CHECKING:
     from codeact.training.arguments import TrainerArguments
@@ -206,6 +206,8 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
         raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")
     if flags.load_best_model_at_end and str(flags.eval_strategy) != str(flags.save_strategy):
         raise InputError("--load_best_model_at_end needs an --eval_strategy that is the --save_strategy")
+    if flags.deepspeed and ("{" in str(flags.deepspeed) or Path(str(flags.deepspeed)).exists()):
+        sharding(flags, 1)
     if not here:
         return
     optimizer = str(getattr(flags.optim, "value", flags.optim))

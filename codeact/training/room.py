@@ -189,7 +189,7 @@ class PlannedTraining:
         self.weight_bytes = {"nf4": 0.55, "int8": 1.05}.get(flags.quantize, held)
         between = math.ceil(flags.num_train_epochs) - 1 if str(flags.eval_strategy).endswith("epoch") else 0
         self.evaluations = 1 + bool(flags.eval_on_start) + between if flags.eval_ratio else 0
-        self.sharding = _sharding(flags, processes)
+        self.sharding = sharding(flags, processes)
         self.whole = self.sharding in ("zero3", "fsdp")
 
     def parameters(self, model: ModelFacts) -> ParameterCounts:
@@ -251,14 +251,19 @@ class PlannedTraining:
         return Memory({**parts, **{name: size for name, size in of_pass.items() if size}})
 
 
-def _sharding(flags: Any, processes: int) -> str:
+def sharding(flags: Any, processes: int) -> str:
+    """How flags ask to share a model among processes: none, ddp, zero1 to zero3, or fsdp.
+
+    Raises:
+        InputError: the configuration of DeepSpeed cannot be read.
+    """
     if flags.fsdp or not flags.deepspeed:
         return "fsdp" if flags.fsdp else "ddp" if processes > 1 else "none"
     name = str(flags.deepspeed)
     if name not in ("zero1", "zero2", "zero3"):
         try:
             content = parse_json(name) if "{" in name else read_json(Path(name))
-            name = f"zero{int(content['zero_optimization']['stage'])}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"train: cannot read the stage of deepspeed {name}: {error}") from None
+            name = f"zero{int(content.get('zero_optimization', {}).get('stage', 0))}"
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"--deepspeed {name} cannot be read as a configuration: {error}") from None
     return name if name != "zero0" else "ddp"
