@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from codeact.base.console import Progress
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path
+from codeact.base.files import atomic_path, locked_folder
 from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
 
@@ -377,7 +377,7 @@ def _write_pair(path: Path, blocks: Iterable[_Block], metadata: Callable[[], Emb
     sidecar = _sidecar_path(path)
     schema = pa.schema([("row", pa.int64()), ("id", pa.string())])
     # the inner file is renamed first, so the sidecar, which vouches for it, appears last
-    with atomic_path(sidecar) as temporary_sidecar, atomic_path(path) as temporary:
+    with ExitStack() as lock, atomic_path(sidecar) as temporary_sidecar, atomic_path(path) as temporary:
         shape = (0, 0)
         last_row = -1
         with temporary.open("wb") as file, pq.ParquetWriter(temporary_sidecar, schema, compression="zstd") as table:
@@ -398,6 +398,7 @@ def _write_pair(path: Path, blocks: Iterable[_Block], metadata: Callable[[], Emb
             os.fsync(file.fileno())
             header = {"version": FORMAT_VERSION, "npy_digest": _digest(temporary), **asdict(metadata())}
             table.add_key_value_metadata({_METADATA_KEY: json.dumps(header).encode()})
+        lock.enter_context(locked_folder(path.parent, wait=True))  # or another process's file could come in between
         sidecar.unlink(missing_ok=True)
 
 

@@ -48,6 +48,7 @@ def select_rows(
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
     """
+    from codeact.base.files import locked_folder
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
@@ -73,8 +74,9 @@ def select_rows(
     if settings.per_question is not None:
         choice["questions"] = question_numbers(records, table)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
-    write_selection(output, records, table, selection, labels)
-    write_audit(output, table, selection, labels)
+    with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
+        write_selection(output, records, table, selection, labels)
+        write_audit(output, table, selection, labels)
     return selection
 
 

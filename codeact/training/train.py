@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 from codeact.base.console import aligned
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
+from codeact.base.files import locked_folder
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
-from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
+from codeact.models.loading import existing_model, load_causal_lm, load_tokenizer, quiet_transformers
 from codeact.ops.flops import ModelShape
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
@@ -44,6 +46,16 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: data, model or settings do not fit together, or ``output_dir`` holds a run with other settings.
     """
+    arguments = settings.trainer
+    own: AbstractContextManager[None] = (
+        locked_folder(Path(arguments.output_dir), wait=False) if arguments.should_save else nullcontext()
+    )
+    with own:
+        existing_model(arguments.output_dir)  # to write into a pipe would wait for ever as well
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> TrainResult:
     arguments = settings.trainer
     quiet_transformers()
     set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed

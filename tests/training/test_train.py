@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from codeact.base.errors import InputError
+from codeact.base.files import locked_folder
 from codeact.data.records import write_jsonl
 from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
@@ -476,3 +477,13 @@ def test_a_full_disk_is_one_line_that_names_the_file(train, selected, tmp_path, 
     assert "Traceback" not in err
     assert f"codeact: error: cannot write {out}" in err
     assert train("--data_path", selected, "--output_dir", out, *FEW, "--max_steps", 1, *flags)[0] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite_output_dir", "True"), ("--seed", 7)])
+def test_a_folder_that_another_training_writes_to_is_refused(train, selected, tmp_path, more):
+    out = tmp_path / "out"
+    with locked_folder(out, wait=False):
+        code, _, err = train("--data_path", selected, "--output_dir", out, *FEW, "--save_strategy", "no", *more)
+    assert code == 2
+    assert f"another process writes to {out}; wait for it" in err
+    assert not [*out.iterdir()]
