@@ -351,10 +351,11 @@ def doctor(as_json: Annotated[bool, flag("As JSON.", "--json")] = False) -> None
 
 
 def _print_scores(folder: Path, totals: dict[str, Any]) -> None:
-    from codeact.scoring.stage import score_lines
+    from codeact.scoring.stage import require_scores, score_lines
 
     _print_lines(score_lines(totals, folder))
     _tell(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
+    require_scores(totals, folder)
 
 
 def _print_lines(lines: Lines) -> None:

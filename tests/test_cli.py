@@ -266,3 +266,33 @@ def test_chosen_rows_and_their_audit_get_their_names_under_one_lock(
     )
     assert code == 0, err
     assert named == ["o.jsonl", "o.rows.parquet"]
+
+
+@pytest.fixture
+def all_refused(tmp_path) -> Path:
+    path = tmp_path / "refused.jsonl"
+    write_jsonl(path, [{"q": "question", "a": ""}, {"q": "", "a": "answer"}, {"q": "question", "a": 5}])
+    return path
+
+
+def test_all_rows_refused_is_an_exit_code(codeact, all_refused, tiny_model_path, tmp_path):
+    options = ("--model", tiny_model_path, "--output", tmp_path / "s", "--max-length", 256, *COLUMNS)
+    code, out, err = codeact("score", all_refused, *options)
+    assert (code, "rows refused" in out) == (2, True)
+    assert "none of 3 rows has a score (1 empty_answer, 1 empty_question, 1 wrong_type)" in err
+    assert codeact("merge", tmp_path / "s")[0] == 2
+    code, _, err = codeact(
+        "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
+    )
+    assert code == 2
+    assert "none can be chosen" in err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_no_question_to_embed_is_an_exit_code(codeact, embedder_path, tmp_path):
+    path = tmp_path / "refused.jsonl"
+    write_jsonl(path, [{"q": "", "a": "a"}, {"q": 5, "a": "a"}])
+    for _ in range(2):
+        code, _, err = codeact("embed", path, "--model", embedder_path, "--output", tmp_path / "e.npy", *COLUMNS)
+        assert code == 2
+        assert "none of 2 rows holds a question" in err

@@ -74,6 +74,8 @@ def select_rows(
     if settings.per_question is not None:
         choice["questions"] = question_numbers(records, table)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
+    if not len(selection.positions):
+        raise InputError(f"no row of {scores} is eligible for strategy {settings.strategy}: none can be chosen")
     with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
         write_selection(output, records, table, selection, labels)
         write_audit(output, table, selection, labels)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -201,6 +202,9 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
     """Refuse now what would stop the run after hours: flags that do not fit together, or to this machine."""
     for part in (ModelArguments, DataArguments, PackOptions):
         part(**{option.name: getattr(flags, option.name) for option in dataclasses.fields(part)})
+    for name, value in vars(flags).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} {value} is no finite number")
     evaluates = [name for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end") if _is_set(flags, name)]
     if evaluates and not (flags.eval_ratio or flags.eval_path):
         raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")
