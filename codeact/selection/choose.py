@@ -107,7 +107,7 @@ def select(
     """The ids of the chosen rows, in input order. Arguments and errors as in `plan_selection`.
 
     ``table`` may be any table (Arrow, pandas, polars, a ``datasets.Dataset``, rows or columns of Python) with ``id``
-    and ``ifd`` or ``score``. Rows then are in their order, and have a score where it is a number; token counts are needed
+    and ``ifd`` or ``score``. Rows then are in their order, with a score where it is a number; token counts are needed
     where lengths or tokens choose.
     """
     needs_tokens = strategy == "longest" or choice.get("budget_tokens") is not None
