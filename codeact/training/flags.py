@@ -205,6 +205,10 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
     for name, value in vars(flags).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} {value} is no finite number")
+    if flags.gradient_accumulation_steps < 1:
+        raise InputError(f"--gradient_accumulation_steps {flags.gradient_accumulation_steps} must be at least 1")
+    if not 0 <= flags.seed < 2**32:
+        raise InputError(f"--seed {flags.seed} must be from 0 to 2^32 - 1")
     evaluates = [name for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end") if _is_set(flags, name)]
     if evaluates and not (flags.eval_ratio or flags.eval_path):
         raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")

@@ -182,3 +182,18 @@ def test_a_pipe_for_weights_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     flags = check_flags({}, "train", taken={"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out")})
     room.check_room(flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"learning_rate": "nan"},
+        {"weight_decay": "inf"},
+        {"gradient_accumulation_steps": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_first_stage(flags):
+    with pytest.raises(InputError, match=rf"train: --{next(iter(flags))} "):
+        check_flags(flags, "train", here=False)
