@@ -6,6 +6,7 @@ import importlib.util
 import sys
 
 from codeact.base.machine import limit_threads
+from codeact.base.stopping import end_as_stopped, heed_sigterm
 
 EXTRAS = {
     **dict.fromkeys(("score", "merge", "pack-stats"), "score"),
@@ -24,6 +25,14 @@ def main() -> None:
 
     A command whose extra is not installed ends in one line that says what to type, with exit code 2.
     """
+    heed_sigterm()
+    try:
+        _main()
+    except KeyboardInterrupt:  # while libraries load; later the command line itself ends as stopped
+        end_as_stopped()
+
+
+def _main() -> None:
     limit_threads()  # here, as OpenMP reads its number when NumPy or PyTorch load, and the command line loads NumPy
     if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
         from codeact.doctor.examine import run

@@ -9,18 +9,18 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, Never, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from codeact import __version__
-from codeact.base.console import aligned
+from codeact.base.console import aligned, is_text, say, visible
 from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
+from codeact.base.stopping import end_as_stopped, heed_sigterm
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
@@ -129,7 +129,7 @@ def harvest(
     """Make instruction rows from the functions with docstrings of Python code; the code is parsed, never run."""
     from codeact.data.harvest import write_harvest
 
-    print(write_harvest(target, output, limit=limit))
+    _tell(str(write_harvest(target, output, limit=limit)))
 
 
 @command()
@@ -148,7 +148,7 @@ def score(
     share = None if shard is None else parse_shard(shard)
     totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
     if totals is None:
-        print(f"this share of the shards is done; when all are: codeact merge {output}")
+        _tell(f"this share of the shards is done; when all are: codeact merge {output}")
     else:
         _print_scores(output, totals)
 
@@ -172,7 +172,7 @@ def merge(
     _print_scores(folder, scores.merge())
     if paper_json is not None:
         count, failed = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
-        print(f"{count:,} rows in {paper_json}" + (f", {failed:,} of them failed and with IFD 0" if failed else ""))
+        _tell(f"{count:,} rows in {paper_json}" + (f", {failed:,} of them failed and with IFD 0" if failed else ""))
 
 
 @command()
@@ -200,7 +200,7 @@ def select(
 
     selection = select_rows(scores, embeddings, output, settings, data)
     _print_lines(selection_lines(selection, settings))
-    print(f"{len(selection.positions):,} conversations in {output}")
+    _tell(f"{len(selection.positions):,} conversations in {output}")
 
 
 @app.command(
@@ -231,14 +231,14 @@ def pack_stats(
     if plot is not None:  # before all else is computed
         import_extra("matplotlib", "report", "--plot")
     report = stats_for_data(data.open(), tokenizer, capacity, model_type=template, batch_size=batch_size)
-    print(report.summary())
-    print(report.table())
+    _tell(report.summary())
+    _tell(report.table())
     if json_file is not None:
         report.write_json(json_file)
-        print(f"all figures are in {json_file}")
+        _tell(f"all figures are in {json_file}")
     if plot is not None:
         plot_packs(report.lengths, capacity, plot, batch_size=batch_size)
-        print(f"the picture is {plot}")
+        _tell(f"the picture is {plot}")
 
 
 @command()
@@ -253,7 +253,7 @@ def generate(
     """Let a model write programs for the tasks of HumanEval or MBPP."""
     from codeact.evaluation.stage import generate_programs
 
-    print(generate_programs(settings, model, output, adapter=adapter, limit=limit, overwrite=overwrite))
+    _tell(generate_programs(settings, model, output, adapter=adapter, limit=limit, overwrite=overwrite))
 
 
 @command()
@@ -266,7 +266,7 @@ def sanitize(
     from codeact.evaluation.stage import sanitize_file
 
     target, count, changed = sanitize_file(samples, output, data)
-    print(f"{count:,} samples, {changed:,} changed -> {target}")
+    _tell(f"{count:,} samples, {changed:,} changed -> {target}")
 
 
 @command()
@@ -284,8 +284,8 @@ def evaluate(
     from codeact.evaluation.stage import evaluate_file
 
     results, files = evaluate_file(dataset, samples, settings, data=data, limit=limit, unsafe=unsafe)
-    print(results.summary())
-    print(f"\nevery task: {', '.join(map(str, files))}")
+    _tell(results.summary())
+    _tell(f"\nevery task: {', '.join(map(str, files))}")
 
 
 @command()
@@ -306,11 +306,11 @@ def run(
     if dry_run:
         from codeact.forecast import forecast
 
-        print(forecast(flow, first, last).table())
+        _tell(forecast(flow, first, last).table())
         return
     flow.run(first, last)
     page = flow.output / "report.html"
-    print(f"everything is in {flow.output}" + (f"; the report is {page}" if last is None else ""))
+    _tell(f"everything is in {flow.output}" + (f"; the report is {page}" if last is None else ""))
 
 
 @command()
@@ -328,7 +328,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of
     """Write one HTML page about a run; it needs nothing but itself."""
     from codeact.report.page import write_report
 
-    print(f"the report is {write_report(folder)}")
+    _tell(f"the report is {write_report(folder)}")
 
 
 @command()
@@ -351,40 +351,41 @@ def doctor(as_json: Annotated[bool, flag("As JSON.", "--json")] = False) -> None
 
 
 def _print_scores(folder: Path, totals: dict[str, Any]) -> None:
-    from codeact.scoring.stage import score_lines
+    from codeact.scoring.stage import require_scores, score_lines
 
     _print_lines(score_lines(totals, folder))
-    print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
+    _tell(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
+    require_scores(totals, folder)
 
 
 def _print_lines(lines: Lines) -> None:
     print(aligned(lines))
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers bring themselves
-
-
-_stopped_by = signal.SIGINT
-
-
-def _terminate(number: int, frame: FrameType | None) -> Never:
-    global _stopped_by  # noqa: PLW0603 - typer hands on that it was interrupted, not by what
-    _stopped_by = signal.SIGTERM
-    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line: exit code 2 and one line for what the user can mend, 130 for ^C, 143 for SIGTERM."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger().handlers[0].setFormatter(_Visible())
     logging.getLogger("codeact").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
-    signal.signal(signal.SIGTERM, _terminate)
+    heed_sigterm()
     with in_command():
         _run()
 
 
 def _run() -> None:
     try:
+        for word in sys.argv:
+            if not is_text(word):
+                raise InputError(f"{word!r} is no UTF-8 text, which not all libraries bear; rename the file or folder")
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 128 + signal.SIGINT:  # newer typers' word for it
             raise KeyboardInterrupt
@@ -395,15 +396,19 @@ def _run() -> None:
     except OSError as error:
         _stop(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except LedgerError as error:
-        print(f"codeact: error: {error}", file=sys.stderr)
+        say(f"codeact: error: {error}")
         raise SystemExit(1) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("\ncodeact: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(128 + _stopped_by) from None
+        end_as_stopped()
     raise SystemExit(code or 0)
 
 
 def _stop(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # else under torchrun every rank would say the same
-        print(f"codeact: error: {' '.join(message.split())}", file=sys.stderr)
+        say(f"codeact: error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def _tell(text: str) -> None:
+    """A line of a result, which may hold anybody's names of files."""
+    print(visible(text))

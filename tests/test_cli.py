@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from codeact.base.errors import InputError
+from codeact.base.files import locked_folder
 from codeact.data.records import write_jsonl
 from codeact.scoring import stage as scoring_stage
 from tests.conftest import make_records
@@ -195,3 +198,101 @@ def test_padding_of_batches_is_counted():
     table = pa.table({"status": ["ok"] * 4 + ["unreadable"], "prompt_tokens": lengths, "answer_tokens": [0] * 5})
     # batches of 2: (5, 1) and (1, 9) become 10 and 18 tokens; the last row was not scored
     assert scoring_stage._batch_padding(table, 2) == pytest.approx(1 - np.array([5, 1, 1, 9]).sum() / 28)
+
+
+RAW = "\x1b[31m\x9b1m\u202e\u2066\x07"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", f"{RAW}.jsonl", "--model", "M", "--output", "O"),
+        ("score", "DATA", f"--{RAW}", "x"),
+        ("train", f"--{RAW}", "x"),
+        ("run", "YAML"),
+        ("run", "demo", "--set", f"{RAW}.a=1"),
+        ("sanitize", "SAMPLES"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "SAMPLES"),
+        ("select", "--scores", RAW, "--output", "o.jsonl"),
+        ("harvest", RAW, "--output", "o.jsonl"),
+        ("report", RAW),
+        ("merge", RAW),
+    ],
+)
+def test_what_an_error_quotes_is_escaped(codeact, data, tmp_path, arguments):
+    (tmp_path / "y.yaml").write_text(json.dumps({"output": "o", RAW: 1, "data": {"source": RAW}}))
+    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": RAW, "solution": 5}) + "\n")
+    places = {"DATA": data, "YAML": tmp_path / "y.yaml", "SAMPLES": tmp_path / "s.jsonl"}
+    code, out, err = codeact(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2
+    assert not set(RAW.replace("[31m", "").replace("1m", "")) & set(out + err)
+
+
+def test_names_of_files_are_escaped_wherever_they_are_told(codeact, data, tiny_model_path, tmp_path):
+    named = tmp_path / f"{RAW}.jsonl"
+    data.rename(named)
+    options = ("--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / RAW, *COLUMNS)
+    code, out, err = codeact("score", named, *options)
+    assert code == 0, err
+    assert "⟨U+001B⟩[31m" in out
+    assert not {"\x1b", "\u202e", "\x9b"} & set(out + err)
+
+
+def test_a_name_that_is_no_text_is_refused_at_once(codeact, data, tmp_path):
+    code, _, err = codeact("score", data, "--model", "M", "--output", f"{tmp_path}/\udc80")
+    assert code == 2
+    assert "is no UTF-8 text" in err
+    (tmp_path / "y.yaml").write_text('{"output": "o", "data": {"source": "\\udc80"}, "score": {"model": "M"}}')
+    code, _, err = codeact("run", tmp_path / "y.yaml")
+    assert code == 2
+    assert "line 1: data.source: the text holds half of a surrogate pair" in err
+
+
+def test_chosen_rows_and_their_audit_get_their_names_under_one_lock(
+    codeact, data, tiny_model_path, tmp_path, monkeypatch
+):
+    codeact("score", data, "--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s", *COLUMNS)
+    named = []
+
+    def replace(source, target, real=os.replace):
+        with pytest.raises(InputError, match="another process"), locked_folder(tmp_path, wait=False):
+            pass
+        named.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    code, _, err = codeact(
+        "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
+    )
+    assert code == 0, err
+    assert named == ["o.jsonl", "o.rows.parquet"]
+
+
+@pytest.fixture
+def all_refused(tmp_path) -> Path:
+    path = tmp_path / "refused.jsonl"
+    write_jsonl(path, [{"q": "question", "a": ""}, {"q": "", "a": "answer"}, {"q": "question", "a": 5}])
+    return path
+
+
+def test_all_rows_refused_is_an_exit_code(codeact, all_refused, tiny_model_path, tmp_path):
+    options = ("--model", tiny_model_path, "--output", tmp_path / "s", "--max-length", 256, *COLUMNS)
+    code, out, err = codeact("score", all_refused, *options)
+    assert (code, "rows refused" in out) == (2, True)
+    assert "none of 3 rows has a score (1 empty_answer, 1 empty_question, 1 wrong_type)" in err
+    assert codeact("merge", tmp_path / "s")[0] == 2
+    code, _, err = codeact(
+        "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
+    )
+    assert code == 2
+    assert "none can be chosen" in err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_no_question_to_embed_is_an_exit_code(codeact, embedder_path, tmp_path):
+    path = tmp_path / "refused.jsonl"
+    write_jsonl(path, [{"q": "", "a": "a"}, {"q": 5, "a": "a"}])
+    for _ in range(2):
+        code, _, err = codeact("embed", path, "--model", embedder_path, "--output", tmp_path / "e.npy", *COLUMNS)
+        assert code == 2
+        assert "none of 2 rows holds a question" in err

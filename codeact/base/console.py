@@ -34,6 +34,15 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: no half of a surrogate pair, as which Python hands on bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def say(text: str) -> None:
     """Tell the person who waits: a line on the standard error, above a bar if there is one, made ``visible``."""
     with ExitStack() as stack:

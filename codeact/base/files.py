@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from codeact.base.console import say
@@ -81,6 +81,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # the folder itself may be what is wrong
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Keep other processes of this machine from writing to a folder; where a system has no such locks, do nothing.
+
+    Args:
+        folder: is made if it is not there.
+        wait: for another process that writes there; else that is an error.
+
+    Raises:
+        InputError: another process writes there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}; choose another output") from None
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # Windows, and file systems without locks
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise InputError(f"another process writes to {folder}; wait for it, or choose another output") from None
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,6 +7,7 @@ the depth of JSON is checked before it is parsed, and what has no such check is 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -44,7 +45,18 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: as of ``parse_json``.
     """
-    return parse_json(path.read_bytes())
+    return parse_json(read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file that anyone may have put there.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, which would wait for ever, or a device, which may never end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_bytes()
 
 
 def json_depths(text: str, position: int = 0) -> Iterator[tuple[int, int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from codeact.base.console import is_text
 from codeact.base.protocols import resolve_protocol
 
 
@@ -21,6 +23,8 @@ class Settings(BaseModel):
             raise ValueError("the number is too large")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("the text holds a zero byte")
+        if isinstance(value, str | Path) and not is_text(str(value)):
+            raise ValueError("the text holds half of a surrogate pair")
         return value
 
 

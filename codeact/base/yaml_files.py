@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from codeact.base.errors import InputError
-from codeact.base.parsing import safe_recursion
+from codeact.base.parsing import read_file, safe_recursion
 
 _MOST_VALUES = 100_000
 
@@ -33,9 +33,7 @@ def read_yaml(path: Path) -> tuple[Any, Any]:
         InputError: it cannot be read, a key is in one mapping twice, or its values are too many or nested too deeply.
     """
     try:
-        if not path.is_file() and path.exists():
-            raise ValueError("it is no file")  # reading a pipe would wait for ever
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
         tree = yaml.compose(text, Loader=_Loader)
         _check(tree, path)
         return yaml.load(text, Loader=_Loader), tree

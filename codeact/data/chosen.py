@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
+from codeact.data.tables import read_table
 
 
 def chosen_ids(selected: Path) -> pa.Array:
@@ -37,6 +37,6 @@ def row_tokens(table: pa.Table) -> NDArray[np.int64]:
 
 def chosen_tokens(scores: Path, ids: pa.Array) -> int:
     """Question + answer tokens of the rows of a score table (.parquet) that have one of these ids."""
-    table = pq.read_table(scores, columns=["id", "prompt_tokens", "answer_tokens"])
+    table = read_table(scores, "score again", columns=["id", "prompt_tokens", "answer_tokens"])
     chosen = np.asarray(pc.is_in(table["id"].cast(pa.large_string()), value_set=ids))
     return int(row_tokens(table)[chosen].sum())

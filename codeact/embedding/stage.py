@@ -52,6 +52,7 @@ def embed_data(data: DataSettings, settings: EmbedSettings, output: str | Path) 
             known = read_embeddings(output).metadata
         except InputError:
             known = None  # of a killed or another run: made anew
+        known = known if known and known.rows else None  # of no rows: refused again
         if known and (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == decides:
             say(f"{output} is up to date: {known.rows:,} embeddings")
             return known
@@ -70,6 +71,8 @@ def embed_data(data: DataSettings, settings: EmbedSettings, output: str | Path) 
         f"embedded {metadata.rows:,} questions ({metadata.tokens:,} tokens; {metadata.truncated:,} cut to the model's "
         f"length; {metadata.skipped:,} rows without a question skipped)"
     )
+    if not metadata.rows:
+        raise InputError(f"{data.source}: none of {metadata.skipped:,} rows holds a question that can be embedded")
     return metadata
 
 

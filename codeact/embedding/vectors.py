@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from codeact.base.console import Progress
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path
+from codeact.base.files import atomic_path, locked_folder
 from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
 
@@ -118,27 +118,23 @@ def load_embedder(
         if (device, dtype) != ("auto", "auto"):
             raise InputError("a loaded model keeps its device and dtype; pass its name or folder to choose them")
         return model
-    name = str(Path(model).expanduser()) if str(model).startswith("~") else os.fspath(model)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
-    from codeact.models.loading import check_weights
+    from codeact.models.loading import check_layers_of_folder, check_weights, existing_model, refused
 
     torch_device = resolve_device(device)
+    name = existing_model(os.fspath(model))
+    what = f"embedding model {name!r}"
+    check_layers_of_folder(what, name)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
-    try:
+    with refused(f"cannot load the {what}", "give a folder with safetensors weights or a hub name as the model"):
         encoder = SentenceTransformer(
             name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
-        # a hub client that cannot reach its server wraps the cause many lines deep; its first line says enough
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"cannot load the embedding model {name!r}: {reason}; "
-            "give a folder with safetensors weights or a hub name as the model"
-        ) from None
-    check_weights(f"embedding model {name!r}", encoder)
+        report = _loading_report(getattr(encoder[0], "auto_model", None))
+    check_weights(what, encoder, report)
     with suppress(OSError):  # the hub was reached a moment ago
         if not is_sentence_transformer_model(name):
             kind = (getattr(encoder[0].auto_model.config, "architectures", None) or ["a model"])[0]
@@ -150,6 +146,27 @@ def load_embedder(
                 DEFAULT_MODEL,
             )
     return encoder
+
+
+def _loading_report(trunk: Any) -> dict[str, list[str]] | None:
+    """What transformers said of a model's weights when it loaded them, which sentence-transformers does not hand on.
+
+    So they are loaded once more. A head, which a trunk leaves out, and a pooler, whose output no vector has in it, are
+    no weights that lack or are too many. None where there is no such model.
+    """
+    place = getattr(getattr(trunk, "config", None), "_name_or_path", "")
+    if not place:
+        return None
+    _, report = type(trunk).from_pretrained(
+        place, config=trunk.config, use_safetensors=True, dtype=trunk.dtype, output_loading_info=True
+    )
+    own = {name for name, _ in trunk.named_children()} - {"pooler"}
+
+    def of_trunk(key: Any) -> bool:
+        name = str(key[0] if isinstance(key, tuple) else key).removeprefix(f"{trunk.base_model_prefix}.")
+        return name.partition(".")[0] in own
+
+    return {kind: list(filter(of_trunk, keys)) for kind, keys in report.items() if kind.endswith("_keys")}
 
 
 def embed_texts(
@@ -360,7 +377,7 @@ def _write_pair(path: Path, blocks: Iterable[_Block], metadata: Callable[[], Emb
     sidecar = _sidecar_path(path)
     schema = pa.schema([("row", pa.int64()), ("id", pa.string())])
     # the inner file is renamed first, so the sidecar, which vouches for it, appears last
-    with atomic_path(sidecar) as temporary_sidecar, atomic_path(path) as temporary:
+    with ExitStack() as lock, atomic_path(sidecar) as temporary_sidecar, atomic_path(path) as temporary:
         shape = (0, 0)
         last_row = -1
         with temporary.open("wb") as file, pq.ParquetWriter(temporary_sidecar, schema, compression="zstd") as table:
@@ -381,6 +398,7 @@ def _write_pair(path: Path, blocks: Iterable[_Block], metadata: Callable[[], Emb
             os.fsync(file.fileno())
             header = {"version": FORMAT_VERSION, "npy_digest": _digest(temporary), **asdict(metadata())}
             table.add_key_value_metadata({_METADATA_KEY: json.dumps(header).encode()})
+        lock.enter_context(locked_folder(path.parent, wait=True))  # or another process's file could come in between
         sidecar.unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from codeact.base.console import say
 from codeact.base.errors import InputError, one_of
 from codeact.base.files import atomic_path, cache_path
-from codeact.base.parsing import parse_json
+from codeact.base.parsing import parse_json, read_file
 
 DATASETS = ("humaneval", "mbpp")
 _FILES = {"humaneval": ("HumanEvalPlus", "HumanEval"), "mbpp": ("MbppPlus",)}
@@ -100,9 +100,9 @@ def load_problems(
     one_of("dataset", dataset, DATASETS)
     path = Path(data).expanduser() if data is not None else _find(dataset)
     try:
-        raw = path.read_bytes()
+        raw = read_file(path)
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}; {_remedy(dataset)}") from None
     problems = []
     for number, line in enumerate(text.split("\n"), 1):

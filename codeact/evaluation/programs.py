@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from codeact.base.console import counted, say, visible
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.base.parsing import parse_json
+from codeact.base.parsing import parse_json, read_file
 from codeact.evaluation.problems import Problem
 
 
@@ -63,7 +63,7 @@ def as_code(text: str) -> str:
 
 def left_out_note(tasks: Counter[str]) -> str:
     """What is said of samples of tasks that the data set, or what is asked of it, has not."""
-    names = sorted(map(as_code, tasks))
+    names = sorted(as_code(task[:80]) for task in tasks)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
     return (
         f"{counted(tasks.total(), 'sample')} left out, of tasks that the problems lack or that are not asked: {shown}"
@@ -81,7 +81,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _placed_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         content.decode()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; give a file of codeact generate") from None

@@ -116,6 +116,8 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
         changed += solution.strip() != text.strip()
         kept = {key: value for key, value in row.items() if key != "completion"}
         cleaned.append({**kept, "solution": solution})
+    if not cleaned:
+        raise InputError(f"{samples} holds no sample of a task that is known; give a file of codeact generate")
     target = output or samples.with_name(f"{samples.name.removesuffix('.jsonl')}-sanitized.jsonl")
     write_samples(target, cleaned)
     return target, len(cleaned), changed

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 
 from codeact.base.errors import InputError, import_extra
-from codeact.models.loading import check_weights, load_causal_lm
+from codeact.models.loading import check_weights, existing_model, load_causal_lm, refused
+from codeact.text.chat import time_limit
+
+PATTERN_SECONDS = 60.0
+"""Of the processor, for an adapter to find its layers: its patterns are regular expressions, which may never end."""
 
 
 def quantization_config(quantize: str, compute: torch.dtype) -> Any:
@@ -88,16 +92,15 @@ def apply_adapter(model: Any, folder: str | Path, exact: bool = False) -> Any:
         MissingExtraError: peft is absent.
     """
     peft = import_extra("peft", "train", "an adapter")
-    try:
+    existing_model(str(folder))
+    with refused(f"adapter {folder} does not fit the model", "give the folder that its training wrote"):
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        adapted = peft.get_peft_model(model, config)
+        with time_limit(PATTERN_SECONDS):
+            adapted = peft.get_peft_model(model, config)
         weights = peft.load_peft_weights(str(folder), device="cpu")
         expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         peft.set_peft_model_state_dict(adapted, weights)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"adapter {folder} does not fit the model: {reason}") from None
     report = {"missing_keys": expected - set(weights), "unexpected_keys": set(weights) - expected}
     check_weights(f"adapter {folder}", adapted, report)
     return adapted.merge_and_unload(safe_merge=exact).eval()

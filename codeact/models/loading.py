@@ -41,13 +41,13 @@ def load_causal_lm(
     Raises:
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
-    name = _existing(name)
-    with _refused(
+    name = existing_model(name)
+    with refused(
         f"cannot load model {name!r}",
         "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
     ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        _check_layers(f"model {name!r}", AutoConfig.from_pretrained(name, trust_remote_code=False))
+        check_layers(f"model {name!r}", AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -67,10 +67,30 @@ def load_causal_lm(
 _LARGEST_DEPTH = 1000  # layers; the deepest models have some 130
 
 
-def _check_layers(what: str, config: Any) -> None:
+def check_layers(what: str, config: Any) -> None:
+    """Refuse a configuration without layers, or with so many that making them would not end.
+
+    Raises:
+        InputError: it is one; ``what`` names the model.
+    """
     depth = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(depth, int) or not 1 <= depth <= _LARGEST_DEPTH:
         raise InputError(f"{what}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it")
+
+
+def check_layers_of_folder(what: str, name: str) -> None:
+    """``check_layers`` of every model in a folder, or of the hub's; for libraries that load by themselves.
+
+    Raises:
+        InputError: one has none, or too many.
+    """
+    folders = [str(path.parent) for path in sorted(Path(name).rglob("config.json"))] if Path(name).is_dir() else [name]
+    for folder in folders:
+        config = None
+        with suppress(Exception):  # of a pooling layer, say; what is no configuration of a model is refused later
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config is not None:
+            check_layers(what, config)
 
 
 def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collection[Any]] | None = None) -> None:
@@ -87,7 +107,7 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     """
     kind = type(model).__name__
     if hasattr(config := getattr(model, "config", None), "get_text_config"):
-        _check_layers(what, config)
+        check_layers(what, config)
     report = report or {}
     lacking = sorted(map(str, {*report.get("missing_keys", ()), *map(_first, report.get("mismatched_keys", ()))}))
     if lacking:
@@ -124,7 +144,7 @@ def _first(key: Any) -> Any:
 
 
 @contextmanager
-def _refused(what: str, remedy: str) -> Iterator[None]:
+def refused(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever a library raises over files that it did not write into one line."""
     try:
         yield
@@ -155,18 +175,22 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         InputError: there is none.
     """
-    name = _existing(name)
-    with _refused(f"cannot load tokenizer {name!r}", "give a model's folder or hub name"):
+    name = existing_model(name)
+    with refused(f"cannot load tokenizer {name!r}", "give a model's folder or hub name"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _existing(name: str) -> str:
-    """The name, with a home folder put in; what looks like a path must be there."""
+def existing_model(name: str) -> str:
+    """The name, with a home folder put in; what looks like a path must be there, and a folder hold files only.
+
+    Raises:
+        InputError: it is not there, or holds a pipe, socket or device: reading one would wait for ever.
+    """
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise InputError(f"no such folder: {name}; give one with config.json and *.safetensors, or a hub name")
-    for path in Path(name).iterdir() if Path(name).is_dir() else ():
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
+    for path in Path(name).rglob("*") if Path(name).is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError(f"{path} is no file; a model's folder holds files only")
     return name
 
@@ -183,10 +207,10 @@ def model_identity(name: str) -> str:
     Raises:
         InputError: there is no such folder, and no such name on the hub or in its cache.
     """
-    folder = Path(_existing(name)).expanduser()
+    folder = Path(existing_model(name)).expanduser()
     if folder.is_dir():
         return folder_fingerprint(folder)
-    with _refused(f"cannot load model {name!r}", "give a folder or a name this machine can reach"):
+    with refused(f"cannot load model {name!r}", "give a folder or a name this machine can reach"):
         path = cached_file(name, "config.json")
     return f"hub:{extract_commit_hash(str(path), None)}"
 

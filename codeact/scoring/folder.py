@@ -32,6 +32,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, remove_leftovers
 from codeact.base.parsing import parse_json, read_json
 from codeact.data.records import RecordSet
+from codeact.data.tables import read_table
 from codeact.scoring.table import SCHEMA
 from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
 
@@ -204,7 +205,7 @@ class ScoreFolder:
             for shard in range(self.shards):
                 path = self.path(shard)
                 facts = self._facts(path)
-                table = _read_shard(path)
+                table = read_table(path, "delete it and score again", schema=SCHEMA).replace_schema_metadata(None)
                 first = shard * self.shard_size
                 expected = range(first, first + self.shard_rows(shard))
                 if table["row"].to_pylist() != list(expected):
@@ -240,7 +241,7 @@ class ScoreFolder:
         path = self.folder / "scores.parquet"
         if not path.exists():
             raise InputError(f"{self.folder} is not merged: run codeact merge {self.folder}")
-        return pq.read_table(path, schema=SCHEMA)
+        return read_table(path, f"run codeact merge {self.folder}", schema=SCHEMA)
 
     def selective_ifd(self) -> np.ndarray:
         """S-IFD of every row of the merged table, (rows,) float64, from the losses that scoring kept.
@@ -283,13 +284,6 @@ class ScoreFolder:
         content = {"hash": self.hash, "settings": self.settings, "shards": self.shards, "versions": _versions(), **more}
         with atomic_path(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_shard(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, schema=SCHEMA).replace_schema_metadata(None)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it and score again") from None
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

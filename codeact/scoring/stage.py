@@ -266,6 +266,20 @@ def _score_shard(number: int) -> tuple[float, int]:
 # --------------------------------------------------------------------------------------------------- what is told of it
 
 
+def require_scores(totals: dict[str, Any], folder: str | Path) -> None:
+    """Refuse to go on where no row has a score.
+
+    Raises:
+        InputError: none has; says why, most frequent reason first.
+    """
+    if not totals["status"].get("ok", 0):
+        reasons = sorted(totals["refused"].items(), key=lambda item: -item[1])
+        told = ", ".join(f"{count:,} {name}" for name, count in reasons)
+        raise InputError(
+            f"none of {totals['rows']:,} rows has a score ({told}); each has its reason in {folder}/scores.parquet"
+        )
+
+
 def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
     """Lines of the summary table about the scores."""
     import pyarrow.compute as pc
@@ -336,6 +350,7 @@ class Score(Stage):
         folder = run.output / SCORES_FOLDER
         totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
         assert totals is not None, "a run's processes share the shards, so all are done"
+        require_scores(totals, folder)
         return score_lines(totals, folder)
 
     def account(self, output: Path) -> Iterator[Entry]:

@@ -98,18 +98,51 @@ class Selection:
 
 
 def select(
-    table: pa.Table,
+    table: Any,
     labels: NDArray[Any] | Sequence[int] | None,
     ratio: float | str = 0.4,
     strategy: str = "cdas",
     **choice: Any,
 ) -> list[str]:
-    """The ids of the chosen rows, in input order. Arguments and errors as in `plan_selection`."""
+    """The ids of the chosen rows, in input order. Arguments and errors as in `plan_selection`.
+
+    ``table`` may be any table (Arrow, pandas, polars, a ``datasets.Dataset``, rows or columns of Python) with ``id``
+    and ``ifd`` or ``score``. Rows then are in their order, with a score where it is a number; token counts are needed
+    where lengths or tokens choose.
+    """
+    needs_tokens = strategy == "longest" or choice.get("budget_tokens") is not None
+    table = _as_score_table(table, needs_tokens)
     selection = plan_selection(table, labels, ratio, strategy, **choice)
     # large_string: tens of millions of ids exceed the 2 GiB that one Arrow string array can address
     ids = table.column("id").cast(pa.large_string()).take(pa.array(selection.positions))
     chosen: list[str] = ids.to_pylist()
     return chosen
+
+
+def _as_score_table(table: Any, needs_tokens: bool) -> pa.Table:
+    """A table of ids and scores in whatever form, with the columns of a score table that follow from these two."""
+    try:
+        if isinstance(table, list | tuple):
+            table = pa.Table.from_pylist(list(table))
+        elif hasattr(table, "with_format"):
+            table = table.with_format("arrow")[:]
+        elif not isinstance(table, pa.Table):
+            table = pa.table(table)
+    except (pa.ArrowException, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"the scores cannot be read as a table with id and score: {error}") from None
+    if "ifd" not in table.column_names and "score" in table.column_names:
+        table = table.append_column("ifd", table["score"])
+    if not {"id", "ifd"} <= {*table.column_names}:
+        raise InputError(f"a table of scores needs the columns id and score; there are {table.column_names}")
+    if "status" not in table.column_names:
+        scores = column(table, "ifd", pa.float64())
+        table = table.append_column("status", pa.array(np.where(np.isfinite(scores), "ok", "unscored")))
+    if "row" not in table.column_names:
+        table = table.append_column("row", pa.array(np.arange(table.num_rows)))
+    for name in () if needs_tokens else ("prompt_tokens", "answer_tokens"):
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array(np.zeros(table.num_rows, np.int32)))
+    return table
 
 
 def plan_selection(

@@ -48,6 +48,7 @@ def select_rows(
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
     """
+    from codeact.base.files import locked_folder
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
@@ -73,8 +74,11 @@ def select_rows(
     if settings.per_question is not None:
         choice["questions"] = question_numbers(records, table)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
-    write_selection(output, records, table, selection, labels)
-    write_audit(output, table, selection, labels)
+    if not len(selection.positions):
+        raise InputError(f"no row of {scores} is eligible for strategy {settings.strategy}: none can be chosen")
+    with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
+        write_selection(output, records, table, selection, labels)
+        write_audit(output, table, selection, labels)
     return selection
 
 
@@ -222,15 +226,15 @@ class Select(Stage):
             return
         import numpy as np
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         from codeact.data.chosen import chosen_ids, chosen_tokens, row_tokens
+        from codeact.data.tables import read_table
         from codeact.selection.audit import audit_path
 
-        table = pq.read_table(output / SCORE_TABLE, columns=["prompt_tokens", "answer_tokens", "ifd"])
+        table = read_table(output / SCORE_TABLE, "score again", columns=["prompt_tokens", "answer_tokens", "ifd"])
         tokens = row_tokens(table)
         scored = np.asarray(pc.is_valid(table["ifd"]))
-        reasons = pq.read_table(audit_path(output / SELECTED_FILE), columns=["reason"])["reason"]
+        reasons = read_table(audit_path(output / SELECTED_FILE), "select again", columns=["reason"])["reason"]
         # the paper's script chooses rows without a score where no others are left
         unscored = np.asarray(pc.is_null(reasons)) & ~scored
         lost = {}

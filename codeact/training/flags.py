@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from codeact.base.errors import InputError, one_of
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults, refuse_inexact
-from codeact.training.room import check_room
+from codeact.training.room import check_room, sharding
 
 if TYPE_CHECKING:
     from codeact.training.arguments import TrainerArguments
@@ -225,16 +226,13 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
 
     for part in (ModelArguments, DataArguments, PackOptions):
         part(**{option.name: getattr(flags, option.name) for option in dataclasses.fields(part)})
+    _check_numbers(flags)
     evaluates = [name for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end") if _is_set(flags, name)]
     if evaluates and not (flags.eval_ratio or flags.eval_path):
         raise InputError(f"--{evaluates[0]} needs held-out conversations: add --eval_ratio 0.05 or --eval_path FILE")
     refuse_inexact(flags, flags.pad_mode)
     deepspeed_config(flags.deepspeed)
-    for name in _ABOVE_ZERO:
-        if getattr(flags, name) <= 0:
-            raise InputError(f"--{name} is {getattr(flags, name)}; it must be above 0")
-    if flags.num_train_epochs <= 0 and flags.max_steps <= 0:
-        raise InputError(f"--num_train_epochs is {flags.num_train_epochs} and no --max_steps is given; raise one")
+    sharding(flags, 1)
     if flags.bf16 and flags.fp16:
         raise InputError("--bf16 and --fp16 are two dtypes to compute in; say one of them")
     if flags.load_best_model_at_end and str(flags.eval_strategy) != str(flags.save_strategy):
@@ -255,6 +253,19 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
     _check_trackers(flags.report_to)
     _check_dtype(flags)
     check_room(flags)
+
+
+def _check_numbers(flags: argparse.Namespace) -> None:
+    for name, value in vars(flags).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} {value} is no finite number")
+    for name in _ABOVE_ZERO:
+        if getattr(flags, name) <= 0:
+            raise InputError(f"--{name} is {getattr(flags, name)}; it must be above 0")
+    if flags.num_train_epochs <= 0 and flags.max_steps <= 0:
+        raise InputError(f"--num_train_epochs is {flags.num_train_epochs} and no --max_steps is given; raise one")
+    if not 0 <= flags.seed < 2**32:
+        raise InputError(f"--seed {flags.seed} must be from 0 to 2^32 - 1")
 
 
 def _check_attention(name: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,29 @@ class TrainResult:
     train_loss: float
     held_out_loss_before: float | None
     held_out_loss_after: float | None
+
+
+@contextmanager
+def written_to(folder: str | Path | None) -> Iterator[None]:
+    """Turn what the libraries that save a model raise when they cannot write, each in its own way, into one line.
+
+    Raises:
+        InputError: a file in ``folder`` could not be written.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno:
+            folder, reason = error.filename or folder, error.strerror or reason
+        elif not re.search(r"\(os error \d+\)|PytorchStreamWriter|inline_container", reason):  # of Rust; of torch.save
+            raise
+        raise InputError(
+            f"cannot write {folder}: {reason[:200]}; free space, lower --save_total_limit or choose another "
+            "--output_dir; what was written whole stays"
+        ) from None
 
 
 def claim(settings: TrainSettings, data: TrainingData) -> str | None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from codeact.base.console import size
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB
 from codeact.base.parsing import parse_json, read_json
@@ -111,10 +112,14 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
     already = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
     free = shutil.disk_usage(place).free + already
     if needed > free:
+        if not kept:
+            raise InputError(
+                f"the model needs {size(needed)}, and {place} has {size(free)} left: take another --output_dir"
+            )
         raise InputError(
-            f"{kept} checkpoints of about {one / GIB:,.1f} GiB and the model need {needed / GIB:,.1f} GiB, and "
-            f"{place} has {free / GIB:,.1f} GiB left: lower --save_total_limit (now {flags.save_total_limit}), say "
-            "--save_only_model True (a third; no resume) or --save_strategy no, or take another --output_dir"
+            f"{kept} checkpoints of about {size(one)} and the model need {size(needed)}, and {place} has {size(free)} "
+            f"left: lower --save_total_limit (now {flags.save_total_limit}), say --save_only_model True (a third; no "
+            "resume) or --save_strategy no, or take another --output_dir"
         )
 
 
@@ -144,7 +149,7 @@ def _parameters_in(folder: Path) -> int | None:
 
     count = 0
     with suppress(OSError, SafetensorError):
-        for path in folder.glob("*.safetensors"):
+        for path in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would wait for ever
             with safe_open(path, "numpy") as file:
                 count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return count or None
@@ -178,7 +183,7 @@ class PlannedTraining:
         self.weight_bytes = {"nf4": 0.55, "int8": 1.05}.get(flags.quantize, held)
         between = math.ceil(flags.num_train_epochs) - 1 if str(flags.eval_strategy).endswith("epoch") else 0
         self.evaluations = 1 + bool(flags.eval_on_start) + between if flags.eval_ratio else 0
-        self.sharding = _sharding(flags, processes)
+        self.sharding = sharding(flags, processes)
         self.whole = self.sharding in ("zero3", "fsdp")
         # DeepSpeed computes in 16 bits and keeps a float32 copy of what is trained.
         self._half = self.sharding.startswith("zero") and self.autocast
@@ -245,14 +250,19 @@ class PlannedTraining:
         return Memory({**parts, **{name: size for name, size in of_pass.items() if size}})
 
 
-def _sharding(flags: Any, processes: int) -> str:
+def sharding(flags: Any, processes: int) -> str:
+    """How flags ask to share a model among processes: none, ddp, zero1 to zero3, or fsdp.
+
+    Raises:
+        InputError: the configuration of DeepSpeed cannot be read.
+    """
     if flags.fsdp or not flags.deepspeed:
         return "fsdp" if flags.fsdp else "ddp" if processes > 1 else "none"
     name = str(flags.deepspeed)
     if name not in ("zero1", "zero2", "zero3"):
         try:
             content = parse_json(name) if "{" in name else read_json(Path(name))
-            name = f"zero{int(content['zero_optimization']['stage'])}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"train: cannot read the stage of deepspeed {name}: {error}") from None
+            name = f"zero{int(content.get('zero_optimization', {}).get('stage', 0))}"
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise InputError(f"--deepspeed {name} cannot be read as a configuration: {error}") from None
     return name if name != "zero0" else "ddp"

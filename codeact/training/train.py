@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 
 from codeact.base.console import Progress, aligned
 from codeact.base.devices import resolve_dtype
+from codeact.base.files import locked_folder
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
-from codeact.models.loading import load_causal_lm, quiet_transformers
+from codeact.models.loading import existing_model, load_causal_lm, quiet_transformers
 from codeact.ops.flops import Memory, ModelFacts
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
 from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData, load_trainable
 from codeact.training.flags import TrainSettings
-from codeact.training.folder import TrainResult, claim, finished, write_result
+from codeact.training.folder import TrainResult, claim, finished, write_result, written_to
 from codeact.training.room import PlannedTraining, check_memory, check_room, trained_parameters
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
@@ -44,6 +45,16 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     Raises:
         InputError: data, model or settings do not fit together, or ``output_dir`` holds a run with other settings.
     """
+    arguments = settings.trainer
+    own: AbstractContextManager[None] = (
+        locked_folder(Path(arguments.output_dir), wait=False) if arguments.should_save else nullcontext()
+    )
+    with own:
+        existing_model(arguments.output_dir)  # to write into a pipe would wait for ever as well
+        return _train(settings)
+
+
+def _train(settings: TrainSettings) -> TrainResult:
     arguments = settings.trainer
     quiet_transformers()
     set_seed(arguments.seed)  # adapters are drawn before the Trainer would seed
@@ -72,7 +83,8 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     _check_fits(trainer, needs, tokens)
     if resume:
         _say(arguments, f"going on from {resume}")
-    trainer.train(resume_from_checkpoint=resume)
+    with written_to(arguments.output_dir):
+        trainer.train(resume_from_checkpoint=resume)
     losses = _held_out_losses(trainer) if data.held_out else (None, None)
     if monitor.report is not None:
         _say(arguments, aligned(monitor.report.lines()))
@@ -81,12 +93,14 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     _stop_where_answers_end(model, data.samples)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
     output = Path(arguments.output_dir)
-    if settings.model.lora and arguments.should_save:
-        model.generation_config.save_pretrained(output)
-        if settings.model.merge:
-            merge_adapters(settings.model.model_name_or_path or "", output, output / "merged", _weight_dtype(settings))
+    with written_to(output):
+        trainer.save_model()
+        if settings.model.lora and arguments.should_save:
+            model.generation_config.save_pretrained(output)
+            if settings.model.merge:
+                base, dtype = settings.model.model_name_or_path or "", _weight_dtype(settings)
+                merge_adapters(base, output, output / "merged", dtype)
     result = TrainResult(
         output=output,
         steps=trainer.state.global_step,

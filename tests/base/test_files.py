@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from codeact.base.errors import InputError
-from codeact.base.files import TEMPORARY_PREFIX, atomic_path, remove_leftovers
+from codeact.base.files import TEMPORARY_PREFIX, atomic_path, locked_folder, remove_leftovers
 
 
 def test_appears_at_the_end_and_makes_its_folder(tmp_path):
@@ -57,3 +57,24 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
         remove_leftovers(tmp_path)
         assert list(tmp_path.iterdir()) == [temporary]
     assert (tmp_path / "living").read_text() == "whole"
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom codeact.base.files import locked_folder\n"
+        "with locked_folder(pathlib.Path(sys.argv[1]), wait=True):\n print('held', flush=True)\n sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(InputError, match=r"another process writes to .*; wait for it"),
+        locked_folder(tmp_path / "a", wait=False),
+    ):
+        pass
+    with locked_folder(tmp_path / "b", wait=False):
+        pass
+    other.kill()  # a lock goes with its process
+    other.wait()
+    with locked_folder(tmp_path / "a", wait=False):
+        assert not [*(tmp_path / "a").iterdir()]

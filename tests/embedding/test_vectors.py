@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
+from codeact.base.files import locked_folder
 from codeact.data.records import Columns, open_records
 from codeact.embedding import vectors as embedding
 from codeact.embedding.vectors import (
@@ -169,7 +171,9 @@ def test_a_batch_that_does_not_fit_says_what_to_do():
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
-        with pytest.raises(InputError, match=r"cannot load the embedding model .* as the model") as caught:
+        with pytest.raises(
+            InputError, match=r"cannot load the embedding model .* as the model|no such folder"
+        ) as caught:
             load_embedder(str(folder))
         assert "\n" not in str(caught.value)
 
@@ -199,6 +203,95 @@ def test_code_that_a_model_brings_is_not_run(embedder_path, tmp_path):
     with pytest.raises(InputError, match="cannot load the embedding model"):
         load_embedder(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def changed(embedder_path, tmp_path):
+    """The embedder with its weights changed by a function, its configuration by a dictionary."""
+    from safetensors.torch import load_file, save_file
+
+    def make(change=lambda weights: weights, **configuration) -> str:
+        folder = tmp_path / "changed"
+        shutil.copytree(embedder_path, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+        weights = {
+            name: tensor.clone().contiguous()
+            for name, tensor in change(load_file(embedder_path / "model.safetensors")).items()
+        }
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((embedder_path / "config.json").read_text())
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps({**config, **configuration}))
+        return str(folder)
+
+    return make
+
+
+LAYER = "encoder.layer.2.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {name: tensor for name, tensor in w.items() if name != LAYER},
+            f"lacks 1 weights .* such as {LAYER}",
+        ),
+        (lambda w: {f"x.{name}": tensor for name, tensor in w.items()}, r"lacks \d+ weights"),
+        (lambda w: {**w, "encoder.layer.6.output.dense.bias": w["embeddings.LayerNorm.bias"]}, "no place for"),
+        (lambda w: {**w, LAYER: w[LAYER][:, :-1]}, "cannot load the embedding model|lacks"),
+        (lambda w: {**w, LAYER: w[LAYER] * np.nan}, "holds NaN or infinity"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused(changed, change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_embedder(changed(change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_hidden_layers": 1}, "holds 80 weights that .* no place for"),
+        ({"num_hidden_layers": 7}, "lacks 16 weights"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers in config.json is 1000000000"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"hidden_act": "nothing"}, "cannot load the embedding model"),
+        ({"num_attention_heads": 0}, "cannot load the embedding model"),
+        ({"model_type": ["bert"]}, "cannot load the embedding model"),
+    ],
+)
+def test_a_configuration_of_another_model(changed, more, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_embedder(changed(**more))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_vector_does_not_need_may_lack_or_be_more(changed):
+    def other(weights):
+        kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+        return {**kept, "cls.predictions.bias": weights["embeddings.LayerNorm.bias"]}
+
+    load_embedder(changed(other))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff" * 5000),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.symlink_to(path)),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json"])
+def test_what_is_no_file_of_a_model(changed, name, spoil):
+    folder = changed()
+    spoil(Path(folder, name))
+    with pytest.raises(InputError, match=r"cannot load the embedding model|is no file") as caught:
+        load_embedder(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_real_embedder(embedder_path):
@@ -466,3 +559,17 @@ def test_rows_in_memory_are_embedded(tmp_path):
     rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "output": ""}]
     assert embed_records(rows, tmp_path / "e.npy", FakeEmbedder()).skipped == 1
     assert np.allclose(read_embeddings(tmp_path / "e.npy").vectors, embed(["a\nb"], FakeEmbedder()))
+
+
+def test_both_files_of_a_pair_get_their_names_under_one_lock(tmp_path, monkeypatch):
+    named = []
+
+    def replace(source, target, real=os.replace):
+        with pytest.raises(InputError, match="another process"), locked_folder(tmp_path, wait=False):
+            pass
+        named.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_pair(tmp_path / "e.npy", 1)
+    assert named == ["e.npy", "e.rows.parquet"]

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codeact.base.errors import InputError
 from codeact.evaluation.sanitize import sanitize
+from codeact.evaluation.stage import sanitize_file
 
 FENCED = "Sure, here it is:\n\n```python\n{code}\n```\n\nIt doesn't use recursion (see above)."
 HELPER = "def g(y):\n    return y + 1"
@@ -338,3 +340,11 @@ def test_real_answers_are_extracted_as_by_evalplus() -> None:
         except SyntaxError:
             same = False
         assert same is ("differs" not in row), row["task_id"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"task_id": "HumanEval/999", "solution": "x = 1"}\n'])
+def test_a_file_without_a_known_sample_is_refused(tmp_path, human_eval_path, content):
+    (tmp_path / "s.jsonl").write_text(content)
+    with pytest.raises(InputError, match="holds no sample of a task that is known"):
+        sanitize_file(tmp_path / "s.jsonl", data=human_eval_path)
+    assert not (tmp_path / "s-sanitized.jsonl").exists()

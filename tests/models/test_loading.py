@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from codeact.base.errors import InputError
+from codeact.models import adapters
 from codeact.models.adapters import apply_adapter, merge_adapters
 from codeact.models.loading import check_weights, load_causal_lm
 from tests.helpers.zoo import logits_alone, make_model, random_ids
@@ -144,3 +146,28 @@ class TestAdapters:
         with pytest.raises(InputError, match="lacks 8 weights"):
             merge_adapters(str(saved), adapter, tmp_path / "merged", torch.float32)
         assert not (tmp_path / "merged").exists()
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda path: path.write_bytes(path.read_bytes()[:200]),
+            lambda path: path.write_bytes(b""),
+            lambda path: path.write_bytes(b"\xff" * 5000),
+            lambda path: (path.unlink(), os.mkfifo(path)),
+            lambda path: (path.unlink(), path.mkdir()),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_what_is_no_file_of_an_adapter(self, adapter, name, spoil):
+        spoil(adapter / name)
+        with pytest.raises(InputError, match=r"does not fit the model|is no file") as error:
+            apply_adapter(make_model("llama"), adapter)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("pattern", ["(.*.*.*.*)*b", "((a|.)*)*!", r"(\w+\.?)+ "])
+    def test_a_pattern_without_end(self, adapter, pattern, monkeypatch):
+        monkeypatch.setattr(adapters, "PATTERN_SECONDS", 0.3)
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": pattern}))
+        with pytest.raises(InputError, match=r"does not end within 0\.3 s"):
+            apply_adapter(make_model("llama"), adapter)

@@ -114,3 +114,15 @@ def test_the_first_error_ends_all(command, tmp_path):
     assert process.returncode == 2
     assert err.count("codeact: error: ") == 1
     assert "shards" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("module", ["pydantic", "typer", "yaml", "numpy"])
+def test_a_signal_while_libraries_load(tmp_path, module, number, code):
+    """The very moment is chosen by a library that sends the signal as it is imported."""
+    (tmp_path / f"{module}.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "codeact", "score", "x.jsonl", "--model", "m", "--output", "o"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == "\ncodeact: stopped; the same command goes on where it was\n"

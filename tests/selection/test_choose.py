@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -259,7 +260,7 @@ def test_wrong_arguments_are_refused(labels, options, message):
 
 
 def test_a_table_of_another_form_is_refused():
-    with pytest.raises(InputError, match="has no column ifd; pass the folder"):
+    with pytest.raises(InputError, match="needs the columns id and score"):
         select(score_table([0.5]).drop_columns(["ifd"]), [0])
     with pytest.raises(InputError, match="row 4 is in the score table more than once"):
         select(score_table([0.5, 0.6], rows=[4, 4]), [0, 0])
@@ -377,3 +378,36 @@ def test_data_that_is_not_what_was_scored_is_refused_and_nothing_is_written(tmp_
         write_selection(tmp_path / "out.jsonl", record_set, table, plan_selection(table, [0, 0], 1), [0, 0])
     assert [file.name for file in tmp_path.iterdir()] == ["data.jsonl"]
     assert isinstance(record_set.rows(0, 2)[-1], BadRow) or "cannot be read" not in message
+
+
+SCORED = [{"id": f"r{n}", "score": n / 10} for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda rows: rows,
+        lambda rows: {"id": [row["id"] for row in rows], "ifd": [row["score"] for row in rows]},
+        pa.Table.from_pylist,
+        lambda rows: pytest.importorskip("pandas").DataFrame(rows),
+        datasets.Dataset.from_list,
+        lambda rows: pytest.importorskip("polars").DataFrame(rows),
+    ],
+)
+def test_any_table_of_ids_and_scores_is_taken(form):
+    rows = [*SCORED, {"id": "none", "score": None}]
+    assert select(form(rows), None, 0.3, "top_ifd") == ["r6", "r7", "r8"]
+    assert select(form(rows), [0, 1] * 5, 0.2) == ["r7", "r8"]
+
+
+@pytest.mark.parametrize(
+    "table", [[], [{"id": "a"}], [{"score": 1.0}], "text", None, 5, {"id": ["a"], "score": [1, 2]}]
+)
+def test_what_is_no_table_of_scores_is_one_line(table):
+    with pytest.raises(InputError, match="id and score"):
+        select(table, None, 0.5, "top_ifd")
+
+
+def test_lengths_are_asked_for_where_they_choose():
+    with pytest.raises(InputError, match="answer_tokens"):
+        select(SCORED, None, 0.5, "longest")

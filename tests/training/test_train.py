@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from codeact.base.errors import InputError, in_command
+from codeact.base.files import locked_folder
 from codeact.data.records import write_jsonl
 from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
@@ -414,7 +416,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(train, selected, tmp_path, flags,
 def test_what_is_needed_is_named(missing):
     flags = {"model_name_or_path": "m", "data_path": "d", "output_dir": "o"}
     del flags[missing]
-    with pytest.raises(InputError, match=f"--{missing} is missing"):
+    with pytest.raises(InputError, match=f"{missing} is missing"):
         parse_mapping(flags, "here")
 
 
@@ -463,3 +465,35 @@ def test_a_pass_that_does_not_fit_is_refused_before_the_first_step(train, select
     assert "lower --per_device_train_batch_size" in err
     monkeypatch.undo()
     assert train(*options, "--max_steps", 1)[0] == 0, "the folder is still free"
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "flags"),
+    [
+        (100_000, ("--save_strategy", "no")),  # the weights
+        (100_000, ("--save_strategy", "no", "--lora", "True", "--lora_target_modules", "q_proj")),  # the tokenizer
+        (12_000_000, ("--save_steps", 1, "--save_total_limit", 1)),  # the optimizer's states, in a checkpoint
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(train, selected, tmp_path, most_bytes, flags):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        code, _, err = train("--data_path", selected, "--output_dir", out, *FEW, "--max_steps", 1, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert "Traceback" not in err
+    assert f"codeact: error: cannot write {out}" in err
+    assert train("--data_path", selected, "--output_dir", out, *FEW, "--max_steps", 1, *flags)[0] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite_output_dir", "True"), ("--seed", 7)])
+def test_a_folder_that_another_training_writes_to_is_refused(train, selected, tmp_path, more):
+    out = tmp_path / "out"
+    with locked_folder(out, wait=False):
+        code, _, err = train("--data_path", selected, "--output_dir", out, *FEW, "--save_strategy", "no", *more)
+    assert code == 2
+    assert f"another process writes to {out}; wait for it" in err
+    assert not [*out.iterdir()]
