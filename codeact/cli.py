@@ -191,14 +191,15 @@ def embed(
 def select(
     settings: SelectSettings,
     scores: Annotated[Path, flag("Merged folder of codeact score.")],
-    output: Annotated[Path, flag("JSON lines to write: one conversation a line.")],
+    output: Annotated[Path, flag("JSON lines, or FILE.parquet, to write: one conversation a row.")],
+    form: Annotated[str, flag("messages, sharegpt or alpaca, as other trainers read them.", "--format")] = "messages",
     embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed; cdas needs it.")] = None,
     data: Annotated[str | None, flag("Where the data lies now, if it was moved since scoring.")] = None,
 ) -> None:
     """Choose the difficult part of every cluster (CDAS)."""
     from codeact.selection.stage import select_rows, selection_lines
 
-    selection = select_rows(scores, embeddings, output, settings, data)
+    selection = select_rows(scores, embeddings, output, settings, data, form)
     _print_lines(selection_lines(selection, settings))
     print(f"{len(selection.positions):,} conversations in {output}")
 

@@ -45,7 +45,7 @@ def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path)
     original = [json.loads(line) for line in data.read_text().splitlines()]
     for line in chosen:
         source = original[int(line["id"])]
-        assert line["conversation"] == [
+        assert line["messages"] == [
             {"role": "user", "content": source["q"]},
             {"role": "assistant", "content": source["a"]},
         ]

@@ -35,15 +35,17 @@ def select_rows(
     output: str | Path,
     settings: SelectSettings,
     source: str | None = None,
+    form: str = "messages",
 ) -> Selection:
     """Choose rows and write them as conversations to ``output``, and ``NAME.rows.parquet`` beside it.
 
     Args:
         scores: a merged score folder.
         embeddings: the embeddings of the same data; cdas needs them, the other strategies take none.
-        output: JSON lines.
+        output: JSON lines, or .parquet.
         settings: what to choose.
         source: where the data lies now, if not where it was scored.
+        form: of a row; see ``write_selection``.
 
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
@@ -73,7 +75,7 @@ def select_rows(
     if settings.per_question is not None:
         choice["questions"] = question_numbers(records, table)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
-    write_selection(output, records, table, selection, labels)
+    write_selection(output, records, table, selection, labels, form)
     write_audit(output, table, selection, labels)
     return selection
 

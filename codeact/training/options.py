@@ -57,8 +57,8 @@ class DataArguments:
 
     data_path: str | None = _text(
         None,
-        "What codeact select wrote, or any file, folder or hub data set with a column conversation, conversations or "
-        "messages, or a pair such as Alpaca's instruction (, input, system, history) and output.",
+        "What codeact select wrote, or any file, folder or hub data set with a column messages or "
+        "conversations, or a pair such as Alpaca's instruction (, input, system, history) and output.",
     )
     eval_path: str | None = _text(None, "Held-out conversations, in the same forms.")
     eval_ratio: float = _text(0.0, "Instead of eval_path: so much of data_path is held out, chosen by the seed.")

@@ -139,7 +139,7 @@ def write_selected(path: Path) -> None:
     write_jsonl(
         path,
         [
-            {"id": str(n), "conversation": [{"role": r, "content": c} for r, c in pair], "ifd": 0.5, "cluster": 0}
+            {"id": str(n), "messages": [{"role": r, "content": c} for r, c in pair], "ifd": 0.5, "cluster": 0}
             for n, pair in enumerate(turns)
         ],
     )
