@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from codeact import __version__
 from codeact.base.console import aligned
 from codeact.base.errors import InputError, MissingExtraError
-from codeact.base.settings import Settings
+from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
@@ -35,7 +35,10 @@ app = typer.Typer(
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: flag_name(name).replace("_", "-"),  # --max_seq_len is --max-length
+    },
 )
 
 
@@ -219,7 +222,7 @@ def train(context: typer.Context) -> None:
 def pack_stats(
     data: DataSettings,
     tokenizer: Annotated[str, flag("A model's folder or hub name.")],
-    capacity: Annotated[int, flag("Tokens of a training row.", min=1)],
+    max_length: Annotated[int, flag("Tokens of a training row.", min=1)],
     batch_size: Annotated[int, flag("Samples of a padded batch.", min=1)] = 16,
     template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
     json_file: Annotated[Path | None, flag("Also write all figures here.", "--json")] = None,
@@ -231,14 +234,14 @@ def pack_stats(
 
     if plot is not None:
         require_matplotlib()
-    report = stats_for_data(data.open(), tokenizer, capacity, model_type=template, batch_size=batch_size)
+    report = stats_for_data(data.open(), tokenizer, max_length, model_type=template, batch_size=batch_size)
     print(report.summary())
     print(report.table())
     if json_file is not None:
         report.write_json(json_file)
         print(f"all figures are in {json_file}")
     if plot is not None:
-        plot_packs(report.lengths, capacity, plot, batch_size=batch_size)
+        plot_packs(report.lengths, max_length, plot, batch_size=batch_size)
         print(f"the picture is {plot}")
 
 

@@ -166,6 +166,27 @@ def test_unknown_option_names_the_closest(codeact):
     assert "--max-length" in err
 
 
+def test_names_of_transformers_and_trl_are_taken(codeact, data, tiny_model_path, tmp_path):
+    files = []
+    for number, (model, length, output, column) in enumerate(
+        [
+            ("--model", "--max-length", "--output", "--question-column"),
+            ("--model_name_or_path", "--max_seq_len", "--output_dir", "--question_column"),
+            ("--model-name-or-path", "--max-seq-length", "--output-dir", "--question-column"),
+            ("--model", "--capacity", "--output", "--question_column"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        names = (model, tiny_model_path, length, 256, output, folder, column, "q", "--answer_column", "a")
+        code, _, err = codeact("score", data, *names)
+        assert code == 0, err
+        files.append((folder / "scores.parquet").read_bytes())
+        options = ("--tokenizer_name_or_path", tiny_model_path, length, 256, "--json", folder / "p.json", *COLUMNS)
+        assert codeact("pack-stats", data, *options)[0] == 0
+        files[-1] += (folder / "p.json").read_bytes()
+    assert len(set(files)) == 1
+
+
 def test_pack_stats(codeact, data, tiny_model_path, tmp_path):
     options = ("--tokenizer", tiny_model_path, "--capacity", 256, "--json", tmp_path / "p.json", *COLUMNS)
     code, out, err = codeact("pack-stats", data, *options, "--plot", tmp_path / "p.png")

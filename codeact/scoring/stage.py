@@ -32,7 +32,7 @@ class ScoreSettings(Settings):
     """How rows are scored; see ``codeact.scoring.ifd.IfdScorer``."""
 
     model: str = setting(..., "Causal language model: a folder or a hub name.")
-    template: str = setting("qa", "qa, alpaca, chat, a chat format, or text with {question}.")
+    template: str = setting("qa", "qa, alpaca, chat (train's default), a chat format, or text with {question}.")
     max_length: int = setting(2048, "Tokens of a sequence; a longer answer is cut and marked.", ge=2)
     dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)

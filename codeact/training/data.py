@@ -121,7 +121,7 @@ def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list
             records,
             tokenizer,
             settings.data.model_type,
-            settings.packs.max_seq_len,
+            settings.packs.max_length,
             settings.data.on_overflow,
             progress=bar.update,
             last_answer_only=settings.data.last_answer_only,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.settings import flag_name
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults
 from codeact.training.room import check_room
@@ -136,7 +137,7 @@ def check_flags(
     parser = flag_parser()
     with _told_of(where):
         for name in taken:
-            if name in values:
+            if flag_name(name) in map(flag_name, values):
                 raise InputError(f"{name} follows from the other settings; leave it out")
         given = {**values, **taken} if isinstance(taken, Mapping) else values
         flags = _filled(parser.parse_known_args(_flags(parser, given))[0])

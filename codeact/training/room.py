@@ -85,8 +85,8 @@ def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: st
     largest = max(needs, key=lambda name: needs[name])
     lower = {
         "gradients and optimizer": "--lora True, or --optim adafactor",
-        "logits": "--fused_loss True, or a lower --max_seq_len",
-    }.get(largest, "lower --per_device_train_batch_size or --max_seq_len, or add --activation_checkpointing True")
+        "logits": "--fused_loss True, or a lower --max_length",
+    }.get(largest, "lower --per_device_train_batch_size or --max_length, or add --activation_checkpointing True")
     raise InputError(
         f"a step of {tokens:,} tokens needs about {total / GIB:.1f} GiB beside the model, most of it for {largest}; "
         f"{free / GIB:.1f} GiB are left on {where}: {lower}"

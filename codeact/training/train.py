@@ -108,9 +108,9 @@ def _model(settings: TrainSettings) -> Any:
     quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
     model, _ = load_causal_lm(name, None, _weight_dtype(settings), quantization)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and settings.packs.max_seq_len > positions:
+    if positions and settings.packs.max_length > positions:
         raise InputError(
-            f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
+            f"--max_length {settings.packs.max_length} is more than the {positions} positions of {name}; lower it"
         )
     if not wanted.lora:
         return model
@@ -189,8 +189,8 @@ def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> l
     items, count = len(dataset), len(dataset.samples)
     attention = trainer.model.config._attn_implementation
     if options.packs and options.pack_scope == "epoch":
-        fill = int(dataset.lengths.sum()) / (items * options.max_seq_len)
-        rows = f"{items:,} packs of {options.max_seq_len:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
+        fill = int(dataset.lengths.sum()) / (items * options.max_length)
+        rows = f"{items:,} packs of {options.max_length:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
     else:
         rows = f"{options.pad_mode}, batches of {arguments.per_device_train_batch_size} samples"
     in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

@@ -22,6 +22,7 @@ import torch
 import typer
 import yaml
 
+from codeact.base.settings import same_flags
 from codeact.cli import app
 from codeact.data.records import write_jsonl
 from tests.conftest import make_records
@@ -285,6 +286,7 @@ def test_every_option_is_told_with_its_default(command):
 @by_name
 def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
+    known |= {f"--{other}" for option in known for other in same_flags(option.removeprefix("--"))}
     known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
     known |= {"--quick", "--full"}  # of the benchmarks
     text = prose(page)

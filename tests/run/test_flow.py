@@ -66,7 +66,7 @@ def training(config, isolated, tmp_path) -> Path:
         for n in range(3)
     ]
     write_jsonl(tmp_path / "HumanEvalPlus.jsonl", rows)
-    flags = {"max_seq_len": 256, "max_steps": 2, "bf16": False, "eval_ratio": 0.2, "save_strategy": "no"}
+    flags = {"max_length": 256, "max_steps": 2, "bf16": False, "eval_ratio": 0.2, "save_strategy": "no"}
     change(config, train={**flags, "lora": True, "disable_tqdm": True})
     change(config, generate={"data": "HumanEvalPlus.jsonl", "tasks": list(TASKS), "max_new_tokens": 4}, evaluate={})
     return config
@@ -357,7 +357,7 @@ def test_several_processes_give_the_same_scores(codeact, config):
 
 
 def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
-    change(config, train={"max_seq_len": 256, "max_steps": 1, "lora": True}, processes=8)
+    change(config, train={"max_length": 256, "max_steps": 1, "lora": True}, processes=8)
     flow, commands = open_flow(config), []
     (train,) = (stage for stage in flow.stages if stage.name == "train")
 
