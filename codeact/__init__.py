@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from codeact.packing.packs import Packs as Packs
     from codeact.packing.packs import pack as pack
     from codeact.scoring.ifd import score_ifd as score_ifd
+    from codeact.scoring.loglikelihood import loglikelihood as loglikelihood
+    from codeact.scoring.loglikelihood import perplexity as perplexity
     from codeact.selection.choose import select as select
     from codeact.selection.clustering import cluster as cluster
     from codeact.training.dataset import PackCollator as PackCollator
@@ -40,8 +42,10 @@ _HOMES = {
     "fuse_loss": "models.fused_loss",
     "isolate": "models.isolation",
     "linear_cross_entropy": "ops.cross_entropy",
+    "loglikelihood": "scoring.loglikelihood",
     "open_records": "data.records",
     "pack": "packing.packs",
+    "perplexity": "scoring.loglikelihood",
     "score_ifd": "scoring.ifd",
     "select": "selection.choose",
     "token_nll": "ops.nll",
@@ -59,6 +63,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "token_nll",
     "linear_cross_entropy",
     "score_ifd",
+    "loglikelihood",
+    "perplexity",
     "embed",
     "cluster",
     "select",
