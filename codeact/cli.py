@@ -157,6 +157,34 @@ def score(
 
 
 @command()
+def ppl(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="FILE.txt, or a file, folder or hub data set with texts.")
+    ],
+    model: Annotated[str, flag("Causal language model: a folder or a hub name.")],
+    text_column: Annotated[str, flag("Column of the texts.")] = "text",
+    max_length: Annotated[int | None, flag("Tokens of a window; default: all the model takes.", min=2)] = None,
+    stride: Annotated[int | None, flag("From window to window; default: its length, no overlap.", min=1)] = None,
+    dtype: Annotated[str, flag("auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, flag("auto, cpu, cuda or cuda:N.")] = "auto",
+    split: Annotated[str | None, flag("Split of a folder or hub data set; default: the only one, or train.")] = None,
+    config_name: Annotated[str | None, flag("Configuration of a folder or hub data set.")] = None,
+) -> None:
+    """Perplexity of a model on plain texts, by a sliding window."""
+    from codeact.data.texts import read_texts
+    from codeact.models.loading import quiet_transformers
+    from codeact.scoring.loglikelihood import perplexity
+
+    quiet_transformers()
+    texts = list(read_texts(data, text_column, split, config_name))
+    result = perplexity(model, texts, None, stride, max_length=max_length, dtype=dtype, device=device)
+    mean = result.nll / result.tokens
+    print(
+        f"perplexity {result.value:.4f} ({mean:.4f} nats a token) of {result.tokens:,} tokens in {len(texts):,} texts"
+    )
+
+
+@command()
 def merge(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score.")],
     paper_json: Annotated[Path | None, flag("Also write the paper's JSON: a list of {question, answer, IFD}.")] = None,

@@ -187,6 +187,29 @@ def test_names_of_transformers_and_trl_are_taken(codeact, data, tiny_model_path,
     assert len(set(files)) == 1
 
 
+def test_perplexity_of_files(codeact, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "def add(a, b):\n    return a + b\n" * 20
+    Path("t.txt").write_text(text)
+    write_jsonl("t.jsonl", [{"text": text, "n": 1}, {"text": "", "n": 2}])
+    Path("bad.jsonl").write_text('{"text": "a b"}\n{"text": 5}\n')
+    Path("bad.txt").write_bytes(b"ab\xff")
+    options = ("--model", tiny_model_path, "--max-length", 64, "--stride", 32)
+    code, out, err = codeact("ppl", "t.txt", *options)
+    assert code == 0, err
+    assert codeact("ppl", "t.jsonl", *options)[1] == out.replace("1 texts", "2 texts")
+    for name, message in [
+        ("bad.jsonl", "bad.jsonl row 1 (line 2): column 'text' is a number, not text"),
+        ("bad.txt", "bad.txt is no UTF-8 text: byte 2"),
+        ("no.txt", "cannot read no.txt: No such file"),
+        ("no.jsonl", "no such file: no.jsonl"),
+        ("t.jsonl --text-column txt", "t.jsonl row 0 (line 1): no column 'txt'; name one of those there: text, n"),
+    ]:
+        code, _, err = codeact("ppl", *name.split(), *options)
+        assert code == 2
+        assert message in err
+
+
 def test_pack_stats(codeact, data, tiny_model_path, tmp_path):
     options = ("--tokenizer", tiny_model_path, "--capacity", 256, "--json", tmp_path / "p.json", *COLUMNS)
     code, out, err = codeact("pack-stats", data, *options, "--plot", tmp_path / "p.png")

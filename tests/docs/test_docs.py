@@ -47,6 +47,7 @@ from tests.docs.shell import EMBEDDER, MODEL, PROGRAMS, Shell, compare, file_nam
 OPTIONS = {
     "harvest": "data.md",
     "score": "score.md",
+    "ppl": "score.md",
     "merge": "score.md",
     "embed": "embed.md",
     "select": "select.md",
