@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("isolated")
 
 FIRST = "assert smallest([3, 1, 2]) == 1"
 MIN = f"import math\n{FIRST}\nassert smallest([math.pi]) == 3.1415926\nassert not smallest([0])\n"
-READER = "def smallest(items):\n    return 1 if '=' '= 1' in open(__file__).read() else 9"  # its own file, and the tests
+# It reads its own file, in which the tests are.
+READER = "def smallest(items):\n    return 1 if '=' '= 1' in open(__file__).read() else 9"
 EQUAL = "class E:\n    def __eq__(s, o): return True\nsmallest = lambda items: E()"
 BYTES = """import sys
 if __name__ == '__main__':
