@@ -491,7 +491,7 @@ def train(device: str, small: bool, folder: str, **flags: Any) -> tuple[Figures,
         tokenizer().save_pretrained(base)
         write_jsonl(rows, [{"instruction": r.question, "output": r.answer} for r in records(24 if small else 400)])
     given = {"model_name_or_path": str(base), "data_path": str(rows), "output_dir": str(out)}
-    common = {"max_seq_len": 512 if small else 4096, "num_train_epochs": 1, "bf16": True, "save_strategy": "no"}
+    common = {"max_length": 512 if small else 4096, "num_train_epochs": 1, "bf16": True, "save_strategy": "no"}
     settings = {**given, **common, "disable_tqdm": True, "use_cpu": device == "cpu", **flags}
     train_from_settings(parse_mapping(settings, "train"))
     result, cost = (json.loads((out / f"{name}.json").read_text()) for name in ("training", "cost"))

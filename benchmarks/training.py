@@ -116,7 +116,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
     half = cpu_has_bf16()
     model, _ = load_causal_lm(str(demo_models.causal_lm()), None, torch.bfloat16 if half else torch.float32)
     model = add_lora(model, 16, 32, 0.0, LORA_TARGETS)
-    options = PackOptions(max_seq_len=MAX_SEQ_LEN, **arm.options)
+    options = PackOptions(max_length=MAX_SEQ_LEN, **arm.options)
     epoch_packs = options.packs and options.pack_scope == "epoch"
     with tempfile.TemporaryDirectory() as folder:
         defaults = {
@@ -370,7 +370,7 @@ def run(options: argparse.Namespace) -> Report:
     ]
     title = f"## Training, {found[BASE]['samples']} rows, {found[BASE]['tokens']:,} tokens, LoRA r16 on SmolLM2-135M"
     small = f"## The paper's experiment in small: {len(samples)} rows, {len(out)} held out, {seeds} seeds"
-    facts = {"bf16": cpu_has_bf16(), "max_seq_len": MAX_SEQ_LEN, "batch": BATCH, "ratio": RATIO}
+    facts = {"bf16": cpu_has_bf16(), "max_length": MAX_SEQ_LEN, "batch": BATCH, "ratio": RATIO}
     return Report(
         sections=[title, modes_table(by_mode), small, experiment_table(arms), notes],
         lines=lines,

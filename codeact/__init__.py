@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from codeact.data.records import Record as Record
     from codeact.data.records import open_records as open_records
     from codeact.embedding.vectors import embed as embed
+    from codeact.evaluation.rewards import pass_share as pass_share
+    from codeact.evaluation.rewards import run_program as run_program
+    from codeact.evaluation.rewards import run_programs as run_programs
     from codeact.models.fused_loss import fuse_loss as fuse_loss
     from codeact.models.isolation import isolate as isolate
     from codeact.ops.cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from codeact.packing.packs import Packs as Packs
     from codeact.packing.packs import pack as pack
     from codeact.scoring.ifd import score_ifd as score_ifd
+    from codeact.scoring.loglikelihood import loglikelihood as loglikelihood
+    from codeact.scoring.loglikelihood import perplexity as perplexity
     from codeact.selection.choose import select as select
     from codeact.selection.clustering import cluster as cluster
     from codeact.training.dataset import PackCollator as PackCollator
@@ -40,8 +45,13 @@ _HOMES = {
     "fuse_loss": "models.fused_loss",
     "isolate": "models.isolation",
     "linear_cross_entropy": "ops.cross_entropy",
+    "loglikelihood": "scoring.loglikelihood",
     "open_records": "data.records",
     "pack": "packing.packs",
+    "pass_share": "evaluation.rewards",
+    "perplexity": "scoring.loglikelihood",
+    "run_program": "evaluation.rewards",
+    "run_programs": "evaluation.rewards",
     "score_ifd": "scoring.ifd",
     "select": "selection.choose",
     "token_nll": "ops.nll",
@@ -59,6 +69,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "token_nll",
     "linear_cross_entropy",
     "score_ifd",
+    "loglikelihood",
+    "perplexity",
     "embed",
     "cluster",
     "select",
@@ -66,6 +78,9 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "PackCollator",
     "isolate",
     "fuse_loss",
+    "run_program",
+    "run_programs",
+    "pass_share",
     "InputError",
     "__version__",
 ]

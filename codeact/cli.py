@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from codeact import __version__
 from codeact.base.console import aligned, is_text, say, visible
 from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command
-from codeact.base.settings import Settings
+from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
 from codeact.base.stopping import end_as_stopped, heed_sigterm
 from codeact.data.settings import DataSettings
@@ -35,7 +35,10 @@ app = typer.Typer(
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: flag_name(name).replace("_", "-"),  # --max_seq_len is --max-length
+    },
 )
 
 
@@ -154,6 +157,34 @@ def score(
 
 
 @command()
+def ppl(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="FILE.txt, or a file, folder or hub data set with texts.")
+    ],
+    model: Annotated[str, flag("Causal language model: a folder or a hub name.")],
+    text_column: Annotated[str, flag("Column of the texts.")] = "text",
+    max_length: Annotated[int | None, flag("Tokens of a window; default: all the model takes.", min=2)] = None,
+    stride: Annotated[int | None, flag("From window to window; default: its length, no overlap.", min=1)] = None,
+    dtype: Annotated[str, flag("auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, flag("auto, cpu, cuda or cuda:N.")] = "auto",
+    split: Annotated[str | None, flag("Split of a folder or hub data set; default: the only one, or train.")] = None,
+    config_name: Annotated[str | None, flag("Configuration of a folder or hub data set.")] = None,
+) -> None:
+    """Perplexity of a model on plain texts, by a sliding window."""
+    from codeact.data.texts import read_texts
+    from codeact.models.loading import quiet_transformers
+    from codeact.scoring.loglikelihood import perplexity
+
+    quiet_transformers()
+    texts = list(read_texts(data, text_column, split, config_name))
+    result = perplexity(model, texts, None, stride, max_length=max_length, dtype=dtype, device=device)
+    mean = result.nll / result.tokens
+    print(
+        f"perplexity {result.value:.4f} ({mean:.4f} nats a token) of {result.tokens:,} tokens in {len(texts):,} texts"
+    )
+
+
+@command()
 def merge(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score.")],
     paper_json: Annotated[Path | None, flag("Also write the paper's JSON: a list of {question, answer, IFD}.")] = None,
@@ -191,14 +222,15 @@ def embed(
 def select(
     settings: SelectSettings,
     scores: Annotated[Path, flag("Merged folder of codeact score.")],
-    output: Annotated[Path, flag("JSON lines to write: one conversation a line.")],
+    output: Annotated[Path, flag("JSON lines, or FILE.parquet, to write: one conversation a row.")],
+    form: Annotated[str, flag("messages, sharegpt or alpaca, as other trainers read them.", "--format")] = "messages",
     embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed; cdas needs it.")] = None,
     data: Annotated[str | None, flag("Where the data lies now, if it was moved since scoring.")] = None,
 ) -> None:
     """Choose the difficult part of every cluster (CDAS)."""
     from codeact.selection.stage import select_rows, selection_lines
 
-    selection = select_rows(scores, embeddings, output, settings, data)
+    selection = select_rows(scores, embeddings, output, settings, data, form)
     _print_lines(selection_lines(selection, settings))
     _tell(f"{len(selection.positions):,} conversations in {output}")
 
@@ -218,7 +250,7 @@ def train(context: typer.Context) -> None:
 def pack_stats(
     data: DataSettings,
     tokenizer: Annotated[str, flag("A model's folder or hub name.")],
-    capacity: Annotated[int, flag("Tokens of a training row.", min=1)],
+    max_length: Annotated[int, flag("Tokens of a training row.", min=1)],
     batch_size: Annotated[int, flag("Samples of a padded batch.", min=1)] = 16,
     template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
     json_file: Annotated[Path | None, flag("Also write all figures here.", "--json")] = None,
@@ -230,14 +262,14 @@ def pack_stats(
 
     if plot is not None:  # before all else is computed
         import_extra("matplotlib", "report", "--plot")
-    report = stats_for_data(data.open(), tokenizer, capacity, model_type=template, batch_size=batch_size)
+    report = stats_for_data(data.open(), tokenizer, max_length, model_type=template, batch_size=batch_size)
     _tell(report.summary())
     _tell(report.table())
     if json_file is not None:
         report.write_json(json_file)
         _tell(f"all figures are in {json_file}")
     if plot is not None:
-        plot_packs(report.lengths, capacity, plot, batch_size=batch_size)
+        plot_packs(report.lengths, max_length, plot, batch_size=batch_size)
         _tell(f"the picture is {plot}")
 
 

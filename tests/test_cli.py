@@ -48,7 +48,7 @@ def test_the_whole_flow(codeact, data, tiny_model_path, embedder_path, tmp_path)
     original = [json.loads(line) for line in data.read_text().splitlines()]
     for line in chosen:
         source = original[int(line["id"])]
-        assert line["conversation"] == [
+        assert line["messages"] == [
             {"role": "user", "content": source["q"]},
             {"role": "assistant", "content": source["a"]},
         ]
@@ -167,6 +167,50 @@ def test_unknown_option_names_the_closest(codeact):
     code, _, err = codeact("score", "DATA", "--model", "M", "--output", "O", "--max-lenght", 5)
     assert code == 2
     assert "--max-length" in err
+
+
+def test_names_of_transformers_and_trl_are_taken(codeact, data, tiny_model_path, tmp_path):
+    files = []
+    for number, (model, length, output, column) in enumerate(
+        [
+            ("--model", "--max-length", "--output", "--question-column"),
+            ("--model_name_or_path", "--max_seq_len", "--output_dir", "--question_column"),
+            ("--model-name-or-path", "--max-seq-length", "--output-dir", "--question-column"),
+            ("--model", "--capacity", "--output", "--question_column"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        names = (model, tiny_model_path, length, 256, output, folder, column, "q", "--answer_column", "a")
+        code, _, err = codeact("score", data, *names)
+        assert code == 0, err
+        files.append((folder / "scores.parquet").read_bytes())
+        options = ("--tokenizer_name_or_path", tiny_model_path, length, 256, "--json", folder / "p.json", *COLUMNS)
+        assert codeact("pack-stats", data, *options)[0] == 0
+        files[-1] += (folder / "p.json").read_bytes()
+    assert len(set(files)) == 1
+
+
+def test_perplexity_of_files(codeact, tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "def add(a, b):\n    return a + b\n" * 20
+    Path("t.txt").write_text(text)
+    write_jsonl("t.jsonl", [{"text": text, "n": 1}, {"text": "", "n": 2}])
+    Path("bad.jsonl").write_text('{"text": "a b"}\n{"text": 5}\n')
+    Path("bad.txt").write_bytes(b"ab\xff")
+    options = ("--model", tiny_model_path, "--max-length", 64, "--stride", 32)
+    code, out, err = codeact("ppl", "t.txt", *options)
+    assert code == 0, err
+    assert codeact("ppl", "t.jsonl", *options)[1] == out.replace("1 texts", "2 texts")
+    for name, message in [
+        ("bad.jsonl", "bad.jsonl row 1 (line 2): column 'text' is a number, not text"),
+        ("bad.txt", "bad.txt is no UTF-8 text: byte 2"),
+        ("no.txt", "cannot read no.txt: No such file"),
+        ("no.jsonl", "no such file: no.jsonl"),
+        ("t.jsonl --text-column txt", "t.jsonl row 0 (line 1): no column 'txt'; name one of those there: text, n"),
+    ]:
+        code, _, err = codeact("ppl", *name.split(), *options)
+        assert code == 2
+        assert message in err
 
 
 def test_pack_stats(codeact, data, tiny_model_path, tmp_path):

@@ -28,6 +28,27 @@ class Settings(BaseModel):
         return value
 
 
+_SAME_FLAGS = (
+    ("max_length", "max_seq_len", "max_seq_length", "capacity"),
+    ("model", "model_name_or_path"),
+    ("data_path", "dataset_name"),
+    ("output", "output_dir"),
+    ("tokenizer", "tokenizer_name_or_path"),
+)
+"""Flags that mean the same, ours and those of transformers and TRL: where a command has one, it takes the others."""
+
+
+def flag_name(name: str) -> str:
+    """A flag's name without its dashes in front; of several that mean the same the first."""
+    name = name.replace("-", "_")
+    return next((names[0] for names in _SAME_FLAGS if name in names), name)
+
+
+def same_flags(name: str) -> tuple[str, ...]:
+    """All names of a flag."""
+    return next((names for names in _SAME_FLAGS if name in names), (name,))
+
+
 def setting(default: Any, text: str, *flags: str, command: bool = True, place: bool = False, **limits: Any) -> Any:
     """A field of a ``Settings`` class.
 

@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
+from codeact.base.files import atomic_path
 from codeact.base.parsing import parse_json
+from codeact.data.forms import Turn
+from codeact.data.records import write_jsonl
 from codeact.data.tables import read_table
+
+_TURNS = {
+    name: pa.list_(pa.struct({role: pa.string(), text: pa.string(), "weight": pa.int8()}))
+    for name, role, text in (("messages", "role", "content"), ("conversations", "from", "value"))
+}
+_TEXTS = {name: pa.string() for name in ("id", "instruction", "input", "output", "system", "extra")}
+_TYPES = {**_TEXTS, **_TURNS, "history": pa.list_(pa.list_(pa.string())), "ifd": pa.float64(), "cluster": pa.int32()}
+_BLOCK = 1024  # rows of a write
+
+
+def write_chosen(path: str | Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write chosen rows, whole or not at all: Parquet where the name ends so, else one JSON object a line.
+
+    Parquet has one type a column and ``extra`` may hold anything, so it is text there: JSON.
+
+    Raises:
+        InputError: the file cannot be written, or a row holds what JSON cannot.
+    """
+    if Path(path).suffix != ".parquet":
+        write_jsonl(path, rows)
+        return
+    with atomic_path(path) as temporary:
+        writer = None
+        while (block := list(islice(rows, _BLOCK))) or writer is None:
+            if writer is None:
+                columns = {
+                    "id": pa.string(),
+                    **_TYPES,
+                    "ifd": pa.float64(),
+                    "cluster": pa.int32(),
+                    "extra": pa.string(),
+                }
+                schema = pa.schema([(name, kind) for name, kind in columns.items() if not block or name in block[0]])
+                writer = pq.ParquetWriter(temporary, schema)
+            texts = [{**row, "extra": json.dumps(row["extra"], ensure_ascii=False)} for row in block]
+            writer.write_table(pa.Table.from_pylist(texts, schema))
+        writer.close()
 
 
 def chosen_ids(selected: Path) -> pa.Array:
@@ -28,6 +73,12 @@ def chosen_ids(selected: Path) -> pa.Array:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{selected}, line {number}: no chosen row ({error}); select again") from None
     return pa.array(ids, pa.large_string())
+
+
+def chosen_turns(line: dict[str, Any]) -> tuple[Turn, ...]:
+    """The turns of a chosen row; their column had another name before, which is read until the next release."""
+    turns = line["messages"] if "messages" in line else line["conversation"]
+    return tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
 
 
 def row_tokens(table: pa.Table) -> NDArray[np.int64]:

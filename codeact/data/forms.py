@@ -10,7 +10,7 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,14 +25,17 @@ _ROLES = {
     **{"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
     **{"system": "system", "developer": "system"},
 }
+_SHAREGPT = ("conversations", "from", "value")
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-_TURN_COLUMNS = ("conversation", "conversations", "messages")
+_TURN_COLUMNS = ("messages", "conversations", "conversation")  # the last is what select wrote before
 _PAIRS = [("instruction", "output"), ("instruction", "response")]
 _PAIRS += [(question, answer) for question in ("prompt", "question") for answer in ("completion", "response", "answer")]
 _CONTEXT = ("system", "history", "tools")
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
 _TOOLS = "write tools into the system text, calls and results into the texts of assistant and user"
 _LEARN_KEYS = ("weight", "train", "training", "loss")
+FORMS = ("messages", "sharegpt", "alpaca")
+"""What rows are written in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,27 @@ def read_talk(raw: Mapping[str, Any], columns: Columns) -> Talk:
             raise RowError(f"empty_{part}", f"the {part} is blank")
     context = frozenset(number for number, (role, _, learn) in enumerate(turns) if role == "assistant" and not learn)
     return Talk(tuple((role, text) for role, text, _ in turns), context)
+
+
+def form_columns(turns: Sequence[Turn], context: Collection[int], form: str) -> dict[str, Any]:
+    """The columns that say these turns in one of ``FORMS``, as `read_talk` reads them again.
+
+    Raises:
+        RowError: alpaca has no words for it.
+    """
+    if form != "alpaca":
+        column, role_key, text_key = ("messages", "role", "content") if form == "messages" else _SHAREGPT
+        names = {} if form == "messages" else {"user": "human", "assistant": "gpt"}
+        said = [{role_key: names.get(role, role), text_key: text} for role, text in turns]
+        return {column: [{**turn, **({"weight": 0} if at in context else {})} for at, turn in enumerate(said)]}
+    system = turns[0][1] if turns[0][0] == "system" else ""
+    talk = turns[1:] if turns[0][0] == "system" else turns
+    if context or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
+        why = "answers that are not to be learnt" if context else "turns that are no pairs of question and answer"
+        raise RowError("bad_conversation", f"form alpaca cannot say {why}; write messages or sharegpt")
+    pairs = [[talk[at][1], talk[at + 1][1]] for at in range(0, len(talk), 2)]
+    (question, answer), history = pairs[-1], pairs[:-1]
+    return {"instruction": question, "input": "", "output": answer, "system": system, "history": history}
 
 
 def _pair(raw: Mapping[str, Any], columns: Columns) -> list[_Heard]:

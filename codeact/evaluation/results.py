@@ -21,8 +21,6 @@ from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.programs import Program, SampleLog, as_code, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
 
-_KS = (1, 10, 100)
-
 
 def default_parallel() -> int:
     """Programs at a time: half as many as CPUs may be used, so that none is late for want of one."""
@@ -41,7 +39,7 @@ class Judged:
 class Results:
     """``samples``: by task id, in the order of the problems; a task without samples is there with none.
 
-    ``left_out``: how many samples there were of each task that the problems lack.
+    ``left_out``: how many samples there were of each task that the problems lack. ``ks``: every k of pass@k.
     """
 
     problems: ProblemSet
@@ -50,6 +48,7 @@ class Results:
     samples: Mapping[str, Sequence[Judged]]
     reused: int
     left_out: Counter[str] = field(default_factory=Counter)
+    ks: Sequence[int] = (1, 10, 100)
 
     @property
     def missing(self) -> list[str]:
@@ -62,7 +61,7 @@ class Results:
         fewest = min((n for n, _ in counts if n), default=1)
         return {
             k: sum(pass_at_k(n, passed, k) if n else 0.0 for n, passed in counts) / len(counts)
-            for k in _KS
+            for k in self.ks
             if k <= fewest
         }
 

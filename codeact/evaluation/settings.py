@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from codeact.base.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from codeact.evaluation.sandbox.sandbox import Limits
 
 
 class GenerationSettings(Settings):
@@ -46,3 +49,24 @@ class EvaluateSettings(Settings):
 
     parallel: int | None = setting(None, "Programs at a time; default: half the cores.", place=True, ge=1)
     base_only: bool = setting(False, "Leave out the plus tests.")
+    k: Annotated[str, BeforeValidator(str)] = setting("1,10,100", "The k of pass@k that there are samples for.")
+    min_seconds: float = setting(1.0, "A test may take so long, ...", gt=0)
+    time_factor: float = setting(4.0, "... or so many times what the reference takes, if that is longer.", gt=0)
+    memory_mb: int = setting(4096, "Memory of a program, MiB.", ge=64)
+
+    @model_validator(mode="after")
+    def _whole_numbers(self) -> EvaluateSettings:
+        if not all(part.isdecimal() and 0 < int(part) < 1 << 31 for part in self.k.split(",")):
+            raise ValueError(f"--k {self.k} is no list of whole numbers such as 1,5,10")
+        return self
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Every k, ascending."""
+        return tuple(sorted({int(part) for part in self.k.split(",")}))
+
+    def limits(self) -> Limits:
+        """What a program may use."""
+        from codeact.evaluation.sandbox.sandbox import Limits
+
+        return Limits(min_seconds=self.min_seconds, factor=self.time_factor, memory_mb=self.memory_mb)

@@ -139,10 +139,10 @@ def evaluate_file(
     from codeact.evaluation.problems import load_problems
     from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
-    from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
+    from codeact.evaluation.sandbox.sandbox import Sandbox
 
     problems = load_problems(dataset, data, limit, tasks)
-    sandbox = Sandbox(limits or Limits(), unsafe=unsafe)
+    sandbox = Sandbox(limits or settings.limits(), unsafe=unsafe)
     if not sandbox.isolated:
         say(
             "codeact: WARNING: generated programs run without isolation: they can read, change and send away whatever "
@@ -163,7 +163,7 @@ def evaluate_file(
             base_only=settings.base_only,
             progress=step,
         )
-    results = replace(results, left_out=left_out)
+    results = replace(results, left_out=left_out, ks=settings.ks)
     return results, list(write_results(results, samples))
 
 

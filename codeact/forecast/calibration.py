@@ -212,7 +212,7 @@ class _Trial:
         flags, device = training.flags, self.model.device
         if flags.quantize != "none":
             raise InputError("quantised weights are not calibrated")
-        samples = self.samples(flags, min(self.tokens // 3, flags.max_seq_len))
+        samples = self.samples(flags, min(self.tokens // 3, flags.max_length))
         model = self.model.to(torch.bfloat16 if training.weight_bytes == 2 else torch.float32).train()
         fused = {"fused_loss": True} if flags.fused_loss and fuse_loss(model) else {}
         if flags.lora:
@@ -222,7 +222,7 @@ class _Trial:
             model.enable_input_require_grads()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
         options = PackOptions(
-            pad_mode=flags.pad_mode, max_seq_len=flags.max_seq_len, supervised_only=flags.supervised_only
+            pad_mode=flags.pad_mode, max_length=flags.max_length, supervised_only=flags.supervised_only
         )
         # In a pack samples share an item; else each is one.
         batch = collator(options)([samples] if training.packs else [[sample] for sample in samples])
@@ -249,12 +249,10 @@ class _Trial:
 
     def samples(self, flags: Any, room: int) -> list[Sample]:
         """Samples of one batch, of at most ``room`` tokens with their padding."""
-        encoded = encode_conversations(
-            self.rows, self.tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow
-        )
+        encoded = encode_conversations(self.rows, self.tokenizer, flags.model_type, flags.max_length, flags.on_overflow)
         samples = [sample for sample in encoded if isinstance(sample, Sample) and len(sample.input_ids) <= room]
         lengths = np.array([len(sample.input_ids) for sample in samples], np.int64)
-        longest = flags.max_seq_len if flags.pad_mode == "max_length" else np.maximum.accumulate(lengths)
+        longest = flags.max_length if flags.pad_mode == "max_length" else np.maximum.accumulate(lengths)
         padded = longest * np.arange(1, len(samples) + 1)
         computed = lengths.cumsum() if flags.pad_mode == "dynamic_pack" else padded
         samples = samples[: int((computed <= room).sum())]

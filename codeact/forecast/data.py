@@ -139,7 +139,7 @@ def _counted(
     if flags is not None:
         conversations = open_records(chosen) if chosen else None
         among = drawn if conversations is None else _draw(conversations)
-        results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
+        results = encode_conversations(among, tokenizer, flags.model_type, flags.max_length, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]
         mean = float(np.mean([length for length, _ in both] or [0]))
         whole = settings.select.rows_of(rows, mean) if conversations is None else len(conversations)
@@ -182,7 +182,7 @@ def _assumed(
     answers = np.maximum(_spread(rng, answer), 2)
     prompts = np.minimum(questions + TEMPLATE_TOKENS, most - 2)
     kept = np.minimum(answers, most - prompts)
-    conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, most if flags is None else flags.max_seq_len)
+    conversations = np.minimum(questions + answers + TEMPLATE_TOKENS, most if flags is None else flags.max_length)
     chosen = settings.select.rows_of(rows, float(np.mean(prompts + kept))) if flags is not None else 0
     averages = f"{rows:,} rows of {question:g} + {answer:g} tokens on average, as the section forecast says"
     return DataFacts(

@@ -206,7 +206,7 @@ class RunPlan:
             strategy_of(flags.pad_mode, flags.pack_scope),
             lengths[:count],
             supervised[:count],
-            flags.max_seq_len,
+            flags.max_length,
             batch,
             None,
             0,

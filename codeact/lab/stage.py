@@ -229,11 +229,11 @@ def _losses(base: str, trained: Path | None, lora: bool, settings: Any, records:
     model, tokenizer = load_causal_lm(name, resolve_device("auto"), torch.float32)
     if trained is not None and lora:
         model = apply_adapter(model, trained)
-    table, _ = IfdScorer(model, tokenizer, settings.data.model_type, settings.packs.max_seq_len).score(records)
+    table, _ = IfdScorer(model, tokenizer, settings.data.model_type, settings.packs.max_length).score(records)
     scored = pc.is_valid(table["cond_nll_sum"])
     tokens = pc.if_else(scored, table["scored_tokens"], 0)
     if not pc.any(scored).as_py():
         raise InputError(
-            f"lab: no held-out row fits into max_seq_len {settings.packs.max_seq_len}; raise it in lab.train"
+            f"lab: no held-out row fits into max_length {settings.packs.max_length}; raise it in lab.train"
         )
     return {"losses": pc.fill_null(table["cond_nll_sum"], 0.0).to_pylist(), "loss_tokens": tokens.to_pylist()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from codeact.base.settings import flag_name
 from codeact.base.stage import Lines, Run, Stage
 
 REPORT, LENGTHS = "pack_stats.json", "pack_lengths.npy"
@@ -32,7 +33,7 @@ class Padding(Stage):
         from codeact.padding.stats import stats_for_data
 
         flags = self._flags(run)
-        capacity = flags.pop("max_seq_len", CAPACITY)
+        capacity = flags.pop("max_length", CAPACITY)
         stats = stats_for_data(run.output / "selected.jsonl", run.model, capacity, **flags)
         stats.write_json(run.output / REPORT)
         with atomic_path(run.output / LENGTHS) as temporary, temporary.open("wb") as file:
@@ -40,5 +41,5 @@ class Padding(Stage):
         return [("batching", stats.summary())]
 
     def _flags(self, run: Run) -> dict[str, Any]:
-        flags = run.section("train")
-        return {name: flags[name] for name in ("max_seq_len", "model_type", "on_overflow") if name in flags}
+        flags = {flag_name(name): value for name, value in run.section("train").items()}
+        return {name: flags[name] for name in ("max_length", "model_type", "on_overflow") if name in flags}

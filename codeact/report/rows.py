@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
+from codeact.data.chosen import chosen_turns
 from codeact.scoring.stage import TABLE
 
 DRAWN = 2_500
@@ -180,7 +181,7 @@ def _examples(path: Path, ifd: FloatArray, chosen: Any) -> tuple[tuple[Example, 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:
     try:
         content = parse_json(line)
-        turns = tuple((str(turn["role"]), str(turn["content"])) for turn in content["conversation"])
+        turns = chosen_turns(content)
         cluster = content.get("cluster")
         return Example(row=row, id=str(content["id"]), ifd=float(content["ifd"]), cluster=cluster, turns=turns)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

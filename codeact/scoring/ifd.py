@@ -42,6 +42,7 @@ from codeact.text.templates import PromptBuilder
 
 logger = logging.getLogger(__name__)
 
+_RIVALS = 64  # rows of a product that looks for the likeliest token: the logits that are ever held
 MAX_LENGTH = 2048
 """Tokens of a sequence, where nothing is said and the model takes so many."""
 
@@ -118,6 +119,7 @@ class IfdScorer:
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
         self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
+        self._greedy: list[torch.Tensor] | None = None  # whether a sequence's tokens are the likeliest; the same
         self._order = np.empty(0, np.int64)  # in which sequences were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
         self._halved = False
@@ -160,11 +162,34 @@ class IfdScorer:
             losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
+    @torch.inference_mode()
+    def likelihoods(
+        self, sequences: list[Sequence[int]], starts: list[int]
+    ) -> tuple[np.ndarray, np.ndarray, ScoreCost]:
+        """Of ``sequence[start:]`` of every sequence the NLL, and whether each token is the likeliest.
+
+        Args:
+            sequences: token ids, at most ``max_length`` + 1: the last one is not given to the model.
+            starts: of each, at least 1 and below its length.
+
+        Returns:
+            (sequences,) float64, nats, and bool; and what it took.
+        """
+        self._greedy = []
+        try:
+            sums, cost = self._nll_sums(sequences, starts, None)
+            greedy = np.ones(len(sequences), np.bool_)
+            if self._greedy:
+                greedy[self._order] = torch.cat(self._greedy).cpu().numpy()
+        finally:
+            self._greedy = None
+        return sums, greedy, cost
+
     def _nll_sums(
         self, sequences: list[Sequence[int]], starts: list[int], progress: Callable[[float, int], object] | None
     ) -> tuple[np.ndarray, ScoreCost]:
         """Return the NLL of ``sequence[start:]`` in nats for every sequence, summed in float64."""
-        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - (self._greedy is not None)
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
         waiting = deque(self._plan(lengths))
@@ -229,21 +254,59 @@ class IfdScorer:
 
     @torch.inference_mode()
     def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
-        batch = PackedBatch.from_samples(samples)
-        offset = batch.cu_seqlens[:-1].tolist()
-        spans = [np.arange(o + start, o + len(s)) for o, start, s in zip(offset, starts, samples, strict=True)]
-        bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
-        scored = torch.from_numpy(np.concatenate(spans))
-        targets = to_device(batch.input_ids[0, scored], self.device)
-        hidden = self.trunk(**self.rule.inputs(batch, self.device)).last_hidden_state[0]
+        fed = samples if self._greedy is None else self._padded([sample[:-1] for sample in samples])
+        batch = PackedBatch.from_samples(fed)
+        offset = batch.cu_seqlens[: len(samples)].tolist()
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
-        hidden = hidden[to_device(scored - 1, self.device)]
+        spans = [np.arange(o + start, o + len(s)) - 1 for o, start, s in zip(offset, starts, samples, strict=True)]
+        bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
+        scored = np.concatenate([np.asarray(s[start:], np.int64) for start, s in zip(starts, samples, strict=True)])
+        targets = to_device(torch.from_numpy(scored), self.device)
+        hidden = self.trunk(**self.rule.inputs(batch, self.device)).last_hidden_state[0]
+        hidden = hidden[to_device(torch.from_numpy(np.concatenate(spans)), self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
         sums = _sums(nll, to_device(bounds, self.device))
         if self._kept is not None:
             self._kept.append(nll.half())
+        if self._greedy is not None:
+            likeliest = self._likeliest(hidden, bias, targets, nll).float()
+            self._greedy.append(torch.segment_reduce(likeliest, "min", lengths=bounds.diff().to(self.device)).bool())
         return sums
+
+    def _padded(self, samples: list[Sequence[int]]) -> list[Sequence[int]]:
+        """The samples, and some of their tokens again until the pass has as many tokens as every other one.
+
+        A product of matrices rounds by the number of its rows: so a sample has the same bits whatever else is scored.
+        Models whose samples share no pass with shorter ones are left as they are.
+        """
+        longest = max(samples, key=len)
+        space = self.rule.capacity(len(longest), self.tokens_per_pack) - sum(map(len, samples))
+        if self.rule.switches or space <= 0:
+            return samples
+        more = [longest] * (space // len(longest)) + [longest[: space % len(longest)]]
+        return [*samples, *(sample for sample in more if len(sample))]
+
+    def _likeliest(
+        self, hidden: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, nll: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether each target is the likeliest token, of equal ones the first; (T,) bool.
+
+        A product of matrices rounds by the number of its rows. So it is of as many always, and names the rival only;
+        what decides is the rival's loss, which has the same bits in any batch.
+        """
+        found = torch.ones_like(targets, dtype=torch.bool)
+        weight = self.head.weight
+        for rows in torch.split(torch.nonzero(~(nll < 0.69)).squeeze(1), _RIVALS):  # above a half there is no rival
+            block = hidden.new_zeros(_RIVALS, hidden.shape[1])
+            block[: len(rows)] = hidden[rows]
+            logits = (block @ weight.T)[: len(rows)]
+            if bias is not None:
+                logits = logits + bias
+            rivals = logits.scatter(1, targets[rows, None], -torch.inf).argmax(dim=1)
+            other = token_nll(hidden[rows], weight, rivals, bias, self.head.softcap)
+            found[rows] = (nll[rows] < other) | ((nll[rows] == other) & (targets[rows] < rivals))
+        return found
 
     def _table(
         self,

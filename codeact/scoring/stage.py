@@ -32,7 +32,7 @@ class ScoreSettings(Settings):
     """How rows are scored; see ``codeact.scoring.ifd.IfdScorer``."""
 
     model: str = setting(..., "Causal language model: a folder or a hub name.")
-    template: str = setting("qa", "qa, alpaca, chat, a chat format, or text with {question}.")
+    template: str = setting("qa", "qa, alpaca, chat (train's default), a chat format, or text with {question}.")
     max_length: int | None = setting(
         None, "Tokens of a sequence; a longer answer is cut. Default: 2048, or what the model takes.", ge=2
     )

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from codeact.base.errors import InputError, one_of
 from codeact.base.protocols import resolve_protocol
-from codeact.data.records import BadRow, Record, jsonable, write_jsonl
+from codeact.data.chosen import write_chosen
+from codeact.data.forms import FORMS, form_columns
+from codeact.data.records import BadRow, Record, jsonable
+from codeact.data.sources import RowError
 from codeact.scoring.length import correlation_text, rank_correlation
 from codeact.selection.difficulty import check_columns, column, difficulty_scores, ok_rows
 from codeact.selection.facility import facility_location
@@ -350,21 +353,29 @@ def write_selection(
     table: pa.Table,
     selection: Selection,
     labels: NDArray[Any] | Sequence[int] | None,
+    form: str = "messages",
 ) -> None:
-    """Write the chosen rows as JSON lines in input order; the file appears whole or not at all.
+    """Write the chosen rows in input order, as JSON lines or Parquet; the file appears whole or not at all.
 
-    A line is ``{"id", "conversation": [{"role", "content"}, ...], "ifd", "cluster", "extra": {other columns}}``; the
-    conversation is the record's history, then question and answer; an answer that is only context has ``"weight": 0``.
-    ``cluster`` is null where ``labels`` is None, ``ifd`` where the score failed.
+    A row is ``{"id", "messages": [{"role", "content"}, ...], "ifd", "cluster", "extra": {other columns}}``; the
+    messages are the record's history, then question and answer; an answer that is only context has ``"weight": 0``.
+    ``cluster`` is null where ``labels`` is None, ``ifd`` where the score failed. ``form``: one of
+    ``codeact.data.forms.FORMS``, with other columns for the messages.
 
     Raises:
-        InputError: the data is not what was scored (a row is gone, cannot be read or has another id).
+        InputError: the data is not what was scored (a row is gone, cannot be read or has another id), or the form has
+            no words for a row.
     """
-    write_jsonl(path, _conversations(record_set, table, selection, labels))
+    one_of("format", form, FORMS)
+    write_chosen(path, _chosen(record_set, table, selection, labels, form))
 
 
-def _conversations(
-    record_set: RecordSet, table: pa.Table, selection: Selection, labels: NDArray[Any] | Sequence[int] | None
+def _chosen(
+    record_set: RecordSet,
+    table: pa.Table,
+    selection: Selection,
+    labels: NDArray[Any] | Sequence[int] | None,
+    form: str,
 ) -> Iterator[dict[str, Any]]:
     positions = selection.positions
     rows = column(table, "row", pa.int64())[positions]
@@ -390,12 +401,13 @@ def _conversations(
                     f"row {rows[index]} is {record.id!r} in the data and {scored_id!r} in the scores; "
                     "pass the file that was scored"
                 )
+            try:
+                said = form_columns(record.turns, record.context, form)
+            except RowError as fault:
+                raise InputError(f"row {record.row} (id {record.id}): {fault.text}") from None
             yield {
                 "id": record.id,
-                "conversation": [
-                    {"role": role, "content": text, **({"weight": 0} if number in record.context else {})}
-                    for number, (role, text) in enumerate(record.turns)
-                ],
+                **said,
                 "ifd": float(ifd[index]) if np.isfinite(ifd[index]) else None,
                 "cluster": None if clusters is None else int(clusters[index]),
                 "extra": jsonable(record.extra),

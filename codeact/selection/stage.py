@@ -35,15 +35,17 @@ def select_rows(
     output: str | Path,
     settings: SelectSettings,
     source: str | None = None,
+    form: str = "messages",
 ) -> Selection:
     """Choose rows and write them as conversations to ``output``, and ``NAME.rows.parquet`` beside it.
 
     Args:
         scores: a merged score folder.
         embeddings: the embeddings of the same data; cdas needs them, the other strategies take none.
-        output: JSON lines.
+        output: JSON lines, or .parquet.
         settings: what to choose.
         source: where the data lies now, if not where it was scored.
+        form: of a row; see ``write_selection``.
 
     Raises:
         InputError: scores, embeddings and data do not belong together or cannot be read.
@@ -77,7 +79,7 @@ def select_rows(
     if not len(selection.positions):
         raise InputError(f"no row of {scores} is eligible for strategy {settings.strategy}: none can be chosen")
     with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
-        write_selection(output, records, table, selection, labels)
+        write_selection(output, records, table, selection, labels, form)
         write_audit(output, table, selection, labels)
     return selection
 

@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.settings import same_flags
 from codeact.training.options import TrainerDefaults
 
 
@@ -60,6 +61,11 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
         for part, title in parts.items():
             part._argument_group_name = title  # type: ignore[attr-defined]
             self._add_dataclass_arguments(part)
+        known = self._option_string_actions
+        for flag, action in list(known.items()):
+            for other in same_flags(flag.removeprefix("--")):
+                known.setdefault(f"--{other}", action)
+                known.setdefault(f"--{other.replace('_', '-')}", action)
 
     def error(self, message: str) -> NoReturn:
         """Instead of ending the process."""

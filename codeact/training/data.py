@@ -120,7 +120,7 @@ def load_trainable(name: str, data: Any, packs: Any) -> Any:
     Args:
         name: the model's folder or hub name.
         data: what has ``model_type``.
-        packs: what has ``max_seq_len``.
+        packs: what has ``max_length``.
 
     Raises:
         InputError: the model has fewer positions, or its chat template cannot be trained on.
@@ -129,9 +129,9 @@ def load_trainable(name: str, data: Any, packs: Any) -> Any:
     ConversationTemplate(tokenizer, data.model_type).check_trainable()
     config = config_of(name)
     positions = config and positions_of(config)
-    if positions and packs.max_seq_len > positions:
+    if positions and packs.max_length > positions:
         raise InputError(
-            f"--max_seq_len {packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
+            f"--max_length {packs.max_length} is more than the {positions} positions of {name}; lower it"
         )
     return tokenizer
 
@@ -170,7 +170,7 @@ def _encode(
             records,
             tokenizer,
             settings.data.model_type,
-            settings.packs.max_seq_len,
+            settings.packs.max_length,
             settings.data.on_overflow,
             progress=step,
             last_answer_only=settings.data.last_answer_only,

@@ -220,7 +220,7 @@ def _checked_lengths(samples: Sequence[TokenizedSample], capacity: int) -> npt.N
         (lengths != labels, "has not as many labels as tokens"),
         (
             lengths > capacity,
-            f"is longer than the {capacity} tokens of a pack; truncate or drop it, or raise max_seq_len",
+            f"is longer than the {capacity} tokens of a pack; truncate or drop it, or raise max_length",
         ),
     ):
         if wrong.any():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.settings import flag_name
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults, refuse_inexact
 from codeact.training.room import check_room, sharding
@@ -148,7 +149,7 @@ def check_flags(
     parser = flag_parser()
     with told_of(where):
         for name in taken:
-            if name in values:
+            if flag_name(name) in map(flag_name, values):
                 raise InputError(f"{name} follows from the other settings; leave it out")
         given = {**values, **taken} if isinstance(taken, Mapping) else values
         argv = _flags(parser, given)
@@ -201,16 +202,17 @@ def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
 
 _ABOVE_ZERO: tuple[str, ...] = ("learning_rate", "gradient_accumulation_steps", "save_steps", "logging_steps")
 _ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size")
-_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_seq_len")
+_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length")
 
 
 def _filled(flags: argparse.Namespace, argv: Sequence[str]) -> argparse.Namespace:
     """Fill in the sizes of batches, which count packs or samples, and a length that the model takes."""
     from codeact.models.loading import config_of, positions_of
 
-    if flags.model_name_or_path and not any(word.partition("=")[0] == "--max_seq_len" for word in argv):
+    given = {flag_name(word.partition("=")[0].lstrip("-")) for word in argv if word.startswith("--")}
+    if flags.model_name_or_path and "max_length" not in given:
         config = config_of(flags.model_name_or_path)
-        flags.max_seq_len = min(flags.max_seq_len, (config and positions_of(config)) or flags.max_seq_len)
+        flags.max_length = min(flags.max_length, (config and positions_of(config)) or flags.max_length)
     packs = flags.pad_mode == "dynamic_pack"
     counts_packs = packs and flags.pack_scope == "epoch"
     if flags.per_device_train_batch_size is None:

@@ -57,8 +57,8 @@ class DataArguments:
 
     data_path: str | None = _text(
         None,
-        "What codeact select wrote, or any file, folder or hub data set with a column conversation, conversations or "
-        "messages, or a pair such as Alpaca's instruction (, input, system, history) and output.",
+        "What codeact select wrote, or any file, folder or hub data set with a column messages or "
+        "conversations, or a pair such as Alpaca's instruction (, input, system, history) and output.",
     )
     eval_path: str | None = _text(None, "Held-out conversations, in the same forms.")
     eval_ratio: float = _text(0.0, "Instead of eval_path: so much of data_path is held out, chosen by the seed.")
@@ -70,7 +70,7 @@ class DataArguments:
     config_name: str | None = _text(None, "Configuration of a folder or hub data set.")
     model_type: str = _text("chat", f"How conversations are written: {', '.join(MODEL_TYPES)}.")
     on_overflow: str = _text(
-        "truncate", f"A conversation over max_seq_len: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."
+        "truncate", f"A conversation over max_length: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."
     )
 
     last_answer_only: bool = _text(False, "Learn the last answer of a conversation alone; earlier ones are context.")
@@ -95,14 +95,14 @@ class PackOptions:
     pad_mode: str = _text(
         "dynamic_pack",
         "dynamic_pack: samples share rows without padding, and none sees another. dynamic_pad: a batch is padded to "
-        "its longest sample. max_length: every sample is padded to max_seq_len.",
+        "its longest sample. max_length: every sample is padded to max_length.",
     )
     pack_scope: str = _text(
         "epoch",
         "epoch: best-fit decreasing over all samples; per_device_train_batch_size counts packs. batch: the "
         "per_device_train_batch_size random samples of one batch share a row, as in the paper.",
     )
-    max_seq_len: int = _text(
+    max_length: int = _text(
         2048, "Most tokens in a sample, and in a pack of scope epoch. If it is not said, no more than the model takes."
     )
     attention: str = _text(
@@ -116,8 +116,8 @@ class PackOptions:
     def __post_init__(self) -> None:
         one_of("pad_mode", self.pad_mode, PAD_MODES)
         one_of("pack_scope", self.pack_scope, PACK_SCOPES)
-        if self.max_seq_len < 2:
-            raise InputError(f"--max_seq_len is {self.max_seq_len}; a sample needs at least 2 tokens")
+        if self.max_length < 2:
+            raise InputError(f"--max_length is {self.max_length}; a sample needs at least 2 tokens")
 
     @property
     def packs(self) -> bool:

@@ -79,8 +79,8 @@ def check_memory(needs: Memory, free: float, tokens: int, where: str) -> None:
         return
     largest = needs.largest()
     states = "--lora True, or --optim adafactor"
-    lower = {"gradients": states, "optimizer": states, "logits": "--fused_loss True, or a lower --max_seq_len"}.get(
-        largest, "lower --per_device_train_batch_size or --max_seq_len, or add --activation_checkpointing True"
+    lower = {"gradients": states, "optimizer": states, "logits": "--fused_loss True, or a lower --max_length"}.get(
+        largest, "lower --per_device_train_batch_size or --max_length, or add --activation_checkpointing True"
     )
     raise InputError(
         f"a step of {tokens:,} tokens needs about {needs.total / GIB:.1f} GiB beside the model, most of it for "

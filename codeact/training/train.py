@@ -171,8 +171,8 @@ def _plan_lines(trainer: PackTrainer, needs: Memory, tokens: int) -> list[tuple[
     items, count = len(dataset), len(dataset.samples)
     attention = trainer.model.config._attn_implementation
     if options.packs and options.pack_scope == "epoch":
-        fill = int(dataset.lengths.sum()) / (items * options.max_seq_len)
-        rows = f"{items:,} packs of {options.max_seq_len:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
+        fill = int(dataset.lengths.sum()) / (items * options.max_length)
+        rows = f"{items:,} packs of {options.max_length:,} tokens, {fill:.1%} full, {count / items:.1f} samples each"
     else:
         rows = f"{options.pad_mode}, batches of {arguments.per_device_train_batch_size} samples"
     in_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

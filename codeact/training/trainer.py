@@ -51,7 +51,7 @@ def train(
 
     Args:
         model: a causal model of transformers, or one that peft has wrapped. dynamic_pack changes its attention.
-        samples: what to train on; ``input_ids`` (L,) and ``labels`` (L,), -100 outside answers, L <= ``max_seq_len``.
+        samples: what to train on; ``input_ids`` (L,) and ``labels`` (L,), -100 outside answers, L <= ``max_length``.
         arguments: all of Trainer's. ``bf16``, ``activation_checkpointing``, ``optim`` (fused AdamW unless said) and
             ``gradient_accumulation_steps`` mean what they mean there.
         options: pad mode and cost cutters; None for the defaults.
@@ -93,7 +93,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
                 attention = packing_attention(causal_lm, arguments.device)
             stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
             if _has_weights(causal_lm):
-                prove_isolation(causal_lm, stand_in, options.max_seq_len, otherwise="say --pad_mode dynamic_pad")
+                prove_isolation(causal_lm, stand_in, options.max_length, otherwise="say --pad_mode dynamic_pad")
             set_attention(causal_lm, attention)
         elif options.attention != "auto":
             set_attention(causal_lm, options.attention)
@@ -154,7 +154,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         """Tokens of the largest forward pass of training, padding included; of batches laid end to end in epoch 0."""
         dataset: PackDataset = self.train_dataset
         if self.options.pad_mode == "max_length":
-            return dataset.items_per_batch * self.options.max_seq_len
+            return dataset.items_per_batch * self.options.max_length
         return dataset.largest_pass()
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
@@ -219,7 +219,7 @@ def collator(options: PackOptions) -> Callable[[Sequence[Sequence[TokenizedSampl
     """Return what turns the items of a ``PackDataset`` into a batch of the options' pad mode."""
     if options.packs:
         return PackCollator(supervised_only=options.supervised_only)
-    length = options.max_seq_len if options.pad_mode == "max_length" else None
+    length = options.max_length if options.pad_mode == "max_length" else None
     return PadCollator(length=length)
 
 
@@ -248,11 +248,11 @@ def _dataset(
         raise InputError(
             f"samples of up to {lengths.max()} tokens and short ones cannot share a batch: this model computes a whole "
             f"pass in another way above {rule.shared or rule.switches[0]} tokens. Set per_device_train_batch_size and "
-            "per_device_eval_batch_size to 1 (gradient_accumulation_steps makes up for it), or lower max_seq_len"
+            "per_device_eval_batch_size to 1 (gradient_accumulation_steps makes up for it), or lower max_length"
         )
     return PackDataset(
         samples,
-        options.max_seq_len,
+        options.max_length,
         apart=keys,
         shared=rule.shared,
         scope=scope,

@@ -6,10 +6,13 @@ import logging
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
-from codeact.data.forms import Columns
+from codeact.data.forms import FORMS, Columns, form_columns
 from codeact.data.records import BadRow, Record, _tell, open_records, write_jsonl
+from codeact.data.sources import RowError
 
 U, A, S = "user", "assistant", "system"
 QA = [{"role": U, "content": "q"}, {"role": A, "content": "a"}]
@@ -59,6 +62,37 @@ PAIR = [(U, "q"), (A, "a")]
 )  # fmt: skip
 def test_what_a_row_says(row: dict[str, Any], turns: list[Any], context: set[int]) -> None:
     assert talk(row) == (turns, context)
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=5).filter(lambda text: text.strip())
+
+
+@given(
+    form=st.sampled_from(FORMS),
+    system=st.none() | TEXTS,
+    pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_what_is_written_in_a_form_is_read_again(form: str, system: Any, pairs: Any, data: Any) -> None:
+    turns = [(S, system)] * (system is not None) + [turn for q, a in pairs for turn in ((U, q), (A, a))]
+    earlier = [at for at, (role, _) in enumerate(turns[:-1]) if role == A]
+    context = set() if form == "alpaca" or not earlier else data.draw(st.sets(st.sampled_from(earlier)))
+    assert talk(form_columns(turns, context, form)) == (turns, context)
+
+
+@pytest.mark.parametrize(
+    ("turns", "context", "text"),
+    [
+        ([*PAIR, *PAIR], {1}, "cannot say answers that are not to be learnt; write messages or sharegpt"),
+        ([(U, "q"), *PAIR], set(), "cannot say turns that are no pairs"),
+        ([*PAIR, (S, "s"), *PAIR], set(), "cannot say turns that are no pairs"),
+    ],
+)
+def test_what_alpaca_has_no_words_for(turns: Any, context: Any, text: str) -> None:
+    with pytest.raises(RowError, match="bad_conversation") as caught:
+        form_columns(turns, context, "alpaca")
+    assert text in caught.value.text
+    assert talk(form_columns(turns, context, "sharegpt")) == (turns, context)
 
 
 @pytest.mark.parametrize(

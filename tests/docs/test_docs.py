@@ -22,6 +22,7 @@ import torch
 import typer
 import yaml
 
+from codeact.base.settings import same_flags
 from codeact.cli import app
 from codeact.data.records import write_jsonl
 from tests.conftest import make_records
@@ -46,6 +47,7 @@ from tests.docs.shell import EMBEDDER, MODEL, PROGRAMS, Shell, compare, file_nam
 OPTIONS = {
     "harvest": "data.md",
     "score": "score.md",
+    "ppl": "score.md",
     "merge": "score.md",
     "embed": "embed.md",
     "select": "select.md",
@@ -139,7 +141,7 @@ def write_selected(path: Path) -> None:
     write_jsonl(
         path,
         [
-            {"id": str(n), "conversation": [{"role": r, "content": c} for r, c in pair], "ifd": 0.5, "cluster": 0}
+            {"id": str(n), "messages": [{"role": r, "content": c} for r, c in pair], "ifd": 0.5, "cluster": 0}
             for n, pair in enumerate(turns)
         ],
     )
@@ -285,6 +287,7 @@ def test_every_option_is_told_with_its_default(command):
 @by_name
 def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
+    known |= {f"--{other}" for option in known for other in same_flags(option.removeprefix("--"))}
     known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
     known |= {"--quick", "--full"}  # of the benchmarks
     text = prose(page)

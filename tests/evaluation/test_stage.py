@@ -66,9 +66,26 @@ def test_samples_of_other_tools(codeact, data, isolated, tmp_path, monkeypatch):
     assert "humaneval+" not in out
 
 
+def test_k_and_limits_are_asked_for(codeact, data, isolated, tmp_path):
+    slow = "def f0(x):\n    import time\n    time.sleep(1.5)\n    return x"
+    solutions = [*["def f{0}(x):\n    return x + {0}"] * 4, "def f{0}(x):\n    return [None] * 50_000_000"]
+    rows = [{"task_id": f"HumanEval/{n}", "solution": text.format(n)} for n in range(3) for text in solutions]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--dataset", "humaneval", "--data", data, "--base-only", "--samples", tmp_path / "s.jsonl")
+    code, out, err = codeact("evaluate", *options, "--k", "5,1,9", "--memory-mb", 256)
+    assert code == 0, err
+    assert "| tests | pass@1 | pass@5 |\n" in out
+    assert "| humaneval | 80.0 % | 100.0 % |" in out
+    assert "| memory | 3 |" in out
+    (tmp_path / "s.jsonl").write_text(json.dumps({"task_id": "HumanEval/0", "solution": slow}) + "\n")
+    assert "| time | 1 |" in codeact("evaluate", *options, "--limit", 1)[1]
+    assert "| pass | 1 |" in codeact("evaluate", *options, "--limit", 1, "--min-seconds", 20)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("evaluate", "--dataset", "humaneval", "--samples", "x", "--k", "1,x"), "--k 1,x is no list of whole numbers"),
         (("evaluate", "--dataset", "humaneval", "--samples", "none.jsonl"), "cannot read none.jsonl"),
         (("evaluate", "--dataset", "human", "--samples", "x"), "choose one of: humaneval, mbpp"),
         (("evaluate", "--dataset", "mbpp", "--samples", "x"), "holds no MbppPlus.jsonl.gz"),

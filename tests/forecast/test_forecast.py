@@ -46,7 +46,7 @@ def local(tmp_path: Path, data: Path, tiny_model_path: Path, embedder_path: Path
             "data": {"source": str(data)},
             "score": {"model": str(tiny_model_path), "max_length": 256},
             "embed": {"model": str(embedder_path)},
-            "train": {"lora": True, "max_seq_len": 256, "per_device_train_batch_size": 1},
+            "train": {"lora": True, "max_length": 256, "per_device_train_batch_size": 1},
         }
     )
 
@@ -236,7 +236,7 @@ def test_a_local_model_is_tried_and_nothing_is_written(local, tmp_path):
 
 
 def test_full_training_under_a_padding_mode_is_tried_too(local):
-    flags = {"max_seq_len": 128, "pad_mode": "dynamic_pad", "activation_checkpointing": True}
+    flags = {"max_length": 128, "pad_mode": "dynamic_pad", "activation_checkpointing": True}
     plan = forecast(changed(local, train=flags), first=None, last="train")
     assert any("train: " in line and "measured here" in line for line in plan.sources)
 
@@ -378,7 +378,7 @@ def test_the_recipes_are_the_papers():
         flags = check_flags(settings.train, "train")
         cost = PlannedTraining(flags, settings.processes)
         assert flags.per_device_train_batch_size * flags.gradient_accumulation_steps * settings.processes == 512
-        assert (flags.max_seq_len, flags.num_train_epochs, cost.checkpointing, cost.sharding) == (
+        assert (flags.max_length, flags.num_train_epochs, cost.checkpointing, cost.sharding) == (
             2048,
             3,
             True,

@@ -111,7 +111,7 @@ def _write_conversations(path: Path, chosen: Any, ifd: Any, cluster: Any) -> Non
             turns = [("user", texts.get(row, "Write f.")), ("assistant", answers.get(row, "def f():\n    return 1"))]
             line = {
                 "id": f"<b>{row}</b>",
-                "conversation": [{"role": role, "content": content} for role, content in turns],
+                "messages": [{"role": role, "content": content} for role, content in turns],
                 "ifd": float(ifd[row]),
                 "cluster": int(cluster[row]),
                 "extra": {},

@@ -125,7 +125,7 @@ def config(tmp_path, tiny_model_path, embedder_path, monkeypatch) -> Path:
     rows = [{"instruction": record.question, "output": record.answer} for record in make_records(60)]
     rows[7] = dict(rows[8], output="another answer to the same question")
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    train = {"max_seq_len": 256, "bf16": False, "lora": True, "disable_tqdm": True, "learning_rate": 1e-3}
+    train = {"max_length": 256, "bf16": False, "lora": True, "disable_tqdm": True, "learning_rate": 1e-3}
     content = {
         "output": "run",
         "data": {"source": "rows.jsonl"},
@@ -211,9 +211,9 @@ def test_what_a_lab_cannot_do_is_said_before_it_trains(config, codeact):
     for values, message in (
         ({"train": {"seed": 3}}, "seed"),
         ({"train": {"lorra": True}}, "lorra"),
-        ({"train": {"max_seq_len": 9999}}, "lab.train: max_seq_len 9999 is more than the 512 positions"),
+        ({"train": {"max_length": 9999}}, "lab.train: max_length 9999 is more than the 512 positions"),
         ({"train": {"model_type": "llama3"}}, "lab.train: template llama3 needs <|start_header_id|>"),
-        ({"train": {"max_seq_len": 8}}, "no held-out row fits into max_seq_len 8; raise it in lab.train"),
+        ({"train": {"max_length": 8}}, "no held-out row fits into max_length 8; raise it in lab.train"),
         ({"budgets": [10**7]}, "fewer than the budget of 10,000,000; lower budgets or held_out"),
         ({"strategies": [{"strategy": "cdas", "difficulty": "s_ifd"}]}, "s_ifd needs score: keep_token_nll: true"),
     ):

@@ -80,7 +80,8 @@ for name in codeact.__all__:
 """
     lines = dict(line.split(" ", 1) for line in python("-c", program).stdout.splitlines())
     assert {name for name, said in lines.items() if said == "works"} == {
-        *("open_records", "Columns", "Record", "pack", "Packs", "cluster", "InputError", "__version__")
+        *("open_records", "Columns", "Record", "pack", "Packs", "cluster", "InputError", "__version__"),
+        *("run_program", "run_programs", "pass_share"),
     }
     for name in ("token_nll", "linear_cross_entropy", "score_ifd", "embed", "select"):
         extra = "select" if name in ("embed", "select") else "score"

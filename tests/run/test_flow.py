@@ -67,7 +67,7 @@ def training(config, isolated, tmp_path) -> Path:
         for n in range(3)
     ]
     write_jsonl(tmp_path / "HumanEvalPlus.jsonl", rows)
-    flags = {"max_seq_len": 256, "max_steps": 2, "bf16": False, "eval_ratio": 0.2, "save_strategy": "no"}
+    flags = {"max_length": 256, "max_steps": 2, "bf16": False, "eval_ratio": 0.2, "save_strategy": "no"}
     change(config, train={**flags, "lora": True, "disable_tqdm": True})
     change(config, generate={"data": "HumanEvalPlus.jsonl", "tasks": list(TASKS), "max_new_tokens": 4}, evaluate={})
     return config
@@ -227,8 +227,8 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
         ({"embed": {"dtype": "bfloat61"}}, "dtype 'bfloat61' is unknown; choose one of: bfloat16"),
         ({"embed": {"device": "cuda:7"}}, "device 'cuda:7' is not here"),
         ({"select": {"backend": "cuml"}}, "backend 'cuml' needs an NVIDIA GPU"),
-        ({"train": {"max_seq_len": 9999}}, "train: max_seq_len 9999 is more than the 512 positions"),
-        ({"train": {"max_seq_len": 1}}, "train: max_seq_len is 1; a sample needs at least 2"),
+        ({"train": {"max_length": 9999}}, "train: max_length 9999 is more than the 512 positions"),
+        ({"train": {"max_length": 1}}, "train: max_length is 1; a sample needs at least 2"),
         ({"train": {"model_type": "llama3"}}, "train: template llama3 needs <|start_header_id|>"),
         ({"train": {"lora": True, "lora_target_modules": "c_fc"}}, "LlamaForCausalLM has no layer named c_fc"),
         ({"train": {"learning_rate": 0}}, "train: learning_rate is 0.0; it must be above 0"),
@@ -262,7 +262,7 @@ def test_a_stage_that_loses_a_row_in_silence_is_found_out(codeact, config, monke
     def lossy(path, rows):
         return write_jsonl(path, list(rows)[:-1])
 
-    monkeypatch.setattr(selection, "write_jsonl", lossy)
+    monkeypatch.setattr(selection, "write_chosen", lossy)
     code, _, err = codeact("run", config)
     assert code == 1
     assert "does not balance: select: 38 rows in + 0 added is not 9 out + 28 lost" in err
@@ -388,7 +388,7 @@ def test_several_processes_give_the_same_scores(codeact, config):
 
 
 def test_several_processes_train_under_torchrun(codeact, config, monkeypatch):
-    change(config, train={"max_seq_len": 256, "max_steps": 1, "lora": True}, processes=8)
+    change(config, train={"max_length": 256, "max_steps": 1, "lora": True}, processes=8)
     flow, commands = open_flow(config), []
     (train,) = (stage for stage in flow.stages if stage.name == "train")
 

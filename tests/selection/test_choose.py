@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from fractions import Fraction
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
+from codeact.data.forms import FORMS
 from codeact.data.records import BadRow, Columns, open_records
 from codeact.selection.choose import join_labels, plan_selection, select, write_selection
 from tests.helpers.scored import score_table
@@ -337,7 +340,7 @@ def test_the_written_file_holds_the_conversations_in_input_order(tmp_path, monke
     assert [line["id"] for line in lines] == select(table, labels, 0.6)
     assert lines[0] == {
         "id": "id0",
-        "conversation": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "ä0"}],
+        "messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "ä0"}],
         "ifd": 0.9,
         "cluster": 0,
         "extra": {"tag": 0},
@@ -354,7 +357,35 @@ def test_history_comes_before_the_question(tmp_path):
     record_set = open_records(path, Columns(conversation="conversation"))
     table = score_table([0.5]).set_column(0, "id", pa.array(["0"]))
     write_selection(tmp_path / "out.jsonl", record_set, table, plan_selection(table, [0], 1), [0])
-    assert json.loads((tmp_path / "out.jsonl").read_text())["conversation"] == turns
+    assert json.loads((tmp_path / "out.jsonl").read_text())["messages"] == turns
+    (first,) = record_set
+    for name, form in itertools.product(("out.jsonl", "out.parquet"), ("messages", "sharegpt")):
+        write_selection(tmp_path / name, record_set, table, plan_selection(table, [0], 1), [0], form)
+        (record,) = open_records(tmp_path / name)
+        assert (record.turns, record.context) == (first.turns, first.context)
+    with pytest.raises(InputError, match=r"row 0 \(id 0\): form alpaca cannot say answers that are not to be learnt"):
+        write_selection(tmp_path / "no.jsonl", record_set, table, plan_selection(table, [0], 1), [0], "alpaca")
+    with pytest.raises(InputError, match="format"):
+        write_selection(tmp_path / "no.jsonl", record_set, table, plan_selection(table, [0], 1), [0], "csv")
+    assert not (tmp_path / "no.jsonl").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parquet_holds_what_the_lines_hold(tmp_path, monkeypatch, form):
+    monkeypatch.setattr("codeact.data.chosen._BLOCK", 3)
+    data = [{"id": f"id{row}", "q": f"q{row}", "a": f"ä{row}", "tag": row if row % 2 else "x"} for row in range(8)]
+    record_set, table = write_data(tmp_path / "data.jsonl", data), score_table([0.5] * 8)
+    for selection in (plan_selection(table, None, 1, "top_ifd"), plan_selection(table, None, 1e-9, "top_ifd")):
+        for name in ("out.jsonl", "out.parquet"):
+            write_selection(tmp_path / name, record_set, table, selection, None, form)
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+        rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+        assert [row.pop("extra") for row in rows] == [json.dumps(line.pop("extra")) for line in lines]
+        for row in rows:
+            for turn in row.get("messages", row.get("conversations", [])):
+                assert turn.pop("weight") is None
+        assert rows == lines
+        assert len(rows) == len(selection.positions)
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         "line",
         [
-            {"id": "7", "conversation": TURNS, "ifd": 0.5, "cluster": 1, "extra": {"instruction": "other"}},
+            {"id": "7", "messages": TURNS, "ifd": 0.5, "cluster": 1, "extra": {"instruction": "other"}},
             {"conversation": SHAREGPT},
             {"conversations": SHAREGPT},
             {"messages": TURNS},
@@ -375,7 +375,7 @@ class TestFiles:
         assert record.question == "Q\nmore"
 
     def test_a_conversation_without_an_answer(self, tokenizer, tmp_path):
-        lines = [{"conversation": TURNS[:1]}, {"conversation": TURNS}, {"conversation": []}]
+        lines = [{"messages": TURNS[:1]}, {"messages": TURNS}, {"messages": []}]
         (tmp_path / "data.json").write_text(json.dumps(lines))
         results = encode_conversations(open_records(tmp_path / "data.json"), tokenizer)
         assert count_conversations(results).refused == {"bad_conversation": 2}

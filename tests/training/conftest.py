@@ -24,7 +24,7 @@ def selected(tmp_path_factory) -> Path:
     rows = [
         {
             "id": record.id,
-            "conversation": [
+            "messages": [
                 {"role": "user", "content": record.question},
                 {"role": "assistant", "content": record.answer},
             ],

@@ -16,7 +16,7 @@ from codeact.training.flags import check_flags, parse
 from tests.helpers.flash_kernels import KERNELS, Kernels
 from tests.training.test_train import stop_at
 
-COMMON = "--max_seq_len 256 --learning_rate 1e-2 --num_train_epochs 1 --disable_tqdm True --logging_steps 2".split()
+COMMON = "--max_length 256 --learning_rate 1e-2 --num_train_epochs 1 --disable_tqdm True --logging_steps 2".split()
 MODES = {
     "full": "--bf16 True --save_strategy no",
     "full, checkpointing": "--bf16 True --activation_checkpointing True --save_strategy no",

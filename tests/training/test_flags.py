@@ -107,6 +107,21 @@ def big_model(tmp_path):
     return folder
 
 
+def test_other_names_of_a_flag(tmp_path):
+    files = ("--bf16", "False", "--report_to", "none", "--use_cpu", "True")
+    ours = parse(
+        ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path), "--max_length", "9", *files]
+    )
+    for words in ("--model=m --dataset_name d --output".split(), "--model m --dataset-name=d --output-dir".split()):
+        for length in ("--max_seq_len", "--max-seq-length", "--capacity", "--max-length"):
+            theirs = parse([*words, str(tmp_path), length, "9", *files])
+            assert (theirs.model, theirs.data, theirs.packs) == (ours.model, ours.data, ours.packs)
+            assert theirs.trainer.output_dir == str(tmp_path)
+    assert check_flags({"max_seq_len": 77}, "train", here=False).max_length == 77
+    with pytest.raises(InputError, match="train: model_name_or_path follows from the other settings"):
+        check_flags({"model": "m"}, "train", taken=("model_name_or_path",))
+
+
 @pytest.mark.parametrize(
     ("flags", "fits"),
     [
@@ -140,7 +155,7 @@ def test_steps_that_are_known_count_exactly(tmp_path, small_disk):
 @pytest.mark.parametrize(
     ("needs", "remedy"),
     [
-        ({"activations": 3e9, "logits": 1e9}, "lower per_device_train_batch_size or max_seq_len"),
+        ({"activations": 3e9, "logits": 1e9}, "lower per_device_train_batch_size or max_length"),
         ({"activations": 1e9, "logits": 3e9}, "fused_loss True"),
         ({"activations": 1e9, "gradients": 1.3e9, "optimizer": 1.7e9}, "lora True"),
     ],

@@ -40,7 +40,7 @@ def work(tmp_path_factory, tokenizer) -> Path:
     flags = {
         "model_name_or_path": str(folder / "model"),
         "data_path": str(folder / "rows.jsonl"),
-        "max_seq_len": 256,
+        "max_length": 256,
         "learning_rate": 1e-2,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 1,

@@ -19,7 +19,7 @@ from codeact.training.flags import parse, parse_mapping
 from tests.conftest import make_records
 
 FEW = (
-    "--max_seq_len",
+    "--max_length",
     256,
     "--learning_rate",
     1e-2,
@@ -98,7 +98,7 @@ def test_a_file_of_flags_is_the_same_as_flags(train, selected, tmp_path, tiny_mo
     flags = {
         "model_name_or_path": str(tiny_model_path),
         "data_path": str(selected),
-        "max_seq_len": 256,
+        "max_length": 256,
         "learning_rate": "1e-2",
         "num_train_epochs": 1,
         "disable_tqdm": True,
@@ -168,7 +168,7 @@ def test_the_same_command_after_a_kill_ends_where_an_unbroken_run_does(
 def test_a_mistake_does_not_claim_the_folder(train, selected, tmp_path):
     """Whatever stopped a run before it made anything, the corrected command may have its folder."""
     options = ("--data_path", selected, "--output_dir", tmp_path / "o", *FEW, "--save_strategy", "no")
-    code, _, err = train(*options, "--max_seq_len", 100_000)
+    code, _, err = train(*options, "--max_length", 100_000)
     assert (code, "is more than the 512 positions" in err) == (2, True)
     code, _, err = train(*options, "--max_steps", 1)
     assert code == 0, err
@@ -273,7 +273,7 @@ class TestConversations:
         with path.open("a") as lines:
             lines.write('{"instruction": "q"}\n{broken\n')
             lines.write(json.dumps({"instruction": long * 2, "output": "never seen"}) + "\n")
-        options = (*FEW, "--max_seq_len", 64, "--save_strategy", "no")
+        options = (*FEW, "--max_length", 64, "--save_strategy", "no")
         code, text, err = train("--data_path", path, "--output_dir", tmp_path / "o", *options)
         assert code == 0, err
         assert "7 in " in text
@@ -395,7 +395,7 @@ class TestTokenizers:
         (("--eval_ratio", 1), "--eval_ratio 1.0 must be"),
         (("--eval_ratio", 0.01), "--eval_ratio 0.01 of 30 samples"),
         (("--eval_ratio", 0.5, "--eval_path", "x"), "give one of the two"),
-        (("--max_seq_len", 513), "--max_seq_len 513 is more than the 512 positions"),
+        (("--max_length", 513), "--max_length 513 is more than the 512 positions"),
         (("--lora", "True", "--lora_target_modules", "q_proj,c_fc"), "has no layer named c_fc; its linear layers are"),
         (("--attention", "flash_attention_9"), "attention 'flash_attention_9' is unknown; choose one of: "),
         (("--resume_from_checkpoint", "nowhere"), "--resume_from_checkpoint nowhere is no checkpoint"),

@@ -82,13 +82,13 @@ def make_arguments(folder, **changes):
     return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
-PACK = PackOptions(max_seq_len=64)
+PACK = PackOptions(max_length=64)
 # Every route by which the loss of a pack is computed.
 ROUTES = {
     "default": PACK,
-    "all rows": PackOptions(max_seq_len=64, supervised_only=False),
-    "logits": PackOptions(max_seq_len=64, fused_loss=False),
-    "all logits": PackOptions(max_seq_len=64, fused_loss=False, supervised_only=False),
+    "all rows": PackOptions(max_length=64, supervised_only=False),
+    "logits": PackOptions(max_length=64, fused_loss=False),
+    "all logits": PackOptions(max_length=64, fused_loss=False, supervised_only=False),
 }
 
 
@@ -154,12 +154,12 @@ def test_one_step_on_packs_is_one_step_on_the_same_samples_padded(tmp_path):
     routes = [
         (PACK, {"gradient_accumulation_steps": packs}),
         (PACK, {"per_device_train_batch_size": packs}),
-        (PackOptions(max_seq_len=64, pack_scope="batch"), {"per_device_train_batch_size": 20}),
-        (PackOptions(max_seq_len=64, attention="sdpa"), {"per_device_train_batch_size": packs}),
-        (PackOptions(max_seq_len=64, pad_mode="max_length"), {"per_device_train_batch_size": 20}),
-        (PackOptions(max_seq_len=64, pad_mode="dynamic_pad"), {"gradient_accumulation_steps": 20}),
+        (PackOptions(max_length=64, pack_scope="batch"), {"per_device_train_batch_size": 20}),
+        (PackOptions(max_length=64, attention="sdpa"), {"per_device_train_batch_size": packs}),
+        (PackOptions(max_length=64, pad_mode="max_length"), {"per_device_train_batch_size": 20}),
+        (PackOptions(max_length=64, pad_mode="dynamic_pad"), {"gradient_accumulation_steps": 20}),
     ]
-    plain = PackOptions(max_seq_len=64, pad_mode="dynamic_pad", fused_loss=False)
+    plain = PackOptions(max_length=64, pad_mode="dynamic_pad", fused_loss=False)
     expected = train(make_model(), samples, make_arguments(tmp_path, per_device_train_batch_size=20), plain)
     moved = (weights(expected.model) - weights(make_model())).abs().max()
     assert moved > 1e-2
@@ -198,7 +198,7 @@ def test_epochs_are_packed_anew_and_the_seed_decides(tmp_path):
 
 
 @pytest.mark.parametrize("interrupted", [2, 5])  # in the middle of an epoch, and in the second one
-@pytest.mark.parametrize("options", [PACK, PackOptions(max_seq_len=64, pad_mode="dynamic_pad")], ids=["pack", "pad"])
+@pytest.mark.parametrize("options", [PACK, PackOptions(max_length=64, pad_mode="dynamic_pad")], ids=["pack", "pad"])
 def test_resuming_is_bit_identical_to_no_interruption(tmp_path, interrupted, options):
     samples = make_samples(60, seed=3)
     batch = 2 if options.packs else 8
@@ -233,7 +233,7 @@ def test_resuming_is_bit_identical_to_no_interruption(tmp_path, interrupted, opt
 @pytest.mark.parametrize("fused", [True, False])
 def test_evaluation_loss_is_the_mean_over_tokens(tmp_path, mode, fused):
     samples, held_out = make_samples(4), make_samples(25, seed=4)
-    options = PackOptions(max_seq_len=64, pad_mode=mode, fused_loss=fused)
+    options = PackOptions(max_length=64, pad_mode=mode, fused_loss=fused)
     arguments = make_arguments(tmp_path, per_device_eval_batch_size=3)
     trainer = PackTrainer(make_model(), samples, arguments, options, eval_samples=held_out)
     expected = token_mean(make_model(), held_out)
@@ -335,11 +335,11 @@ class TestRefusals:
 
     def test_an_attention_that_cannot_isolate(self, tmp_path, leaky):
         with pytest.raises(InputError, match="LlamaForCausalLM cannot be packed with leaky: ") as caught:
-            train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_seq_len=64, attention=leaky))
+            train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_length=64, attention=leaky))
         for word in ("samples of 5/9/7 tokens", "attention sdpa"):
             assert word in str(caught.value)
         assert "\n" not in str(caught.value)
-        padded = PackOptions(max_seq_len=64, attention=leaky, pad_mode="dynamic_pad")
+        padded = PackOptions(max_length=64, attention=leaky, pad_mode="dynamic_pad")
         train(make_model(), make_samples(4), make_arguments(tmp_path, max_steps=1), padded)
 
     def test_a_model_with_a_state_that_runs_on(self, tmp_path):
@@ -350,7 +350,7 @@ class TestRefusals:
             train(AutoModelForCausalLM.from_config(config), make_samples(4), make_arguments(tmp_path), PACK)
 
     def test_an_unknown_attention(self, tmp_path):
-        options = PackOptions(max_seq_len=64, attention="flash_attention_9")
+        options = PackOptions(max_length=64, attention="flash_attention_9")
         with pytest.raises(InputError, match="attention 'flash_attention_9' does not work with LlamaForCausalLM"):
             train(make_model(), make_samples(4), make_arguments(tmp_path), options)
 
@@ -371,7 +371,7 @@ class TestRefusals:
         [
             ({"pad_mode": "dynamic"}, "pad_mode 'dynamic' is unknown; choose one of: dynamic_"),
             ({"pack_scope": "step"}, "pack_scope 'step' is unknown"),
-            ({"max_seq_len": 0}, "max_seq_len is 0"),
+            ({"max_length": 0}, "max_length is 0"),
         ],
     )
     def test_options(self, change, message):
@@ -380,7 +380,7 @@ class TestRefusals:
 
     def test_samples(self, tmp_path):
         with pytest.raises(InputError, match="longer than the 8 tokens"):
-            train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_seq_len=8))
+            train(make_model(), make_samples(4), make_arguments(tmp_path), PackOptions(max_length=8))
         with pytest.raises(InputError, match="there is no sample"):
             train(make_model(), [], make_arguments(tmp_path), PACK)
 
@@ -398,7 +398,7 @@ def test_a_pass_holds_what_may_share_one(tmp_path, name):
     arguments = make_arguments(
         tmp_path, gradient_accumulation_steps=len(samples), per_device_eval_batch_size=1, learning_rate=0.0
     )
-    trainer = train(model, samples, arguments, PackOptions(max_seq_len=200), eval_samples=samples)
+    trainer = train(model, samples, arguments, PackOptions(max_length=200), eval_samples=samples)
     assert trainer.mean_loss() == pytest.approx(expected, rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -410,15 +410,13 @@ def test_a_batch_that_would_mix_them_is_refused(tmp_path, name, mode):
     samples = [Sample(ids[:length], ids[:length]) for length in (5, 60)]
     arguments = make_arguments(tmp_path, per_device_train_batch_size=2)
     with pytest.raises(InputError, match=rf"above {SWITCH} tokens. Set per_device_train_batch_size"):
-        PackTrainer(make_model_of_zoo(name), samples, arguments, PackOptions(max_seq_len=64, pad_mode=mode))
-    PackTrainer(make_model_of_zoo(name), samples[:1], arguments, PackOptions(max_seq_len=64, pad_mode=mode))
+        PackTrainer(make_model_of_zoo(name), samples, arguments, PackOptions(max_length=64, pad_mode=mode))
+    PackTrainer(make_model_of_zoo(name), samples[:1], arguments, PackOptions(max_length=64, pad_mode=mode))
 
 
 def test_length_sorted_padding_is_trainers_own_option(tmp_path):
     arguments = make_arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=5)
-    trainer = PackTrainer(
-        make_model(), make_samples(60), arguments, PackOptions(max_seq_len=64, pad_mode="dynamic_pad")
-    )
+    trainer = PackTrainer(make_model(), make_samples(60), arguments, PackOptions(max_length=64, pad_mode="dynamic_pad"))
     shapes = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     assert sum(int(mask.sum()) for mask in shapes) / sum(mask.numel() for mask in shapes) > 0.85
 

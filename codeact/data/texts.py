@@ -1,0 +1,40 @@
+"""Plain texts: a file of text, or a column of any data that is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from codeact.data.sources import RowError, kind, open_hub, open_local, refusal, refuse_missing_path, require, show
+
+
+def read_texts(
+    data: str, column: str = "text", split: str | None = None, config_name: str | None = None
+) -> Iterator[str]:
+    """Read the texts of a ``.txt`` file (one text), or of a column of a file, folder or hub data set.
+
+    Raises:
+        InputError: it cannot be read, or a row has no text there; the message names the row.
+    """
+    path = Path(os.path.expanduser(data))
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+            return
+        if not path.exists():
+            refuse_missing_path(data)
+        source = open_local(path, split, config_name) if path.exists() else open_hub(data, split, config_name)
+        for part in source.parts:
+            for index in range(len(part)):
+                (raw,) = part.raw(index, index + 1, None)
+                if isinstance(raw, RowError):
+                    raise refusal(f"{part.where(index)}: {raw.text}")
+                require([column], list(raw), part.where(index))
+                if not isinstance(raw[column], str):
+                    raise refusal(f"{part.where(index)}: column {show(column)} is {kind(raw[column])}, not text")
+                yield raw[column]
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path} is no UTF-8 text: byte {error.start}; convert it") from None
+    except OSError as error:
+        raise refusal(f"cannot read {path}: {error.strerror or error}; give a file of text, or of rows") from None
