@@ -10,6 +10,7 @@ from codeact.base.machine import limit_threads
 EXTRAS = {
     **dict.fromkeys(("score", "merge", "pack-stats"), "score"),
     **dict.fromkeys(("embed", "select"), "select"),
+    "clean": "clean",
     "train": "train",
     **dict.fromkeys(("generate", "sanitize", "evaluate"), "eval"),
     "report": "report",

@@ -21,6 +21,7 @@ from codeact.base.console import aligned
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
+from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
@@ -31,7 +32,8 @@ from codeact.selection.settings import SelectSettings
 app = typer.Typer(
     help=(
         "Fine-tune a code model on the part of the data that teaches most. The flow: "
-        "score (and merge) -> embed -> select -> train, then generate -> sanitize -> evaluate. Each command has --help."
+        "score (and merge) -> embed -> clean -> select -> train, then generate -> sanitize -> evaluate. "
+        "Each command has --help."
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -188,17 +190,32 @@ def embed(
 
 
 @command()
+def clean(
+    data: DataSettings,
+    settings: CleanSettings,
+    output: Annotated[Path, flag("JSON lines to write; what became of every row goes to NAME.rows.parquet beside it.")],
+    embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed, to compare questions by, too.")] = None,
+) -> None:
+    """Mark rows that repeat others, give tasks of evaluation sets away, or hold code that does not parse."""
+    from codeact.cleaning.stage import clean_data
+
+    _print_lines(clean_data(data, settings, output, embeddings)[1])
+    print(f"{'clean rows' if settings.drop else 'all rows, each with its status,'} in {output}")
+
+
+@command()
 def select(
     settings: SelectSettings,
     scores: Annotated[Path, flag("Merged folder of codeact score.")],
     output: Annotated[Path, flag("JSON lines to write: one conversation a line.")],
     embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed; cdas needs it.")] = None,
+    marks: Annotated[Path | None, flag("NAME.rows.parquet of codeact clean: marked rows are left out.")] = None,
     data: Annotated[str | None, flag("Where the data lies now, if it was moved since scoring.")] = None,
 ) -> None:
     """Choose the difficult part of every cluster (CDAS)."""
     from codeact.selection.stage import select_rows, selection_lines
 
-    selection = select_rows(scores, embeddings, output, settings, data)
+    selection = select_rows(scores, embeddings, output, settings, data, marks)
     _print_lines(selection_lines(selection, settings))
     print(f"{len(selection.positions):,} conversations in {output}")
 

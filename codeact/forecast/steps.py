@@ -30,6 +30,8 @@ GPU_START_SECONDS = 30.0
 """Assumed for a GPU process, before it computes."""
 PROGRAM_SECONDS = 1.5
 """Assumed for a program under its tests, in its sandbox."""
+CLEAN_SECONDS_PER_BYTE = 2.5e-7
+"""Of the rows' text."""
 SELECT_SECONDS = 0.1
 SELECT_SECONDS_PER_ROW = 5e-5
 REPORT_SECONDS = 5.0
@@ -101,7 +103,16 @@ class RunPlan:
             f"embedder: {self.embedder.source}",
             *(f"{'      ' if n else where}{line}" for n, line in enumerate(self.machine.lines)),
         ]
-        stages = (self.score, self.embed, self.select, self.train, self.generate, self.evaluate, self.report)
+        stages = (
+            self.score,
+            self.embed,
+            self.clean,
+            self.select,
+            self.train,
+            self.generate,
+            self.evaluate,
+            self.report,
+        )
         self._costs = {stage.__name__: stage for stage in stages}
         self.on_cpu = self.machine.gpu is None and resolve_device().type == "cpu"
 
@@ -149,6 +160,16 @@ class RunPlan:
             "seconds": (GPU_START_SECONDS if machine.gpu else start) + flops / machine.flops["embed"],
             "memory": inference_memory(model, self._bytes(settings.dtype), batch, machine.base),
             "disk": questions.rows * (4.0 * model.shape.hidden + 20),
+        }
+
+    def clean(self) -> dict[str, Any]:
+        """Every row by itself, and those that look alike."""
+        rows, machine = self.data.rows, self.machine
+        return {
+            "rows": rows,
+            "seconds": rows * self.data.row_bytes * CLEAN_SECONDS_PER_BYTE,
+            "memory": Memory({"the process": machine.base, "marks": 200.0 * rows}),
+            "disk": 40.0 * rows,
         }
 
     def select(self) -> dict[str, Any]:
