@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, Never, get_args, get_origin, get_type_hints
@@ -145,14 +145,14 @@ def score(
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import parse_shard, score_data
+    from codeact.scoring.stage import check_scores, parse_shard, score_data
 
     share = None if shard is None else parse_shard(shard)
     totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
     if totals is None:
         print(f"this share of the shards is done; when all are: codeact merge {output}")
     else:
-        _print_scores(output, totals)
+        _print_scores(output, totals, check_scores(data, settings, output))
 
 
 @command()
@@ -367,10 +367,10 @@ def doctor(as_json: Annotated[bool, flag("As JSON.", "--json")] = False) -> None
     raise typer.Exit(examine(as_json))
 
 
-def _print_scores(folder: Path, totals: dict[str, Any]) -> None:
+def _print_scores(folder: Path, totals: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> None:
     from codeact.scoring.stage import score_lines
 
-    _print_lines(score_lines(totals, folder))
+    _print_lines([*score_lines(totals, folder), *more])
     print(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
 
 

@@ -88,6 +88,8 @@ class RunPlan:
         self.settings = settings
         self.training = None if flags is None else PlannedTraining(flags, settings.processes)
         self.model = model_facts(settings.score.model, settings.forecast.parameters)
+        checker = settings.score.check_with
+        self.checker = None if checker is None else model_facts(checker, None)
         self.embedder, length, tokenizer = embedder_facts(settings.embed.model)
         done = states.get("select") in ("done already", "left as it is")
         self.chosen = settings.output / "selected.jsonl" if done else None
@@ -100,6 +102,11 @@ class RunPlan:
         self.sources = [
             f"data: {self.data.source}",
             f"model: {self.model.source}, {self.model.parameters / 1e9:.3g}e9 parameters",
+            *(
+                [f"check of the scores: {self.checker.source}, {settings.score.check_rows:,} rows"]
+                if self.checker
+                else []
+            ),
             f"embedder: {self.embedder.source}",
             *(f"{'      ' if n else where}{line}" for n, line in enumerate(self.machine.lines)),
         ]
@@ -137,12 +144,17 @@ class RunPlan:
         flops = self.model.forward_flops(tokens, squares, data.scored.total)
         pack = settings.tokens_per_pack or default_tokens_per_pack(self._kind, self.model.parameters)
         longest = max([pack, *data.conditional.values.tolist()])
+        if self.checker is not None:
+            part = min(1.0, settings.check_rows / max(1, data.rows))
+            flops += self.checker.forward_flops(tokens * part, squares * part, data.scored.total * part)
+            tokens *= 1 + part
+        largest = max(filter(None, (self.model, self.checker)), key=lambda model: model.parameters)
         return {
             "rows": data.rows,
             "tokens": tokens,
             "error": math.hypot(data.conditional.error, data.unconditional.error),
             "seconds": machine.start_seconds + flops / (machine.flops["score"] * self._parallel),
-            "memory": self._shared(inference_memory(self.model, self._bytes(settings.dtype), longest, machine.base)),
+            "memory": self._shared(inference_memory(largest, self._bytes(settings.dtype), longest, machine.base)),
             "disk": 20e3 + 100.0 * data.rows,
         }
 
