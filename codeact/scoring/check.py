@@ -131,8 +131,8 @@ def agreement_lines(folder: ScoreFolder, checked: pa.Table, ratio: float) -> lis
     tokens = _floats(table["answer_tokens"].take(pa.array(places)))
     both = np.isfinite(large)
     facts = _facts(checked)
-    lost = f", {int((~both).sum()):,} of them not by it" if not both.all() else ""
-    lines = [("checked with", f"{facts['model']}: {len(places):,} rows{lost}")]
+    lost = f", which could not score {int((~both).sum()):,} of them" if not both.all() else ""
+    lines = [("checked", f"{len(places):,} rows with {facts['model']}{lost}")]
     if both.sum() < 2:
         return lines
     small, large, tokens = small[both], large[both], tokens[both]

@@ -104,7 +104,7 @@ def test_the_command(codeact, tmp_path, monkeypatch, tiny_model_path, other_mode
     score = ("score", "rows.jsonl", "--model", tiny_model_path, "--max-length", 256, "--output", "scores")
     code, out, err = codeact(*score, "--check-with", tiny_model_path, "--check-rows", 20)
     assert code == 0, err
-    assert re.search(r"checked with +\S+: 20 rows\n", out), out
+    assert re.search(r"checked +20 rows with \S+\n", out), out
     assert "Spearman 1.00; with the answer's length held fixed 1.00" in out
     assert "100.0% of the top 40% are in both [100.0%, 100.0%]; by chance 40%" in out
     assert re.search(r"cost +[\d,]+ ms a row and [\d,]+ ms by it: all rows would take it ", out), out
