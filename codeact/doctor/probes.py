@@ -259,6 +259,7 @@ ITEMS = {
     "triton": Item("triton", triton, "NLL on the GPU", _extra("gpu"), gpu=True),
     "flash-attn": Item("flash-attn", flash_attention, "attention on the GPU", _FLASH, gpu=True),
     "cuml": Item("cuml, cupy", cuml, "clustering on the GPU", _extra("gpu"), gpu=True),
+    "rensa": Item("rensa", module("rensa"), "clean", _extra("clean"), second=True),
     "accelerate": Item("accelerate", module("accelerate"), "train", _extra("train"), second=True),
     "peft": Item("peft", module("peft"), "LoRA", _extra("train"), second=True),
     "bitsandbytes": Item("bitsandbytes", bitsandbytes, "QLoRA (--quantize)", _extra("train")),
