@@ -34,6 +34,7 @@ BUDGET = {
     "nll": 190,
     "scoring": 150,
     "clustering": 60,
+    "cleaning": 60,
     "stages": 110,
     "training": 370,
     "generation": 110,

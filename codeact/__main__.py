@@ -11,6 +11,7 @@ from codeact.base.stopping import end_as_stopped, heed_sigterm
 EXTRAS = {
     **dict.fromkeys(("score", "merge", "pack-stats"), "score"),
     **dict.fromkeys(("embed", "select"), "select"),
+    "clean": "clean",
     "train": "train",
     **dict.fromkeys(("generate", "sanitize", "evaluate"), "eval"),
     "report": "report",

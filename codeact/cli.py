@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from codeact.base.errors import InputError, MissingExtraError, import_extra, in_
 from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
 from codeact.base.stopping import end_as_stopped, heed_sigterm
+from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
@@ -31,7 +32,8 @@ from codeact.selection.settings import SelectSettings
 app = typer.Typer(
     help=(
         "Fine-tune a code model on the part of the data that teaches most. The flow: "
-        "score (and merge) -> embed -> select -> train, then generate -> sanitize -> evaluate. Each command has --help."
+        "score (and merge) -> embed -> clean -> select -> train, then generate -> sanitize -> evaluate. "
+        "Each command has --help."
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -146,14 +148,14 @@ def score(
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import parse_shard, score_data
+    from codeact.scoring.stage import check_scores, parse_shard, score_data
 
     share = None if shard is None else parse_shard(shard)
     totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
     if totals is None:
         _tell(f"this share of the shards is done; when all are: codeact merge {output}")
     else:
-        _print_scores(output, totals)
+        _print_scores(output, totals, check_scores(data, settings, output))
 
 
 @command()
@@ -219,18 +221,33 @@ def embed(
 
 
 @command()
+def clean(
+    data: DataSettings,
+    settings: CleanSettings,
+    output: Annotated[Path, flag("JSON lines to write; what became of every row goes to NAME.rows.parquet beside it.")],
+    embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed, to compare questions by, too.")] = None,
+) -> None:
+    """Mark rows that repeat others, give tasks of evaluation sets away, or hold code that does not parse."""
+    from codeact.cleaning.stage import clean_data
+
+    _print_lines(clean_data(data, settings, output, embeddings)[1])
+    print(f"{'clean rows' if settings.drop else 'all rows, each with its status,'} in {output}")
+
+
+@command()
 def select(
     settings: SelectSettings,
     scores: Annotated[Path, flag("Merged folder of codeact score.")],
     output: Annotated[Path, flag("JSON lines, or FILE.parquet, to write: one conversation a row.")],
     form: Annotated[str, flag("messages, sharegpt or alpaca, as other trainers read them.", "--format")] = "messages",
     embeddings: Annotated[Path | None, flag("FILE.npy of codeact embed; cdas needs it.")] = None,
+    marks: Annotated[Path | None, flag("NAME.rows.parquet of codeact clean: marked rows are left out.")] = None,
     data: Annotated[str | None, flag("Where the data lies now, if it was moved since scoring.")] = None,
 ) -> None:
     """Choose the difficult part of every cluster (CDAS)."""
     from codeact.selection.stage import select_rows, selection_lines
 
-    selection = select_rows(scores, embeddings, output, settings, data, form)
+    selection = select_rows(scores, embeddings, output, settings, data, form, marks)
     _print_lines(selection_lines(selection, settings))
     _tell(f"{len(selection.positions):,} conversations in {output}")
 
@@ -382,10 +399,10 @@ def doctor(as_json: Annotated[bool, flag("As JSON.", "--json")] = False) -> None
     raise typer.Exit(examine(as_json))
 
 
-def _print_scores(folder: Path, totals: dict[str, Any]) -> None:
+def _print_scores(folder: Path, totals: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> None:
     from codeact.scoring.stage import require_scores, score_lines
 
-    _print_lines(score_lines(totals, folder))
+    _print_lines([*score_lines(totals, folder), *more])
     _tell(f"scores of all rows, refused ones with their reason, in {folder / 'scores.parquet'}")
     require_scores(totals, folder)
 

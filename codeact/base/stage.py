@@ -61,6 +61,7 @@ class Stage(ABC):
         settings: type of that section's values; None: there is no such section.
         default: the section where the file has none; ``...``: it must have one, None: then the stage is left out.
         needs: stages whose results it takes in.
+        takes: the same of those that a run may leave out.
         outputs: files and folders it writes, relative to the run's folder.
         products: patterns of the files among them that others read; a change of these makes those run again.
         told: whether the run prints its lines; a stage that has said all itself says no.
@@ -71,6 +72,7 @@ class Stage(ABC):
     settings: ClassVar[Any] = None
     default: ClassVar[Any] = None
     needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
     outputs: tuple[str, ...]
     products: tuple[str, ...] = ()
     told: bool = True

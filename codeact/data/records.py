@@ -75,6 +75,13 @@ class Record:
         """All of them, the question and its answer last."""
         return (*self.history, ("user", self.question), ("assistant", self.answer))
 
+    def messages(self) -> list[dict[str, Any]]:
+        """The turns as ``{role, content}``; an answer that is only context has ``weight`` 0."""
+        return [
+            {"role": role, "content": text, **({"weight": 0} if number in self.context else {})}
+            for number, (role, text) in enumerate(self.turns)
+        ]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRow:

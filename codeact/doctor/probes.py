@@ -214,6 +214,7 @@ ITEMS = {
     "triton": Item("triton", triton, "NLL on the GPU", _extra("gpu"), gpu=("triton",)),
     "flash-attn": Item("flash-attn", library("flash_attn"), "attention on the GPU", _FLASH, gpu=("flash-attn",)),
     "cuml": Item("cuml, cupy", _CUML, "clustering on the GPU", _extra("gpu"), gpu=("cuml-cu13", "cuml-cu12", "cuml")),
+    "rensa": Item("rensa", library("rensa"), "clean", _extra("clean")),
     "accelerate": Item("accelerate", library("accelerate"), "train", _extra("train")),
     "peft": Item("peft", library("peft"), "LoRA", _extra("train")),
     "bitsandbytes": Item("bitsandbytes", bitsandbytes, "QLoRA (--quantize)", _extra("train")),

@@ -103,7 +103,7 @@ def load_problems(
         raw = read_file(path)
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}; {_remedy(dataset)}") from None
+        raise InputError(f"cannot read {path}: {error}; {remedy_for(dataset)}") from None
     problems = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -112,10 +112,10 @@ def load_problems(
             problems.append(_problem(dataset, parse_json(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {_remedy(dataset)}"
+                f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {remedy_for(dataset)}"
             ) from None
     if not problems:
-        raise InputError(f"{path} holds no task; {_remedy(dataset)}")
+        raise InputError(f"{path} holds no task; {remedy_for(dataset)}")
     if tasks is not None:
         known = [problem.task_id for problem in problems]
         wanted = {one_of("task", task, known) for task in tasks}
@@ -128,9 +128,10 @@ def load_problems(
     )
 
 
-def _remedy(dataset: str) -> str:
+def remedy_for(dataset: str, flag: str = "--data FILE") -> str:
+    """What to do where the file of a data set is not found."""
     name = _FILES[dataset][0]
-    return f"put evalplus' {name}.jsonl.gz into a folder and set CODEACT_EVAL_DATA to it, or say --data FILE"
+    return f"put evalplus' {name}.jsonl.gz into a folder and set CODEACT_EVAL_DATA to it, or say {flag}"
 
 
 def find_in_folder(dataset: str, folder: str | Path) -> Path | None:
@@ -141,6 +142,14 @@ def find_in_folder(dataset: str, folder: str | Path) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def file_at_hand(dataset: str) -> Path | None:
+    """The file of a data set's problems where it need not be downloaded: where CODEACT_EVAL_DATA says, or the cache."""
+    if folder := os.environ.get("CODEACT_EVAL_DATA"):
+        return find_in_folder(dataset, folder)
+    path = downloaded_file(dataset)
+    return path if path.is_file() else None
 
 
 def _find(dataset: str) -> Path:
@@ -178,9 +187,9 @@ def _download(dataset: str) -> bytes:
                     raise TimeoutError(f"{len(content):,} bytes in {_DOWNLOAD_SECONDS:.0f} s, and no end")
         digest = hashlib.sha256(gzip.decompress(content)).hexdigest()
     except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
-        raise InputError(f"cannot download the problems of {dataset} ({error}); {_remedy(dataset)}") from None
+        raise InputError(f"cannot download the problems of {dataset} ({error}); {remedy_for(dataset)}") from None
     if digest != expected:
-        raise InputError(f"{url} has sha256 {digest}, expected {expected}: refused; {_remedy(dataset)}")
+        raise InputError(f"{url} has sha256 {digest}, expected {expected}: refused; {remedy_for(dataset)}")
     return content
 
 

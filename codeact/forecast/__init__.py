@@ -119,7 +119,7 @@ def _states(flow: Flow, planned: list[tuple[Stage, bool]]) -> tuple[dict[str, st
 
 def _state(flow: Flow, stage: Stage, started: set[str], states: dict[str, str], heavy: bool) -> str:
     before = {name for name, state in states.items() if state in ("to do", "goes on", "put back")}
-    needs = set(stage.needs) if stage.settings is not None else set(states)  # the report shows them all
+    needs = {*stage.needs, *stage.takes} if stage.settings is not None else set(states)  # the report shows them all
     if stage.name not in started or needs & before:  # what it takes in is not there yet
         return "to do"
     if heavy and stage.settings is not None:
@@ -137,7 +137,7 @@ def _state(flow: Flow, stage: Stage, started: set[str], states: dict[str, str], 
 
 def _sections(flow: Flow, stage: Stage) -> set[str]:
     """The settings that decide a stage: its own, and those of all that it builds on."""
-    needed = (other for other in flow.stages if other.name in stage.needs)
+    needed = (other for other in flow.stages if other.name in (*stage.needs, *stage.takes))
     return {stage.section}.union(*(_sections(flow, other) for other in needed))
 
 

@@ -30,6 +30,8 @@ GPU_START_SECONDS = 30.0
 """Assumed for a GPU process, before it computes."""
 PROGRAM_SECONDS = 1.5
 """Assumed for a program under its tests, in its sandbox."""
+CLEAN_SECONDS_PER_BYTE = 2.5e-7
+"""Of the rows' text."""
 SELECT_SECONDS = 0.1
 SELECT_SECONDS_PER_ROW = 5e-5
 REPORT_SECONDS = 5.0
@@ -86,6 +88,8 @@ class RunPlan:
         self.settings = settings
         self.training = None if flags is None else PlannedTraining(flags, settings.processes)
         self.model = model_facts(settings.score.model, settings.forecast.parameters)
+        checker = settings.score.check_with
+        self.checker = None if checker is None else model_facts(checker, None)
         self.embedder, length, tokenizer = embedder_facts(settings.embed.model)
         done = states.get("select") in ("done already", "left as it is")
         self.chosen = settings.output / "selected.jsonl" if done else None
@@ -98,10 +102,24 @@ class RunPlan:
         self.sources = [
             f"data: {self.data.source}",
             f"model: {self.model.source}, {self.model.parameters / 1e9:.3g}e9 parameters",
+            *(
+                [f"check of the scores: {self.checker.source}, {settings.score.check_rows:,} rows"]
+                if self.checker
+                else []
+            ),
             f"embedder: {self.embedder.source}",
             *(f"{'      ' if n else where}{line}" for n, line in enumerate(self.machine.lines)),
         ]
-        stages = (self.score, self.embed, self.select, self.train, self.generate, self.evaluate, self.report)
+        stages = (
+            self.score,
+            self.embed,
+            self.clean,
+            self.select,
+            self.train,
+            self.generate,
+            self.evaluate,
+            self.report,
+        )
         self._costs = {stage.__name__: stage for stage in stages}
         self.on_cpu = self.machine.gpu is None and resolve_device().type == "cpu"
 
@@ -126,12 +144,17 @@ class RunPlan:
         flops = self.model.forward_flops(tokens, squares, data.scored.total)
         pack = settings.tokens_per_pack or default_tokens_per_pack(self._kind, self.model.parameters)
         longest = max([pack, *data.conditional.values.tolist()])
+        if self.checker is not None:
+            part = min(1.0, settings.check_rows / max(1, data.rows))
+            flops += self.checker.forward_flops(tokens * part, squares * part, data.scored.total * part)
+            tokens *= 1 + part
+        largest = max(filter(None, (self.model, self.checker)), key=lambda model: model.parameters)
         return {
             "rows": data.rows,
             "tokens": tokens,
             "error": math.hypot(data.conditional.error, data.unconditional.error),
             "seconds": machine.start_seconds + flops / (machine.flops["score"] * self._parallel),
-            "memory": self._shared(inference_memory(self.model, self._bytes(settings.dtype), longest, machine.base)),
+            "memory": self._shared(inference_memory(largest, self._bytes(settings.dtype), longest, machine.base)),
             "disk": 20e3 + 100.0 * data.rows,
         }
 
@@ -149,6 +172,16 @@ class RunPlan:
             "seconds": (GPU_START_SECONDS if machine.gpu else start) + flops / machine.flops["embed"],
             "memory": inference_memory(model, self._bytes(settings.dtype), batch, machine.base),
             "disk": questions.rows * (4.0 * model.shape.hidden + 20),
+        }
+
+    def clean(self) -> dict[str, Any]:
+        """Every row by itself, and those that look alike."""
+        rows, machine = self.data.rows, self.machine
+        return {
+            "rows": rows,
+            "seconds": rows * self.data.row_bytes * CLEAN_SECONDS_PER_BYTE,
+            "memory": Memory({"the process": machine.base, "marks": 200.0 * rows}),
+            "disk": 40.0 * rows,
         }
 
     def select(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from codeact.base.ledger import Entry, Ledger
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
 from codeact.base.yaml_files import located, read_yaml
+from codeact.cleaning.stage import Clean
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import Embed
 from codeact.evaluation.stage import Evaluate, Generate
@@ -35,6 +36,7 @@ S = TypeVar("S", bound=Settings)
 STAGES: tuple[Stage, ...] = (
     Score(),
     Embed(),
+    Clean(),
     Select(),
     Padding(),
     Train(),
@@ -206,7 +208,7 @@ def ledger_of(output: Path, stages: Sequence[Stage] = STAGES) -> Ledger:
 
     def entries() -> Iterator[Entry]:
         for stage in stages:
-            if folder.stale(stage) or stale & {*stage.needs}:
+            if folder.stale(stage) or stale & {*stage.needs, *stage.takes}:
                 stale.add(stage.name)
             else:
                 yield from stage.account(output)

@@ -143,7 +143,7 @@ class RunFolder:
         """Do the step; what a killed run did for the same key is gone on from."""
         self._switch(stage, key)
         begin = time.perf_counter()
-        took = {need: self._stamps(need) for need in stage.needs}
+        took = {need: self._stamps(need) for need in (*stage.needs, *stage.takes)}
         record: dict[str, Any] = {"stage": stage.section, "key": key, "started": _now(), "took": took}
         self._content["stages"][stage.name] = record
         self._write()

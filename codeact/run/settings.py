@@ -19,6 +19,7 @@ from codeact.base.yaml_files import line_of, read_value, read_yaml
 from codeact.data.settings import DataSettings
 
 if TYPE_CHECKING:
+    from codeact.cleaning.stage import CleanSettings
     from codeact.embedding.stage import EmbedSettings
     from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
     from codeact.scoring.stage import ScoreSettings
@@ -48,6 +49,7 @@ class RunSettings(Settings):
     if TYPE_CHECKING:  # the sections of codeact's own stages
         score: ScoreSettings
         embed: EmbedSettings
+        clean: CleanSettings | None
         select: SelectSettings
         train: dict[str, Any] | None  # flags of codeact train; data, model and output folder follow from the rest
         generate: GenerationSettings | None

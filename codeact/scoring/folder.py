@@ -160,7 +160,7 @@ class ScoreFolder:
             first = shard * self.shard_size
             rows = records.rows(first, first + self.shard_rows(shard))
             begin = time.perf_counter()
-            step = _rows_done(len(rows), progress)
+            step = rows_done(len(rows), progress)
             losses: list[np.ndarray] | None = [] if self.keep_token_nll else None
             table, cost = scorer.score(rows, step, **({} if losses is None else {"losses": losses}))
             step(1.0, 0)  # rows that were refused pass through no forward pass
@@ -299,8 +299,8 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     return {**deciding, "data": data, "model": model}
 
 
-def _rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:
-    """Turn the share of a shard's tokens that is done into rows done since the last call."""
+def rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:
+    """For a scorer: turn the share of a shard's tokens that is done into rows done since the last call."""
     before = 0.0
 
     def step(share: float, tokens: int) -> None:

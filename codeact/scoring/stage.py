@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
 _NAMED_REFUSALS = 5
+_HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
 
 class ScoreSettings(Settings):
@@ -49,6 +50,12 @@ class ScoreSettings(Settings):
     keep_token_nll: bool = setting(
         False, "Keep the loss of every answer token, 4 bytes each: select --difficulty s_ifd needs it.", place=True
     )
+
+    check_with: str | None = setting(
+        None, "Larger model that scores a sample of the rows, too, to compare.", place=True
+    )
+    check_rows: int = setting(500, "Rows of that sample.", place=True, ge=2)
+    check_ratio: float = setting(0.4, "Share of the rows whose overlap is told.", place=True, gt=0, le=1)
 
     @model_validator(mode="after")
     def _tokens_of_both_passes(self) -> ScoreSettings:
@@ -88,8 +95,7 @@ def prepare(
     dtype = resolve_dtype(settings.dtype, device)
     say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
     model, tokenizer = load_causal_lm(settings.model, device, dtype)
-    how = settings.model_dump(include={"template", "max_length", "tokens_per_pack", "protocol", "attention"})
-    scorer = IfdScorer(model, tokenizer, **how)
+    scorer = IfdScorer(model, tokenizer, **settings.model_dump(include=_HOW))
     folder = ScoreFolder(
         output,
         {
@@ -149,6 +155,10 @@ def score_data(
         shard, settings = share, _on_own_gpu(settings, share[0])
     from codeact.base.console import Progress
 
+    if settings.check_with is not None:
+        from codeact.models.loading import model_identity
+
+        model_identity(settings.check_with)  # one that is not there is found before hours of scoring
     job = prepare(data, settings, output, overwrite=overwrite, strict=strict)
     index, count = shard or (0, 1)
     missing = [number for number in job.folder.missing() if number % count == index]
@@ -314,6 +324,37 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
     return lines
 
 
+def check_scores(data: DataSettings, settings: ScoreSettings, output: str | Path) -> Lines:
+    """Score a sample of merged scores with ``settings.check_with``, too; what came of it as lines for the summary.
+
+    Raises:
+        InputError: the scores are not merged, or the model cannot be loaded or packed.
+    """
+    if settings.check_with is None:
+        return []
+    from codeact.base.console import say
+    from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import load_causal_lm, model_identity, quiet_transformers
+    from codeact.scoring.check import OtherModel, agreement_lines, check_table, sample_rows
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.ifd import IfdScorer
+
+    name = settings.check_with
+
+    def load() -> IfdScorer:
+        quiet_transformers()
+        device = resolve_device(settings.device)
+        dtype = resolve_dtype(settings.dtype, device)
+        say(f"loading {name}, {str(dtype).removeprefix('torch.')} on {device}")
+        return IfdScorer(*load_causal_lm(name, device, dtype), **settings.model_dump(include=_HOW))
+
+    folder = ScoreFolder.open(output)
+    places = sample_rows(folder.read(), settings.check_rows)
+    other = OtherModel(name=name, identity=model_identity(name), load=load)
+    checked = check_table(folder, data.open(), places, other)
+    return agreement_lines(folder, checked, settings.check_ratio)
+
+
 def _batch_padding(table: pa.Table, batch: int) -> float:
     """Share of padding tokens, were the scored rows padded in batches in input order."""
     import numpy as np
@@ -351,7 +392,7 @@ class Score(Stage):
         totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
         assert totals is not None, "a run's processes share the shards, so all are done"
         require_scores(totals, folder)
-        return score_lines(totals, folder)
+        return [*score_lines(totals, folder), *check_scores(run.data, run.of(ScoreSettings), folder)]
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Rows of the data set -> records -> scored ones. Tokens are question + answer, by the model's tokenizer."""

@@ -164,6 +164,7 @@ def plan_selection(
     per_question: str | None = None,
     questions: NDArray[np.int64] | None = None,
     vectors: NDArray[np.float32] | None = None,
+    left_out: NDArray[np.object_] | None = None,
 ) -> Selection:
     """Choose rows by a strategy, as many as a budget allows.
 
@@ -201,6 +202,7 @@ def plan_selection(
             finds likeliest a token (GRAPE, arXiv 2502.04194), "hardest" or "first"; ties by row.
         questions: (table.num_rows,) the same number for rows with the same question; ``per_question`` needs it.
         vectors: (table.num_rows, D) unit vectors of the questions; ``facility_location`` needs them.
+        left_out: (table.num_rows,) why a row may not be chosen whatever its score, empty where it may.
 
     Raises:
         InputError: an argument or a column is not as described.
@@ -213,7 +215,7 @@ def plan_selection(
     given = {"budget_rows": budget_rows, "budget_tokens": budget_tokens, "difficulty": difficulty, "easiest": easiest}
     check_choice(strategy, {**given, "sampling": sampling, "per_question": per_question, "protocol": protocol}, ratio)
     share = _parse_ratio(ratio)
-    rows = _read_rows(table, labels, strategy, difficulty, protocol)
+    rows = _read_rows(table, labels, strategy, difficulty, protocol, left_out)
     candidates = np.flatnonzero(rows.allowed)
     if per_question is not None:
         candidates = _one_a_question(table, rows, candidates, per_question, questions)
@@ -453,7 +455,12 @@ class _Rows:
 
 
 def _read_rows(
-    table: pa.Table, labels: NDArray[Any] | Sequence[int] | None, strategy: str, difficulty: str, protocol: str
+    table: pa.Table,
+    labels: NDArray[Any] | Sequence[int] | None,
+    strategy: str,
+    difficulty: str,
+    protocol: str,
+    left_out: NDArray[np.object_] | None,
 ) -> _Rows:
     check_columns(table, ("id", "row", "status", "ifd", "prompt_tokens", "answer_tokens"))
     if labels is None:
@@ -486,6 +493,9 @@ def _read_rows(
         seen = ~np.isin(reasons, _NOT_IN_THE_PAPERS_TABLE) & (label_array != UNCLUSTERED)
         rank = np.where(ok & ~np.isnan(ifd), ifd, 0.0)
         allowed = seen & (rank < 1)
+    if left_out is not None:
+        reasons = np.where(allowed, left_out, reasons)
+        allowed = allowed & (left_out == "")
     reasons = np.where(reasons == "", "below_budget", reasons)
     return _Rows(
         positions=order,

@@ -11,6 +11,7 @@ from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
+from codeact.cleaning.stage import MARKS_FILE
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
@@ -36,6 +37,7 @@ def select_rows(
     settings: SelectSettings,
     source: str | None = None,
     form: str = "messages",
+    marks: str | Path | None = None,
 ) -> Selection:
     """Choose rows and write them as conversations to ``output``, and ``NAME.rows.parquet`` beside it.
 
@@ -46,9 +48,10 @@ def select_rows(
         settings: what to choose.
         source: where the data lies now, if not where it was scored.
         form: of a row; see ``write_selection``.
+        marks: of ``codeact clean``; rows that it marked are not chosen.
 
     Raises:
-        InputError: scores, embeddings and data do not belong together or cannot be read.
+        InputError: scores, embeddings, marks and data do not belong together or cannot be read.
     """
     from codeact.base.files import locked_folder
     from codeact.scoring.folder import ScoreFolder
@@ -75,6 +78,8 @@ def select_rows(
         )
     if settings.per_question is not None:
         choice["questions"] = question_numbers(records, table)
+    if marks is not None:
+        choice["left_out"] = marked_rows(table, folder, marks)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
     if not len(selection.positions):
         raise InputError(f"no row of {scores} is eligible for strategy {settings.strategy}: none can be chosen")
@@ -146,6 +151,25 @@ def cluster_rows(
     return ClusteredRows(labels=labels, vectors=embedded.vectors, places=places)
 
 
+def marked_rows(table: pa.Table, folder: ScoreFolder, path: str | Path) -> NDArray[np.object_]:
+    """What ``codeact clean`` marked the rows of a score table as, (rows,) text, empty where it is nothing.
+
+    Raises:
+        InputError: the marks are of other data, or cannot be read.
+    """
+    import numpy as np
+
+    from codeact.cleaning.marks import MARKED, read_marks
+
+    marks = read_marks(path)
+    if marks.schema.metadata[b"fingerprint"].decode() != folder.settings["data"]["fingerprint"]:
+        raise InputError(
+            f"{path} and the scores are of different data; clean and score the same file, by the same columns"
+        )
+    status = np.array(marks["status"].to_pylist(), object)[np.asarray(table["row"])]
+    return np.where(np.isin(status, MARKED), status, "")
+
+
 def check_kept(run: Run, section: str, difficulties: Collection[str]) -> None:
     """Refuse a difficulty whose numbers the scoring of a run does not keep.
 
@@ -201,7 +225,7 @@ class Select(Stage):
 
     name = section = "select"
     settings, default = SelectSettings, SelectSettings()
-    needs = ("score", "embed")
+    needs, takes = ("score", "embed"), ("clean",)
     outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
 
     def check(self, run: Run) -> None:
@@ -214,13 +238,19 @@ class Select(Stage):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""
-        return {**run.digest(*self.needs), **decisive(run.of(SelectSettings))}
+        marks = run.digest("clean") if self._marks(run) else {}
+        return {**run.digest(*self.needs), **marks, **decisive(run.of(SelectSettings))}
 
     def work(self, run: Run) -> Lines:
         """Choose and write."""
         files = (run.output / SCORES_FOLDER, run.output / EMBEDDINGS_FILE, run.output / SELECTED_FILE)
         settings = run.of(SelectSettings)
-        return selection_lines(select_rows(*files, settings, run.data.source), settings)
+        return selection_lines(select_rows(*files, settings, run.data.source, marks=self._marks(run)), settings)
+
+    def _marks(self, run: Run) -> Path | None:
+        """Of the run's cleaning, where it is to leave rows out."""
+        cleaning = run.section("clean")
+        return run.output / MARKS_FILE if cleaning is not None and cleaning.drop else None
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Scored rows -> chosen ones: the losses by the audit, what is left by the file of chosen rows itself."""

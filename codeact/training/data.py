@@ -130,9 +130,7 @@ def load_trainable(name: str, data: Any, packs: Any) -> Any:
     config = config_of(name)
     positions = config and positions_of(config)
     if positions and packs.max_length > positions:
-        raise InputError(
-            f"--max_length {packs.max_length} is more than the {positions} positions of {name}; lower it"
-        )
+        raise InputError(f"--max_length {packs.max_length} is more than the {positions} positions of {name}; lower it")
     return tokenizer
 
 
