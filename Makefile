@@ -7,11 +7,12 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check includes constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test test-matrix check includes constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
 	@echo "make test    all tests"
+	@echo "make test-matrix   the tests with the lowest and the newest libraries, each in an environment of its own (10 GB)"
 	@echo "make check   lint, types, format, sanitizers over the C++"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
 
@@ -45,6 +46,10 @@ demo: models sandbox
 
 test: models sandbox browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# MATRIX_ARGS="base-lowest" takes minutes, all of it hours.
+test-matrix: $(BIN)/codeact sandbox
+	$(BIN)/python tests/package/matrix.py $(MATRIX_ARGS)
 
 # Compiled once for each instruction set, and the linker keeps one copy of an inline function of the standard library.
 includes:
