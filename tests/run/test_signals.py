@@ -114,3 +114,14 @@ def test_the_first_error_ends_all(command, tmp_path):
     assert process.returncode == 2
     assert err.count("codeact: error: ") == 1
     assert "shards" in err
+
+
+def test_what_a_worker_refuses_is_told_as_one_process_tells_it(command):
+    said = []
+    for processes in ("1", "2"):
+        more = ["--max-length", "513", "--processes", processes]
+        result = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr.count("Traceback")) == (2, 0), result.stderr
+        said.append(result.stderr.splitlines()[-1])
+    assert said[0] == said[1]
+    assert "--max-length" in said[0]
