@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# uv installs in a tenth of the time; UV= for pip.
+UV ?= $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -20,10 +23,10 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	@command -v $(PYTHON) >/dev/null || { echo "codeact: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "codeact: Python 3.11 or newer is needed; say make PYTHON=..."; exit 1; }
 	@for c in "$${CXX:-c++}" g++ clang++; do command -v $$c >/dev/null && exit 0; done; echo "codeact: no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"; exit 1
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(if $(UV),$(UV) venv -q --python $(PYTHON),$(PYTHON) -m venv) $(VENV)
 	@echo "installing codeact and its pinned dependencies into $(VENV) ..."
-	@$(BIN)/python -m pip install -q -c constraints.txt -U pip
-	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
+	@$(if $(UV),,$(INSTALL) -c constraints.txt -U pip)
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
 models: $(BIN)/codeact
@@ -79,7 +82,7 @@ wheel-check:
 	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/package/wheel_smoke.py
 
 bench: models sandbox
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	@$(INSTALL) -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
 
 format: $(BIN)/codeact

@@ -204,8 +204,15 @@ def _score_in_processes(
 
     rows = len(data.open())
     shards = -(-rows // settings.shard_size)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (data, settings, str(output), processes)) as pool:
+    begin = (data, settings, str(output), processes)
+    try:
+        workers = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, begin)
+    except OSError as error:  # the queues between them are semaphores of the system
+        raise InputError(
+            f"processes want /dev/shm ({error.strerror}): mount it; or run the command once for each --shard I/N, then "
+            "codeact merge"
+        ) from None
+    with workers as pool:
         try:
             with Progress(rows, "rows", f"scoring in {processes} processes") as step:
                 for task in as_completed([pool.submit(_score_shard, number) for number in range(shards)]):
