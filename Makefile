@@ -32,11 +32,13 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 models: $(BIN)/codeact
 	@$(BIN)/python -m codeact.run.demo_models >/dev/null
 
-# What isolates generated programs; where it cannot be had, their tests are skipped and the demo leaves them out.
-sandbox:
-	@command -v bwrap >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+# What isolates generated programs comes with the extra sandbox; the system's may isolate where that may not. Where
+# nothing does, their tests are skipped and the demo leaves them out.
+sandbox: $(BIN)/codeact
+	@$(BIN)/python -c 'from codeact.evaluation.sandbox.sandbox import Limits, Sandbox; Sandbox(Limits())' 2>/dev/null || \
+	  { ! command -v bwrap >/dev/null && test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 	  { apt-get install -qq -y bubblewrap || { apt-get update -qq && apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; } || \
-	  echo "codeact: no bubblewrap: generated programs will not be run (Debian, Ubuntu: apt-get install bubblewrap)"
+	  echo "codeact: generated programs will not be run: no bubblewrap isolates here (docs/install.md, Containers)"
 
 # What looks at the report; where it cannot be had, those tests are skipped.
 browser:
