@@ -59,11 +59,15 @@ CELLS = (
 )
 
 
-def quiet(*command: str | Path, cwd: Path = ROOT, **more: str) -> str:
+def environment() -> dict[str, str]:
+    """This one without what the machine has set for pip and uv."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHONPATH"))}
+    return {**own, "PIP_CONFIG_FILE": os.devnull, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def quiet(*command: str | Path, cwd: Path = ROOT) -> str:
     """Run a command with the public index alone, and return what it printed."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHONPATH"))}
-    environment = {**clean, "PIP_CONFIG_FILE": os.devnull, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu", **more}
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError((result.stderr.strip() or result.stdout.strip())[-3000:])
     return result.stdout
@@ -100,21 +104,18 @@ def run(cell: Cell, uv: str, newest: str, folder: Path, tests: list[str]) -> tup
         pins.write_text("\n".join(lines))
         quiet(*pip, "install", "--python", python, "-c", pins, *cell.tools)
         quiet(*pip, "install", "--python", python, "--no-deps", "-e", ".", cwd=tree)
+        if "demo" in cell.extras or "dev" in cell.extras:
+            quiet(python, "-m", "codeact.run.demo_models", cwd=tree)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return "cannot be installed", {}
-    versions = {
-        "python": quiet(python, "--version").split()[1],
-        **dict(line.split("==", 1) for line in lines if "==" in line),
-    }
-    if "tests" in cell.tests or tests:
-        quiet(python, "-m", "codeact.run.demo_models", cwd=tree, HF_HUB_OFFLINE="1")
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHONPATH"))}
-    path = f"{python.parent}{os.pathsep}{own['PATH']}"
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rf", *(tests or cell.tests)]
-    environment = {**own, "PATH": path, "HF_HUB_OFFLINE": "1", "PIP_CONFIG_FILE": os.devnull}
+    found = quiet(python, "-c", "import platform; print(platform.python_version())").strip()
+    versions = {"python": found, **dict(line.split("==", 1) for line in lines if "==" in line)}
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *(tests or cell.tests)]
     with (home / "tests.log").open("w") as log:
-        subprocess.run(command, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        told = {**environment(), "PATH": path}
+        subprocess.run(command, cwd=tree, env=told, stdout=log, stderr=subprocess.STDOUT, check=False)
     text = (home / "tests.log").read_text()
     print(*re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE), sep="\n", file=sys.stderr)
     ends = re.findall(r"^(?=.*\d (?:passed|failed|error)).* in .*$", text, re.MULTILINE)
