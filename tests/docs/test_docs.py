@@ -287,7 +287,7 @@ def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
     known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
     known |= {"--quick", "--full", "--wheels", "--newest", "--tests"}  # of the benchmarks and the matrix
-    known |= {"--shm-size", "--cap-add", "--security-opt", "--index-url", "--no-build-isolation"}  # of docker and pip
+    known |= {"--cap-add", "--security-opt", "--index-url", "--no-build-isolation"}  # of docker and pip
     text = prose(page)
     if page.name in ("coming-from.md", "CHANGELOG.md"):  # whose first columns are other tools' flags
         text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)
