@@ -10,13 +10,14 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix check includes constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test test-matrix check docs includes constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
 	@echo "make test    all tests"
 	@echo "make test-matrix   the tests with the lowest and the newest libraries, each in an environment of its own (10 GB)"
-	@echo "make check   lint, types, format, sanitizers over the C++"
+	@echo "make check   lint, types, format, pages, sanitizers over the C++"
+	@echo "make docs    the pages and the public names by their docstrings, as a site: build/docs/index.html"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
 
 $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
@@ -50,7 +51,7 @@ demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
 test: models sandbox browser
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # MATRIX_ARGS="base-lowest" takes minutes, all of it hours.
 test-matrix: $(BIN)/codeact sandbox
@@ -62,7 +63,11 @@ includes:
 	  grep -vE '(<(immintrin\.h|cstdint|cstddef)>|"[a-z0-9_/]+\.inc\.hpp")[[:space:]]*(//.*)?$$' || \
 	  { echo "codeact: a *.inc.hpp includes the standard library"; exit 1; }
 
-check: $(BIN)/codeact includes
+# A link that leads nowhere, a docstring of an argument that is not there: each fails.
+docs: $(BIN)/codeact
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+check: $(BIN)/codeact includes docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -52,6 +52,36 @@ def linear_nll(
         ValueError: shapes do not fit, a target is out of range, or the instruction set is not here.
     """
 
+def loss_and_slope(
+    logits: npt.NDArray[np.float32 | np.uint16],
+    targets: npt.NDArray[np.int64],
+    bias: npt.NDArray[np.float32] | None,
+    softcap: float | None,
+    ignore_index: int,
+    scale: npt.NDArray[np.float32] | None,
+    slope: bool,
+    threads: int,
+    instruction_set: str,
+) -> npt.NDArray[np.float32]:
+    """Return the losses (R,), and write their slopes over the logits; see `codeact.ops.cross_entropy.loss_and_slope`.
+
+    Args:
+        logits: (R, V) float32, or uint16 that holds the bits of bfloat16; any row stride. Used without the GIL.
+        targets: (R,).
+        bias: (V,).
+        softcap: above 0, or None.
+        ignore_index: a row with this target has loss 0 and slope 0.
+        scale: (R,) that the slopes are multiplied by.
+        slope: whether the slopes are written.
+        threads: at most so many run, the calling one included.
+        instruction_set: one of `instruction_sets()`.
+
+    Raises:
+        TypeError: logits are of another dtype.
+        ValueError: shapes do not fit, a target is out of range, the logits are read-only, or the instruction set is not
+            here.
+    """
+
 def varlen_attention(
     query: npt.NDArray[np.float32 | np.uint16],
     key: npt.NDArray[np.float32 | np.uint16],

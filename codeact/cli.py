@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from codeact import __version__
 from codeact.base.console import aligned
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, MissingExtraError, import_extra
 from codeact.base.settings import Settings
 from codeact.base.stage import Lines
 from codeact.data.settings import DataSettings
@@ -225,11 +225,11 @@ def pack_stats(
     plot: Annotated[Path | None, flag("Also draw the packs into this PNG.")] = None,
 ) -> None:
     """Count padding, rows and memory of every padding and packing strategy on a data set."""
-    from codeact.padding.figure import plot_packs, require_matplotlib
+    from codeact.padding.figure import plot_packs
     from codeact.padding.stats import stats_for_data
 
-    if plot is not None:
-        require_matplotlib()
+    if plot is not None:  # before all else is computed
+        import_extra("matplotlib", "report", "--plot")
     report = stats_for_data(data.open(), tokenizer, capacity, model_type=template, batch_size=batch_size)
     print(report.summary())
     print(report.table())

@@ -14,6 +14,7 @@
 
 #include "attention/attention.hpp"
 #include "nll/linear_nll.hpp"
+#include "nll/loss_slope.hpp"
 #include "packing/packing.hpp"
 #include "simd/instruction_sets.hpp"
 
@@ -127,6 +128,38 @@ py::array_t<float> linear_nll(const py::array& hidden, const py::array& weight,
   return losses;
 }
 
+py::array_t<float> loss_and_slope(py::array& logits, const py::array_t<std::int64_t, py::array::c_style>& targets,
+                                  const std::optional<py::array_t<float, py::array::c_style>>& bias,
+                                  std::optional<float> softcap, std::int64_t ignore_index,
+                                  const std::optional<py::array_t<float, py::array::c_style>>& scale, bool slope,
+                                  int threads, const std::string& instruction_set) {
+  const codeact::MatrixView view = matrix_view(logits, "logits");
+  py::array_t<float> losses(view.rows);
+  if (targets.ndim() != 1 || targets.shape(0) != view.rows)
+    throw py::value_error("targets must hold one value a row of logits");
+  if (bias && (bias->ndim() != 1 || bias->shape(0) != view.columns))
+    throw py::value_error("bias must hold one value a column of logits");
+  if (scale && (scale->ndim() != 1 || scale->shape(0) != view.rows))
+    throw py::value_error("scale must hold one value a row of logits");
+  const codeact::LossSlope problem{.element = element_of({&logits}),
+                                   .logits = static_cast<std::byte*>(logits.mutable_data()),
+                                   .rows = view.rows,
+                                   .columns = view.columns,
+                                   .row_stride = view.row_stride,
+                                   .targets = targets.data(),
+                                   .bias = bias ? bias->data() : nullptr,
+                                   .softcap = softcap,
+                                   .ignore_index = ignore_index,
+                                   .scale = scale ? scale->data() : nullptr,
+                                   .slope = slope,
+                                   .losses = losses.mutable_data()};
+  {
+    const py::gil_scoped_release released;
+    codeact::loss_and_slope(problem, threads, instruction_set);
+  }
+  return losses;
+}
+
 codeact::HeadsView heads_view(const py::array& array, const char* name) {
   if (array.ndim() != 3) throw py::value_error(std::string(name) + " must have three dimensions");
   if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
@@ -209,6 +242,9 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("compiled_instruction_sets", [] { return as_strings(codeact::compiled_instruction_sets()); });
   module.def("linear_nll", &linear_nll, py::arg("hidden"), py::arg("weight"), py::arg("targets"), py::arg("bias"),
              py::arg("softcap"), py::arg("ignore_index"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("loss_and_slope", &loss_and_slope, py::arg("logits"), py::arg("targets"), py::arg("bias"),
+             py::arg("softcap"), py::arg("ignore_index"), py::arg("scale"), py::arg("slope"), py::arg("threads"),
+             py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention_backward", &varlen_attention_backward, py::arg("output_gradient"), py::arg("query"),

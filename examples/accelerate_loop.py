@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import codeact
-from codeact.text.conversations import Sample, encode_conversations, open_conversations
+from codeact.text.conversations import Sample, encode_conversations
 
 model_name, rows = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model_name)
-encoded = encode_conversations(open_conversations(rows), tokenizer, max_length=512)
+encoded = encode_conversations(rows, tokenizer, max_length=512)
 samples = [sample for sample in encoded if isinstance(sample, Sample)]
 
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32").train()

@@ -5,11 +5,11 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import codeact
-from codeact.text.conversations import Sample, encode_conversations, open_conversations
+from codeact.text.conversations import Sample, encode_conversations
 
 model_name, rows, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model_name)
-encoded = encode_conversations(open_conversations(rows), tokenizer, max_length=512)
+encoded = encode_conversations(rows, tokenizer, max_length=512)
 samples = [sample for sample in encoded if isinstance(sample, Sample)]  # the others say why they were refused
 
 model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32")

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Before PyTorch loads OpenMP, which reads them: a worker of the suite has one CPU and shares it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -15,6 +17,18 @@ class MissingExtraError(ImportError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f'{purpose} needs {library}: pip install "codeact[{extra}]"', name=library)
+
+
+def import_extra(library: str, extra: str, purpose: str) -> Any:
+    """Import a module of an optional library.
+
+    Raises:
+        MissingExtraError: it is absent.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise MissingExtraError(library, extra, purpose) from None
 
 
 def one_of(what: str, name: str, choices: Iterable[str]) -> str:

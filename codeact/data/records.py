@@ -246,7 +246,8 @@ def open_records(
             ``save_to_disk`` wrote or that was downloaded from the hub; where no such path exists, the name of a data
             set on the hub; or a list of dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars.
         columns: which columns hold what; None: found by their usual names.
-        split, config_name: of a hub data set (default: train) or of a folder that has several.
+        split: of a hub data set (default: train) or of a folder that has several.
+        config_name: likewise.
 
     Raises:
         InputError: nothing there, nothing in it, unreadable as a whole, or no row has one of the columns.

@@ -63,7 +63,10 @@ class Part(Protocol):
     uniform: bool
 
     def __len__(self) -> int: ...
-    def where(self, index: int) -> str: ...
+    def where(self, index: int) -> str:
+        """Row ``index`` for messages: its file, and its line or row there."""
+        ...
+
     def raw(self, start: int, stop: int, only: str | None) -> Iterable[Raw]:
         """Rows ``start`` to ``stop``; of Arrow the column ``only`` alone, if one is named."""
         ...
@@ -80,6 +83,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
+        """The digest, of the files' content where they are files."""
         return self.identity if isinstance(self.identity, str) else _digest(self.identity)
 
 
@@ -679,6 +683,7 @@ def absolute_name(name: str) -> str:
 
 
 def require(columns: Sequence[str], seen: Sequence[str], where: str) -> None:
+    """Refuse a column that is not there, naming those that are, the closest first."""
     for column in columns:
         if column not in seen:
             close = difflib.get_close_matches(column, seen, n=3, cutoff=0.3)
@@ -687,6 +692,7 @@ def require(columns: Sequence[str], seen: Sequence[str], where: str) -> None:
 
 
 def kind(value: object) -> str:
+    """What a value of JSON is, in words."""
     if isinstance(value, str):
         return "text" if value.strip() else "blank"
     kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -699,15 +705,18 @@ def show(text: str) -> str:
 
 
 def listing(names: Collection[str]) -> str:
+    """The first twenty names, and how many more there are."""
     shown = [name if name.isprintable() and len(name) <= 60 else show(name) for name in list(names)[:20]]
     return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def refusal(text: str) -> InputError:
+    """An error of one line, whatever the data put into ``text``."""
     return InputError(one_line(text))
 
 
 def one_line(text: str) -> str:
+    """Printable, without line feeds, and cut."""
     text = text[:2000]
     printable = "".join(char if char.isprintable() else " " if char.isspace() else repr(char)[1:-1] for char in text)
     line = " ".join(printable.split())

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from codeact.base.console import aligned
 from codeact.base.parsing import parse_json
 from codeact.doctor.probes import ITEMS, Item
 
-SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, five seconds
+SECONDS = 120.0  # fresh from a slow disk, the libraries take over a minute; from memory, six seconds
 _FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -41,26 +40,13 @@ class Finding:
 
 def examine(seconds: float = SECONDS) -> list[Finding]:
     """Look at everything; no library that crashes or hangs (for longer than ``seconds``) ends it."""
-    # Two processes, as most of the time is that of one core.
-    groups = [[name for name, item in ITEMS.items() if item.second is second] for second in (False, True)]
-    with ThreadPoolExecutor(len(groups)) as pool:
-        first, second = pool.map(lambda group: _run_probes(group, seconds), groups)
-    results = first | second
-    has_gpu = results["gpu"]["state"] == "yes"
-    return [_finding(item, results[name], has_gpu) for name, item in ITEMS.items()]
+    results = _run_probes(list(ITEMS), seconds)
+    return [_finding(item, results[name]) for name, item in ITEMS.items()]
 
 
-def _finding(item: Item, result: dict[str, str], has_gpu: bool) -> Finding:
-    state, detail = result["state"], result["detail"]
-    if result["probe"] == "native" and state == "no":
-        state, detail = "broken", "not installed"
-    command = {"no": item.command, "broken": item.mend or item.command}.get(state, "")
-    if state == "no" and not has_gpu:
-        if result["probe"] == "gpu":
-            detail, command = "none; everything runs on the CPU", ""
-        elif item.gpu:
-            detail = "of use with a GPU only"
-    return Finding(item.name, state, item.purpose, detail, command, item.vital)
+def _finding(item: Item, result: dict[str, str]) -> Finding:
+    command = {"no": item.command, "broken": item.mend or item.command}.get(result["state"], "")
+    return Finding(item.name, result["state"], item.purpose, result["detail"], command, item.vital)
 
 
 def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, str]]:
@@ -70,15 +56,12 @@ def _run_probes(names: list[str], seconds: float) -> dict[str, dict[str, str]]:
     until = time.monotonic() + seconds
     while left:
         lines, ended = _run_process(left, until - time.monotonic())
-        begun = next((line["begin"] for line in reversed(lines) if "begin" in line), None)
-        results |= {line["probe"]: line for line in lines if "probe" in line}
+        results |= {line["probe"]: line for line in lines}
         left = [name for name in left if name not in results]
-        if left:
-            crashed = begun if begun in left else left[0]
-            # Slow is not broken: the first import after an installation, from a busy disk, may take minutes.
-            late = time.monotonic() >= until
-            results[crashed] = {"probe": crashed, "state": "unknown" if late else "broken", "detail": ended}
-            left.remove(crashed)
+        if left:  # slow is not broken: the first import after an installation, from a busy disk, may take minutes
+            state = "unknown" if time.monotonic() >= until else "broken"
+            crashed = left.pop(0)  # they are tried in order
+            results[crashed] = {"probe": crashed, "state": state, "detail": ended}
     return results
 
 
@@ -116,28 +99,20 @@ def _lines(out: bytes | None) -> list[dict[str, str]]:
     return lines
 
 
-def table(findings: list[Finding]) -> str:
-    """The findings, a line each: state, name, purpose, and what was found or the command that mends it."""
-    rows = [(f.state, f.name, f.purpose, ": ".join(filter(None, (f.detail, f.command)))) for f in findings]
-    return "\n".join([f"codeact {__version__}, {_FOLDER}", "", aligned(rows, 4), "", conclusion(findings)])
-
-
-def conclusion(findings: list[Finding]) -> str:
-    """One sentence over all."""
-    broken = [finding for finding in findings if finding.state == "broken"]
-    if any(finding.vital for finding in broken):
-        return f"codeact cannot run: mend {', '.join(finding.name for finding in broken if finding.vital)}"
-    works = "codeact works here; yes: works, idle: installed, but of no use on this machine"
-    return f"{works}; broken: {', '.join(finding.name for finding in broken)}" if broken else works
-
-
 def run(as_json: bool = False) -> int:
     """Print what is found; returns the exit code: 1 where codeact itself cannot run, else 0."""
     findings = examine()
-    healthy = all(finding.state != "broken" for finding in findings if finding.vital)
+    broken = [finding for finding in findings if finding.state == "broken"]
+    vital = ", ".join(finding.name for finding in broken if finding.vital)
     if as_json:
-        report = {"codeact": __version__, "folder": str(_FOLDER), "works": healthy}
+        report = {"codeact": __version__, "folder": str(_FOLDER), "works": not vital}
         print(json.dumps({**report, "findings": [*map(asdict, findings)]}, indent=1))
-    else:
-        print(table(findings))
-    return 0 if healthy else 1
+        return 1 if vital else 0
+    conclusion = "codeact works here; yes: works, idle: installed, but of no use on this machine"
+    if vital:
+        conclusion = f"codeact cannot run: mend {vital}"
+    elif broken:
+        conclusion += f"; broken: {', '.join(finding.name for finding in broken)}"
+    rows = [(f.state, f.name, f.purpose, ": ".join(filter(None, (f.detail, f.command)))) for f in findings]
+    print(f"codeact {__version__}, {_FOLDER}", "", aligned(rows, 4), "", conclusion, sep="\n")
+    return 1 if vital else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from codeact.base.errors import InputError, MissingExtraError, one_of
+from codeact.base.errors import InputError, import_extra, one_of
 from codeact.evaluation.generate import (
     GENERATORS,
     Completion,
@@ -77,10 +77,7 @@ class VllmGenerator:
     """vLLM, with the same prompts and the same stops. Not run on a device by its authors: tested with a stand-in."""
 
     def __init__(self, model: str, adapter: Path | None, dtype: str) -> None:
-        try:
-            import vllm
-        except ImportError:
-            raise MissingExtraError("vllm", "vllm", "--backend vllm") from None
+        vllm = import_extra("vllm", "vllm", "--backend vllm")
         name = str(Path(model).expanduser())
         self._vllm = vllm
         self._engine = vllm.LLM(

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from codeact.base.errors import InputError
-from codeact.data.records import BadRow, Record, RecordSet
+from codeact.data.records import BadRow, Record, RecordSet, open_records
 from codeact.models.loading import load_tokenizer
 from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
 from codeact.scoring.tokens import tokenize
-from codeact.text.conversations import IGNORE, Sample, encode_conversations, open_conversations
+from codeact.text.conversations import IGNORE, Sample, encode_conversations
 from codeact.text.templates import PromptBuilder
 
 SAMPLE_ROWS = 400
@@ -135,7 +135,7 @@ def _counted(
     samples: list[Sample] = []
     stands_for = 0.0
     if flags is not None:
-        conversations = open_conversations(chosen) if chosen else None
+        conversations = open_records(chosen) if chosen else None
         among = drawn if conversations is None else _draw(conversations)
         results = encode_conversations(among, tokenizer, flags.model_type, flags.max_seq_len, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import read_json
-from codeact.ops.flops import ModelFacts, ModelShape, ParameterCounts
+from codeact.ops.flops import ModelFacts
 
 
 def model_facts(name: str, assumed: float | None) -> ModelFacts:
@@ -67,22 +67,13 @@ def _config(name: str) -> Any:
 
 def _facts_of(name: str, config: Any, source: str, causal: bool = True) -> ModelFacts:
     """Build the model without memory for its weights, and count."""
-    shape = ModelShape.from_config(config)
-    if shape is None:
-        why = "lacks a width, or is a mixture of experts, whose cost is not known here"
-        raise InputError(f"the configuration of {name} {why}")
     with torch.device("meta"):
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(config, trust_remote_code=False)
-    counts = ParameterCounts.of(model)
-    layers = tuple(
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-    )
-    lookup = sum(p.numel() for p in model.parameters()) - counts.trained - counts.head_trained
-    return ModelFacts(
-        shape=shape, trunk=counts.trained, head=counts.head_trained, lookup=lookup, layers=layers, source=source
-    )
+    facts = ModelFacts.of(model, source)
+    if facts is None:
+        why = "lacks a width, or is a mixture of experts, whose cost is not known here"
+        raise InputError(f"the configuration of {name} {why}")
+    return facts
 
 
 def weight_bytes(name: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, import_extra
 from codeact.models.loading import check_weights, load_causal_lm
 
 
@@ -23,10 +23,7 @@ def quantization_config(quantize: str, compute: torch.dtype) -> Any:
     """
     if quantize == "none":
         return None
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("bitsandbytes", "train", f"--quantize {quantize}") from None
+    import_extra("bitsandbytes", "train", f"--quantize {quantize}")
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
@@ -57,11 +54,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
         InputError: the model has no layer of one of these names.
         MissingExtraError: peft is absent.
     """
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "train", "--lora True") from None
-
+    peft = import_extra("peft", "train", "--lora True")
     names = [name.strip() for name in targets.split(",") if name.strip()]
     if names != ["all-linear"]:
         _check_targets(model, names)
@@ -71,8 +64,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        prepare: Any = peft.prepare_model_for_kbit_training
-        model = prepare(model, use_gradient_checkpointing=checkpointing)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -97,10 +89,7 @@ def apply_adapter(model: Any, folder: str | Path, exact: bool = False) -> Any:
             holds NaN. peft by itself warns, and goes on with the base model or random numbers.
         MissingExtraError: peft is absent.
     """
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "train", "an adapter") from None
+    peft = import_extra("peft", "train", "an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True

@@ -1,10 +1,10 @@
 """Cross-entropy of a linear head with its gradients, a block of logits at a time.
 
-Shapes: T tokens, K of them with a target, D hidden size, V vocabulary, R rows of one block.
+Shapes: T tokens, K of them that are computed, D hidden size, V vocabulary, R rows of one block.
 
 A training step needs the logits twice: for the loss, and as softmax - onehot for the gradients. Both come from the same
-block while it is there, so the (T, V) logits, which are larger than everything else in a step, never exist, and nothing
-is computed a second time.
+block while it is there, the slopes in the logits' own memory, so the (T, V) logits, which are larger than everything
+else in a step, never exist, and nothing is computed a second time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import codeact._native as _native
 from codeact.base.errors import one_of
-from codeact.ops.nll import check_operands
+from codeact.ops import native
+from codeact.ops.nll import check_operands, nll_backend
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# 128 MiB of float32 logits. With fewer rows a block, the products wait for the head's weight and its gradient, which
+# Bytes of a block of logits. With fewer rows a block, the products wait for the head's weight and its gradient, which
 # are read once a block; more bring little.
-_BLOCK_LOGITS = 1 << 25
+_BLOCK_BYTES = 1 << 27
+# On a device a block has the same number of rows whatever the number of tokens: its products have one shape, and a row
+# has the same bits in any batch.
+_DEVICE_BLOCK_BYTES = 1 << 30
+_DEVICE_BLOCK_ROWS = 4096
+# Elements of a part of the head's gradient that is made in the products' dtype before it is added: it stays in a cache.
+_PART = 1 << 20
 
 
 def linear_cross_entropy(
@@ -65,20 +74,25 @@ def linear_cross_entropy(
     check_operands(hidden, weight, targets, bias, softcap, ignore_index, mixed=autocast)
     head = _Head(
         softcap=softcap,
+        ignore_index=ignore_index,
         product_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
         sum_dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
     )
     shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
-    rows = (targets != ignore_index).nonzero().squeeze(1)
-    whole = rows.numel() == targets.numel()
-    kept_hidden, kept_targets = (hidden, targets) if whole else (hidden[rows], targets[rows])
+    kept_hidden, kept_targets, rows = hidden, targets, None
+    if hidden.device.type == "cpu":  # elsewhere it would wait for the device to say how many there are
+        rows = (targets != ignore_index).nonzero().squeeze(1)
+        if rows.numel() < targets.numel():
+            kept_hidden, kept_targets = hidden[rows], targets[rows]
     with torch.autocast(device_type, enabled=False):
         if reduction == "none":
             losses: Tensor = _LossPerRow.apply(kept_hidden, weight, bias, kept_targets, head)  # type: ignore[no-untyped-call]
-            return (losses if whole else losses.new_zeros(targets.shape).index_put((rows,), losses)).view(shape)
+            if kept_targets is not targets:
+                losses = losses.new_zeros(targets.shape).index_put((rows,), losses)
+            return losses.view(shape)
         operands = (kept_hidden, weight, bias, kept_targets, head, torch.is_grad_enabled())
         total: Tensor = _SummedLoss.apply(*operands)  # type: ignore[no-untyped-call]
-    return total / rows.numel() if reduction == "mean" else total
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,87 +100,149 @@ class _Head:
     """How logits are made: the dtype of the matrix products, and that of the softmax and of all sums."""
 
     softcap: float | None
+    ignore_index: int
     product_dtype: torch.dtype
     sum_dtype: torch.dtype
 
 
-class _Blocks:
-    """The logits of one block of rows after another, all in the same memory.
+_Operand = Tensor | None
 
-    A fresh 64 MiB tensor a block would be mapped and zeroed by the operating system every time.
+
+def _in_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: _Head,
+    wanted: tuple[bool, bool, bool],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, tuple[_Operand, _Operand, _Operand]]:
+    """Return (K,) losses, and the gradients of hidden, weight and bias that are wanted of their sum.
+
+    ``scale`` (K,): the gradient of a row's loss counts so often. Those of weight and bias are in the dtype of the sums,
+    or in the weight's own. All blocks of logits lie in the same memory: the system would map and zero a fresh one each
+    time.
     """
+    vocabulary, matrix = weight.shape[0], weight.to(head.product_dtype)
+    offset = None if bias is None else bias.to(head.sum_dtype)
+    of_row = max(vocabulary, 1) * head.product_dtype.itemsize
+    on_cpu = hidden.device.type == "cpu"
+    size = max(1, _BLOCK_BYTES // of_row) if on_cpu else max(1, min(_DEVICE_BLOCK_BYTES // of_row, _DEVICE_BLOCK_ROWS))
+    size = min(size, max(len(hidden), 1)) if on_cpu else size
+    block = hidden.new_empty(size, vocabulary, dtype=head.product_dtype)
+    losses = hidden.new_empty(len(hidden), dtype=head.sum_dtype)
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    # One block needs no sum: its product is the gradient, and summing in float32 would take longer than the product.
+    alone = on_cpu and len(hidden) <= size and weight.dtype == head.product_dtype
+    of_weight = torch.zeros_like(weight, dtype=head.sum_dtype) if wanted[1] and not (alone and len(hidden)) else None
+    of_bias = weight.new_zeros(vocabulary, dtype=head.sum_dtype) if wanted[2] else None
+    for first in range(0, len(hidden), size):
+        here = slice(first, first + size)
+        rows, count = hidden[here].to(head.product_dtype), len(targets[here])
+        if not on_cpu and count < size:
+            rows = F.pad(rows, (0, 0, 0, size - count))
+        torch.mm(rows, matrix.T, out=block[: len(rows)])
+        logits, own = block[:count], None if scale is None else scale[here]
+        losses[here] = loss_and_slope(logits, targets[here], offset, head.softcap, head.ignore_index, own, any(wanted))
+        block[count : len(rows)] = 0
+        slope = block[: len(rows)]
+        if of_hidden is not None:
+            of_hidden[here] = (slope @ matrix)[:count]
+        if wanted[1] and alone:
+            of_weight = slope.T @ rows
+        elif of_weight is not None:
+            _add_product(of_weight, slope, rows)
+        if of_bias is not None:
+            of_bias += slope.sum(0, dtype=of_bias.dtype)
+    return losses, (of_hidden, of_weight, of_bias)
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head) -> None:
-        self.weight = weight.to(head.product_dtype)
-        self.bias = None if bias is None else bias.to(head.sum_dtype)
-        self.head = head
-        self.hidden = hidden
-        self.size = min(max(1, _BLOCK_LOGITS // max(weight.shape[0], 1)), max(hidden.shape[0], 1))
-        self._product = hidden.new_empty(self.size, weight.shape[0], dtype=head.product_dtype)
-        same = head.product_dtype == head.sum_dtype
-        self._logits = self._product if same else torch.empty_like(self._product, dtype=head.sum_dtype)
 
-    def slices(self) -> list[slice]:
-        tokens = self.hidden.shape[0]
-        return [slice(first, min(first + self.size, tokens)) for first in range(0, tokens, self.size)]
+def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
+    """Add ``slope.T @ rows``, (V, D), to the gradient of the head."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, rows)
+    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, slope.T, rows, out_dtype=total.dtype, out=total)
+    else:
+        some = max(1, _PART // max(rows.shape[1], 1))
+        for first in range(0, len(total), some):
+            total[first : first + some] += slope[:, first : first + some].T @ rows
 
-    def rows(self, here: slice) -> Tensor:
-        """Return (R, D) in the dtype of the products."""
-        return self.hidden[here].to(self.head.product_dtype)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Return (R, V) in the dtype of the sums: a view that the next call overwrites."""
-        product, logits = self._product[: len(rows)], self._logits[: len(rows)]
-        torch.mm(rows, self.weight.T, out=product)
-        if logits.dtype != product.dtype:
-            logits.copy_(product)
-        if self.bias is not None:
-            logits += self.bias
-        if self.head.softcap is not None:
-            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        return logits
+def loss_and_slope(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    scale: Tensor | None = None,
+    slope: bool = True,
+) -> Tensor:
+    """Compute the loss of every row of logits, and write its gradient over them.
 
-    def bend(self, logits: Tensor) -> Tensor | None:
-        """Return the derivative of the softcap at these logits, (R, V), or None: there is no softcap."""
-        # d tanh = 1 - tanh^2, and the logits are softcap * tanh.
-        cap = self.head.softcap
-        return None if cap is None else logits.div(cap).square_().neg_().add_(1)
+    One pass over memory by a compiled or a Triton kernel (csrc/nll/loss_slope.cpp,
+    kernels/codeact_kernels/loss_slope.py); for other dtypes and devices by PyTorch.
 
-    def slope(self, softmax: Tensor, bend: Tensor | None, targets: Tensor, scale: Tensor | None) -> Tensor:
-        """Turn softmax (R, V) into the gradient of the rows' losses, each times ``scale`` (R,), before any softcap.
+    Args:
+        logits: (R, V) floating point, each row side by side, without bias and softcap. Overwritten where ``slope``:
+            by ``scale * (softmax - onehot)`` times the derivative of the softcap, which is 0 in an ignored row.
+        targets: (R,) int64 in ``[0, V)``, or ``ignore_index``.
+        bias: (V,) float32, or float64 beside such logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax.
+        ignore_index: a row with this target has loss 0, whatever it holds.
+        scale: (R,) in the dtype of the losses: what the gradient of a row is multiplied by.
+        slope: whether the gradient is wanted.
 
-        Returns (R, V) in the dtype of the products; ``softmax`` is overwritten.
-        """
-        slope = softmax
-        slope[torch.arange(len(targets), device=targets.device), targets] -= 1
-        if bend is not None:
-            slope *= bend
+    Returns:
+        (R,) in nats: float64 for float64 logits, else float32.
+    """
+    backend = nll_backend(logits).partition(" ")[0] if logits.dtype != torch.float64 else "torch"
+    if backend == "native":
+        array = _native.loss_and_slope(
+            native.as_array(logits),
+            targets.contiguous().numpy(),
+            None if bias is None else bias.contiguous().numpy(),
+            softcap,
+            ignore_index,
+            None if scale is None else scale.contiguous().numpy(),
+            slope,
+            torch.get_num_threads(),
+            native.instruction_set(),
+        )
+        return native.as_tensor(array)
+    if backend == "triton":
+        from codeact_kernels.loss_slope import loss_and_slope as run
+
+        losses: Tensor = run(logits, targets, bias, softcap, ignore_index, scale, slope)
+        return losses
+    return _torch_loss_and_slope(logits, targets, bias, softcap, ignore_index, scale, slope)
+
+
+def _torch_loss_and_slope(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    scale: Tensor | None,
+    slope: bool,
+) -> Tensor:
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    z = z if bias is None else z + bias
+    z = z if softcap is None else torch.tanh(z / softcap) * softcap
+    kept = targets != ignore_index
+    column = targets.where(kept, 0)[:, None]
+    lse = z.logsumexp(dim=1)
+    losses = torch.where(kept, lse - z.gather(1, column).squeeze(1), 0.0)
+    if slope:
+        gradient = (z - lse[:, None]).exp_()
+        gradient.scatter_add_(1, column, gradient.new_full(column.shape, -1.0))
+        if softcap is not None:
+            gradient *= 1 - (z / softcap).square_()
         if scale is not None:
-            slope *= scale[:, None]
-        return slope if slope.dtype == self.head.product_dtype else self._product[: len(slope)].copy_(slope)
-
-
-class _Gradients:
-    """Sums of the gradients over the blocks; ``None`` for an operand that wants none."""
-
-    def __init__(
-        self, wanted: tuple[bool, bool, bool], blocks: _Blocks, hidden: Tensor, weight: Tensor, head: _Head
-    ) -> None:
-        self._blocks = blocks
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=head.sum_dtype) if wanted[1] else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=head.sum_dtype) if wanted[2] else None
-
-    def add(self, here: slice, rows: Tensor, slope: Tensor) -> None:
-        if self.hidden is not None:
-            self.hidden[here] = slope @ self._blocks.weight
-        if self.weight is not None:
-            if self.weight.dtype == slope.dtype:
-                self.weight.addmm_(slope.T, rows)
-            else:
-                self.weight += slope.T @ rows
-        if self.bias is not None:
-            self.bias += slope.sum(0, dtype=self.bias.dtype)
+            gradient *= scale[:, None]
+        logits.copy_(torch.where(kept[:, None], gradient, 0.0))
+    return losses
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -177,34 +253,24 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, wanted: bool
     ) -> Tensor:
         # Without grad mode nothing runs backward, but needs_input_grad still says what the operands are.
-        needs = tuple(bool(need) and wanted for need in ctx.needs_input_grad[:3])
-        blocks = _Blocks(hidden, weight, bias, head)
-        gradients = _Gradients((needs[0], needs[1], needs[2]), blocks, hidden, weight, head)
-        total = hidden.new_zeros((), dtype=head.sum_dtype)
-        for here in blocks.slices():
-            rows = blocks.rows(here)
-            logits = blocks.logits(rows)
-            bend = blocks.bend(logits) if any(needs) else None
-            # In place all the way: a fresh block for logsumexp costs more than its arithmetic.
-            logits -= logits.amax(dim=1, keepdim=True)
-            at_targets = logits.gather(1, targets[here, None])
-            sums = logits.exp_().sum(dim=1, keepdim=True)
-            total += (sums.log() - at_targets).sum()
-            if any(needs):
-                gradients.add(here, rows, blocks.slope(logits.div_(sums), bend, targets[here], None))
+        of_hidden, of_weight, of_bias = (bool(need) and wanted for need in ctx.needs_input_grad[:3])
+        losses, gradients = _in_blocks(hidden, weight, bias, targets, head, (of_hidden, of_weight, of_bias))
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        return total
+        ctx.save_for_backward(*gradients)
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            # Times a sum's own scale in float32: 1 / tokens would lose bits in bfloat16.
-            None if grad is None else (grad * upstream).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None)
+        given = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if grad is None else _scaled(grad, upstream, dtype) for grad, dtype in given), None, None, None)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * factor`` in ``dtype``. The factor stays in float32: 1 / tokens would lose bits in bfloat16."""
+    if grad.device.type == "cpu":  # where a factor of one element is taken as it is, whatever the other's dtype
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    return (grad.to(factor.dtype) * factor).to(dtype)
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -212,32 +278,14 @@ class _LossPerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> Tensor:
-        blocks = _Blocks(hidden, weight, bias, head)
-        losses = hidden.new_empty(hidden.shape[0], dtype=head.sum_dtype)
-        lse = torch.empty_like(losses)
-        for here in blocks.slices():
-            logits = blocks.logits(blocks.rows(here))
-            lse[here] = logits.logsumexp(dim=1)
-            losses[here] = lse[here] - logits.gather(1, targets[here, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head = head
-        return losses
+        return _in_blocks(hidden, weight, bias, targets, head, (False, False, False))[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        blocks = _Blocks(hidden, weight, bias, ctx.head)
-        gradients = _Gradients(ctx.needs_input_grad[:3], blocks, hidden, weight, ctx.head)
-        for here in blocks.slices():
-            rows = blocks.rows(here)
-            logits = blocks.logits(rows)
-            bend = blocks.bend(logits)
-            softmax = logits.sub_(lse[here, None]).exp_()
-            gradients.add(here, rows, blocks.slope(softmax, bend, targets[here], upstream[here]))
-        given = zip(
-            (gradients.hidden, gradients.weight, gradients.bias),
-            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
-            strict=True,
-        )
-        return (*(None if grad is None else grad.to(dtype) for grad, dtype in given), None, None)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        _, gradients = _in_blocks(hidden, weight, bias, targets, ctx.head, ctx.needs_input_grad[:3], upstream)
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return (*(None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)), None, None)

@@ -136,6 +136,26 @@ class ModelFacts:
     layers: tuple[tuple[str, int, int], ...]
     source: str
 
+    @classmethod
+    def of(cls, model: Any, source: str) -> ModelFacts | None:
+        """Count a model without adapters; None where its configuration does not give its shape."""
+        import torch
+
+        shape = ModelShape.from_config(model.config)
+        if shape is None:
+            return None
+        counts, head = ParameterCounts.of(model), getattr(model, "get_output_embeddings", lambda: None)()
+        trunk, of_head = counts.trained + counts.frozen, counts.head_trained + counts.head_frozen
+        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        return cls(
+            shape=shape,
+            trunk=trunk,
+            head=of_head,
+            lookup=sum(map(_elements, model.parameters())) - trunk - of_head,
+            layers=tuple((name, layer.in_features, layer.out_features) for name, layer in linear if layer is not head),
+            source=source,
+        )
+
     @property
     def parameters(self) -> int:
         """All of them."""

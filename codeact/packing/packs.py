@@ -95,7 +95,7 @@ def pack(
             not one dimension, or another argument is out of its range.
         TypeError: `lengths` holds no integers (booleans are none), or `capacity` or `max_items` is none.
 
-    Example:
+    Examples:
         >>> packs = pack([5, 3, 2, 8, 1], capacity=8)
         >>> [p.tolist() for p in packs]
         [[3], [0, 1], [2, 4]]

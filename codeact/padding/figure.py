@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codeact.base.console import percent, short
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, import_extra
 from codeact.base.files import atomic_path
 from codeact.packing.packs import pack
 from codeact.padding.strategies import STRATEGIES, Integers, Plan, StrategyStats, plan, strategy_stats
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 _ROWS = 32  # about so many samples can still be told apart
 _INK = "#333333"
-
-
-def require_matplotlib() -> None:
-    """Raise a MissingExtraError if matplotlib is absent; to be asked before a long computation."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "drawing the packs") from None
 
 
 def plot_packs(
@@ -54,7 +46,7 @@ def plot_packs(
         MissingExtraError: matplotlib is absent.
         InputError: there is no sample, the suffix names no known format, or the file cannot be written.
     """
-    require_matplotlib()
+    import_extra("matplotlib", "report", "drawing the packs")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,11 +20,11 @@ import numpy.typing as npt
 from codeact.base.console import aligned, percent, size
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.data.records import RecordSet
+from codeact.data.records import RecordSet, open_records
 from codeact.ops.flops import ModelShape
 from codeact.packing.packs import pack
 from codeact.padding.strategies import STRATEGIES, Integers, StrategyStats, strategy_stats
-from codeact.text.conversations import BLOCK_ROWS, IGNORE, Refused, encode_conversations, open_conversations
+from codeact.text.conversations import BLOCK_ROWS, IGNORE, Refused, encode_conversations
 
 __all__ = ["PackReport", "StrategyStats", "pack_stats", "stats_for_data", "strategy_table"]
 
@@ -136,7 +136,7 @@ def stats_for_data(
     """Encode a data set as training does and compare the strategies on it.
 
     Args:
-        data: what ``open_records`` gave, or a name for ``open_conversations``: any of the usual forms.
+        data: what ``open_records`` opens, in any of the usual forms.
         tokenizer: folder or hub name; where a model's configuration lies there too, FLOPs and bytes are estimated.
         model_type, on_overflow: see ``encode_conversations``.
         capacity, batch_size, seed: see ``pack_stats``.
@@ -144,7 +144,7 @@ def stats_for_data(
     Raises:
         InputError: the data or the tokenizer cannot be read, no sample is left, or a sample overflows under "error".
     """
-    records = open_conversations(data)  # which gives back what is open already
+    records = open_records(data)  # which gives back what is open already
     encoder, shape = _load(tokenizer)
     kept: list[tuple[int, int]] = []
     truncated, refused = 0, Counter[str]()

@@ -19,7 +19,8 @@ from codeact.base.errors import InputError
 from codeact.base.ledger import Ledger
 from codeact.base.parsing import read_json
 from codeact.padding.strategies import StrategyStats, strategy_of
-from codeact.report.rows import read_report_rows
+from codeact.report.rows import Rows
+from codeact.scoring.stage import TABLE
 
 
 class _Record(BaseModel):
@@ -145,7 +146,7 @@ class RunData:
             raise InputError(f"{folder} is no run folder (it has no run.json); make one with: codeact run CONFIG.yaml")
         self.record = record
         self.ledger = Ledger.read(ledger) if (ledger := folder / "ledger.json").exists() else None
-        self.rows = read_report_rows(folder)
+        self.rows = Rows(folder) if (folder / TABLE).exists() else None
         self.packs = _read(folder / "pack_stats.json", PackFigures)
         self.lengths = _read_lengths(folder / "pack_lengths.npy")
         self.cost = _read(folder / "model" / "cost.json", Cost)
@@ -165,12 +166,12 @@ def _read(path: Path, kind: type[_R]) -> _R | None:
         return TypeAdapter(kind).validate_python(read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the whole"
-        raise InputError(f"{path} is damaged: {where}: {problem['msg'].lower()}; run its stage again") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}; run its stage again") from None
+        what = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            what = f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg'].lower()}"
+        raise InputError(f"{path} is damaged: {what}; run its stage again") from None
 
 
 def _read_lengths(path: Path) -> NDArray[np.int64] | None:

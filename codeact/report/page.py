@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from codeact.base.console import counted, percent, visible
-from codeact.base.errors import MissingExtraError
+from codeact.base.errors import import_extra
 from codeact.base.files import atomic_path
 from codeact.report import plots, tables
 from codeact.report.data import RunData, moved, proper_name
@@ -40,10 +40,7 @@ def write_report(folder: Path) -> Path:
         InputError: the folder is no run folder, or a file in it is damaged.
         MissingExtraError: matplotlib or jinja2 is absent.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("jinja2", "report", "the report") from None
+    jinja2 = import_extra("jinja2", "report", "the report")
     with page_style():
         run = RunData(folder)
         sections = _sections(run)
@@ -57,13 +54,11 @@ def write_report(folder: Path) -> Path:
     )
     environment.filters |= {"unbroken": _unbroken, "counted": counted}
     sentence, tiles = _head(run)
-    title, version = f"codeact run {folder.resolve().name}", run.record.codeact
-    shown = {"title": title, "sentence": sentence, "tiles": tiles, "sections": sections, "codeact": version}
-    page = environment.get_template("page.html").render(shown)
-    target = folder / "report.html"
-    with atomic_path(target) as temporary:
+    shown = {"title": f"codeact run {folder.resolve().name}", "codeact": run.record.codeact, "sentence": sentence}
+    page = environment.get_template("page.html").render(**shown, tiles=tiles, sections=sections)
+    with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
-    return target
+    return folder / "report.html"
 
 
 def _text(value: Any) -> Any:

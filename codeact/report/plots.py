@@ -118,9 +118,13 @@ def losses(rows: Rows) -> Plot | None:
     figure, axes = new_figure(4.2)
     axes.plot([0, top], [0, top], color=COLOURS["ink"], linewidth=1, linestyle=_DASHED)
     taken = np.zeros(len(inside), np.bool_) if rows.chosen is None else rows.chosen[inside]
-    _dots(axes, x[inside[~taken]], y[inside[~taken]], "other", 1.9, "scored" if rows.chosen is None else "not chosen")
-    if taken.any():
-        _dots(axes, x[inside[taken]], y[inside[taken]], "chosen", 2.1, "chosen")
+    others = "scored" if rows.chosen is None else "not chosen"
+    for at, colour, width, label in ((inside[~taken], "other", 1.9, others), (inside[taken], "chosen", 2.1, "chosen")):
+        if len(at) or label == others:
+            axes.plot(
+                x[at], y[at], linestyle="none", marker="o", markersize=width if len(at) > 400 else width * 2.1,
+                label=label, markerfacecolor=COLOURS[colour], markeredgecolor="none", alpha=0.6,
+            )  # fmt: skip
     xlabel, ylabel = (f"mean loss {given} (nats per token)" for given in ("of the answer alone", "given the question"))
     axes.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel=xlabel, ylabel=ylabel)
     axes.locator_params(nbins=7, steps=[1, 2, 5, 10])
@@ -187,6 +191,8 @@ def cluster_map(rows: Rows, plane: Map) -> Plot:
 
 def length_histogram(rows: Rows) -> Plot | None:
     """Rows by tokens of question and answer."""
+    from matplotlib.ticker import LogLocator
+
     usable = rows.tokens > 0
     tokens = rows.tokens[usable].astype(np.float64)
     if not len(tokens):
@@ -201,8 +207,9 @@ def length_histogram(rows: Rows) -> Plot | None:
     _histogram(axes, tokens, chosen, edges)
     axes.axvline(middle, color=COLOURS["ink"], linewidth=1, linestyle=(0, (1.2, 1.6)))
     if logarithmic:
-        axes.set_xscale("log")
-        _log_ticks(axes, edges[0], edges[-1])
+        axes.set_xscale("log", subs=())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 300 * edges[0] else (1, 3)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set(xlabel=f"tokens of question and answer{' (logarithmic)' if logarithmic else ''}", ylabel="rows")
     text = (
         f"The median row has {middle:,.0f} tokens (dotted line), one in twenty more than "
@@ -304,20 +311,19 @@ def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
         return None
     kinds = [kind for kind in KINDS if any(outcomes.get(kind) for outcomes in sides.values())]
     figure, axes = new_figure(1.05 + 0.42 * len(sides))
-    for at, outcomes in enumerate(sides.values()):
-        total, left = sum(outcomes.values()), 0.0
-        for place, kind in enumerate(kinds):
-            count = outcomes.get(kind, 0)
-            share = 100 * count / total
-            axes.barh(
-                -at, share, left=left, height=0.62, color=COLOURS[_OUTCOMES[kind]], edgecolor=COLOURS["paper"],
-                linewidth=0.8, label=None if at else kind,
-            )  # fmt: skip
-            if share >= 6:
-                number = axes.text(left + share / 2, -at, f"{count:,}", ha="center", va="center", size=9)
-                number.set_gid(f"class-onbar{at * 10 + place}")  # of the page's style sheet
-            left += share
-    axes.set_yticks([-at for at in range(len(sides))], [*sides])
+    places, left = -np.arange(len(sides)), np.zeros(len(sides))
+    for number, kind in enumerate(kinds):
+        counts = np.array([outcomes.get(kind, 0) for outcomes in sides.values()])
+        shares = 100 * counts / [max(1, sum(outcomes.values())) for outcomes in sides.values()]
+        bars = axes.barh(
+            places, shares, left=left, height=0.62, color=COLOURS[_OUTCOMES[kind]], edgecolor=COLOURS["paper"],
+            linewidth=0.8, label=kind,
+        )  # fmt: skip
+        told = [f"{count:,}" if share >= 6 else "" for count, share in zip(counts, shares, strict=True)]
+        for at, text in enumerate(axes.bar_label(bars, told, label_type="center", size=9)):
+            text.set_gid(f"class-onbar{at * 10 + number}")  # of the page's style sheet
+        left += shares
+    axes.set_yticks(places, [*sides])
     _no_left_axis(axes)
     axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
     _legend(axes, 4, columnspacing=1.2)
@@ -413,13 +419,6 @@ def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: Flo
     axes.plot([np.median(values)] * 2, [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
 
 
-def _dots(axes: Axes, x: FloatArray, y: FloatArray, colour: str, width: float, label: str) -> None:
-    axes.plot(
-        x, y, linestyle="none", marker="o", markersize=width if len(x) > 400 else width * 2.1, label=label,
-        markerfacecolor=COLOURS[colour], markeredgecolor="none", alpha=0.6,
-    )  # fmt: skip
-
-
 def _legend(axes: Axes, columns: int, columnspacing: float = 1.4) -> Any:
     """Above the axes."""
     return axes.legend(
@@ -436,14 +435,6 @@ def _ifd_axis(axes: Axes, ylabel: str) -> None:
 def _no_left_axis(axes: Axes) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-
-
-def _log_ticks(axes: Axes, low: float, high: float) -> None:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    many, few = ([m * 10.0**d for d in decades for m in ms if low <= m * 10.0**d <= high] for ms in ((1, 2, 5), (1, 3)))
-    axes.set_xticks(many if len(many) <= 8 else few)
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _name_clusters(axes: Axes, centres: dict[int, FloatArray]) -> None:

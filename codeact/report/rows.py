@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
+from codeact.scoring.stage import TABLE
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -28,7 +29,7 @@ DRAWN = 2_500
 _FITTED = 20_000  # vectors that the axes of the map are found from
 _SHOWN = 3  # examples of each kind
 _PART = 1 << 20  # rows of a table that are in memory at a time
-_TABLE = "scores/scores.parquet"
+
 _SCORES = ("row", "status", "prompt_tokens", "answer_tokens", "scored_tokens", "uncond_scored_tokens",
            "cond_nll_sum", "uncond_nll_sum", "ifd")  # fmt: skip
 
@@ -74,7 +75,7 @@ class Rows:
     """
 
     def __init__(self, folder: Path) -> None:
-        path, selected = folder / _TABLE, folder / "selected.rows.parquet"
+        path, selected = folder / TABLE, folder / "selected.rows.parquet"
         with _reading(path):
             count = int(pq.read_metadata(path).num_rows)
             self.status, self.reasons = Counter[str](), Counter[str]()
@@ -103,11 +104,9 @@ class Rows:
             self.ifd[part] = np.where(np.isfinite(scores), scores, np.nan)
             self.tokens[part] = _numpy(pc.add(table["prompt_tokens"], table["answer_tokens"]), pa.int32())
             with np.errstate(divide="ignore", invalid="ignore"):
-                for mean, total, scored in (
-                    (self.cond, "cond_nll_sum", "scored_tokens"),
-                    (self.uncond, "uncond_nll_sum", "uncond_scored_tokens"),
-                ):
-                    mean[part] = _numpy(table[total], pa.float64()) / _numpy(table[scored], pa.int64())
+                scored, alone = (_numpy(table[f"{of}scored_tokens"], pa.int64()) for of in ("", "uncond_"))
+                self.cond[part] = _numpy(table["cond_nll_sum"], pa.float64()) / scored
+                self.uncond[part] = _numpy(table["uncond_nll_sum"], pa.float64()) / alone
 
     def _read_selected(self, path: Path, rows: int) -> None:
         self.length = (pq.read_schema(path).metadata or {}).get(b"length", b"").decode("utf-8", "replace")
@@ -122,11 +121,6 @@ class Rows:
             done = part.stop
         if done != rows:
             raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
-
-
-def read_report_rows(folder: Path) -> Rows | None:
-    """Read what the stages score, embed and select wrote; None before the first. Errors: see ``Rows``."""
-    return Rows(folder) if (folder / _TABLE).exists() else None
 
 
 def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
@@ -174,22 +168,13 @@ def _examples(path: Path, ifd: FloatArray, chosen: Any) -> tuple[tuple[Example, 
     shown = min(_SHOWN, len(ranked) // 2) or min(1, len(ranked))
     highest = ranked[np.lexsort((ranked, -values))[:shown]]
     lowest = ranked[np.lexsort((ranked, values))[: min(shown, len(ranked) - shown)]]
-    wanted = sorted({*highest.tolist(), *lowest.tolist()})
-    lines = dict(zip(wanted, _lines(path, wanted), strict=True))
-    made = {at: _example(path, at, int(rows[at]), lines[at]) for at in wanted}
+    wanted = {*highest.tolist(), *lowest.tolist()}
+    with path.open("rb") as file:  # of the other lines only the ends are looked for
+        lines = {at: line for at, line in enumerate(islice(file, max(wanted, default=-1) + 1)) if at in wanted}
+    if len(lines) < len(wanted):
+        raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
+    made = {at: _example(path, at, int(rows[at]), line) for at, line in lines.items()}
     return tuple(made[at] for at in highest.tolist()), tuple(made[at] for at in lowest.tolist())
-
-
-def _lines(path: Path, wanted: list[int]) -> Iterator[bytes]:
-    """The lines of these numbers, ascending; of the others only the ends are looked for."""
-    at = 0
-    with path.open("rb") as file:
-        for number in wanted:
-            line = next(islice(file, number - at, None), None)
-            if line is None:
-                raise InputError(f"{path} has fewer lines than rows were chosen; run stage select again")
-            at = number + 1
-            yield line
 
 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:

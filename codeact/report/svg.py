@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from codeact.base.errors import MissingExtraError
+from codeact.base.errors import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,10 +35,9 @@ def page_style() -> Iterator[None]:
     Raises:
         MissingExtraError: matplotlib is absent.
     """
-    try:
-        from matplotlib import rc, rc_context, rcdefaults
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "the report") from None
+    import_extra("matplotlib", "report", "the report")
+    from matplotlib import rc, rc_context, rcdefaults
+
     ink, muted, rule = COLOURS["ink"], COLOURS["muted"], COLOURS["rule"]
     with rc_context():
         rcdefaults()

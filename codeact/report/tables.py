@@ -131,11 +131,11 @@ def training_table(cost: Cost) -> Table:
         ["padding", counted(cost.padding, "tokens", "tokens")],
         ["speed", f"{cost.tokens / max(1e-9, cost.seconds):,.0f} tokens/s"],
         ["peak resident set", size(cost.peak_resident_bytes)],
+        ["peak GPU memory", if_known(size, cost.peak_cuda_allocated_bytes)],
+        ["share of the peak speed (MFU)", if_known(percent, cost.model_utilisation)],
     ]
-    rows.append(["peak GPU memory", if_known(size, cost.peak_cuda_allocated_bytes)])
-    rows.append(["share of the peak speed (MFU)", if_known(percent, cost.model_utilisation)])
-    rows = [row for row in rows if row[1] is not None]
-    return Table("Cost of the training, measured.", ["quantity", "value"], rows, numbers=(1,))
+    known = [row for row in rows if row[1] is not None]
+    return Table("Cost of the training, measured.", ["quantity", "value"], known, numbers=(1,))
 
 
 def pass_table(name: str, evaluations: Evaluations) -> Table:
@@ -182,8 +182,8 @@ def _stages(record: RunRecord) -> dict[str, StageRecord]:
 
 def origin_table(record: RunRecord) -> Table:
     """Versions and machine."""
-    rows: list[list[Cell]] = [["codeact", record.codeact], ["commit", record.commit or None]]
-    rows += [[name, value or None] for name, value in record.versions.items()]
+    versions = {"codeact": record.codeact, "commit": record.commit, **record.versions}
+    rows: list[list[Cell]] = [[name, value or None] for name, value in versions.items()]
     for name, value in record.machine.items():
         rows.append([name, size(value) if name == "memory" and isinstance(value, int) else _value(value)])
     return Table("Versions and machine.", ["what", "value"], rows)

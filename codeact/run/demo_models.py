@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeact.base.console import say
-from codeact.base.errors import InputError, MissingExtraError
+from codeact.base.errors import InputError, import_extra
 from codeact.base.files import cache_path, download
 
 
@@ -146,10 +146,7 @@ def _unreachable(wheel: _Wheel, reason: str) -> InputError:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("gguf", "demo", "the embedded model") from None
+    import_extra("gguf", "demo", "the embedded model")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codeact.base.errors import InputError, one_of
-from codeact.data.records import BadRow, Record, RecordSet, open_records, open_rows
+from codeact.data.records import BadRow, Record, open_rows
 from codeact.text.spans import ControlTexts, Ints, SpanEncoder, SpannedText
 from codeact.text.templates import ConversationTemplate, special_tokens
 
@@ -72,11 +72,6 @@ class EncodingCounts:
     tokens: int
     labelled_tokens: int
     refused: dict[str, int]
-
-
-def open_conversations(data: Any) -> RecordSet:
-    """Open training data in any of the usual forms, as every command does: `codeact.data.records.open_records`."""
-    return open_records(data)
 
 
 def encode_conversations(

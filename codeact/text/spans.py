@@ -92,6 +92,7 @@ class SpanEncoder:
         self.adds_space = self._ids("\na") != self.heads["\n"] + self._ids("a")
 
     def encode(self, items: Sequence[SpannedText]) -> list[tuple[Ints, NDArray[np.bool_]]]:
+        """Return ids int32 (L,) of every text, and which of them are labelled, bool (L,)."""
         results: list[tuple[Ints, NDArray[np.bool_]] | None] = [None] * len(items)
         cuts = [self._cuts(item) for item in items]
         pending = list(range(len(items)))

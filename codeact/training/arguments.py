@@ -64,6 +64,7 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
             self._add_dataclass_arguments(part)
 
     def error(self, message: str) -> NoReturn:
+        """Instead of ending the process."""
         raise InputError(message)
 
 

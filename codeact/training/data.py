@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from codeact.base.console import Progress
 from codeact.base.errors import InputError
 from codeact.data.forms import Columns
 from codeact.data.records import RecordSet, open_records
@@ -40,22 +40,24 @@ class TrainingData:
 
     @classmethod
     def read(cls, settings: TrainSettings, tokenizer: Any) -> TrainingData:
+        """Tokenize the conversations, and hold some out.
+
+        Raises:
+            InputError: none of them can be trained on, or none evaluated on.
+        """
         records = _open(settings.data, settings.data.data_path or "")
-        results = _encode(records, settings, tokenizer)
-        samples = [result for result in results if isinstance(result, Sample)]
+        results, samples, refused = _encode(records, settings, tokenizer)
         if not samples:
-            first = next((result.message for result in results if isinstance(result, Refused)), "")
+            first = next((result.message for result in refused), "")
             raise InputError(f"{records.source}: none of {len(records):,} rows can be trained on; the first: {first}")
         held_out: list[Sample] = []
         held_out_counts = None
         fingerprints = [records.fingerprint]
-        refused = [result for result in results if isinstance(result, Refused)]
         if settings.data.eval_path:
             others = _open(settings.data, settings.data.eval_path)
             fingerprints.append(others.fingerprint)
-            of_others = _encode(others, settings, tokenizer)
-            held_out = [result for result in of_others if isinstance(result, Sample)]
-            refused += [result for result in of_others if isinstance(result, Refused)]
+            of_others, held_out, more = _encode(others, settings, tokenizer)
+            refused += more
             held_out_counts = count_conversations(of_others)
             if not held_out:
                 raise InputError(
@@ -114,18 +116,23 @@ def _open(data: DataArguments, path: str) -> RecordSet:
     return open_records(path, Columns(**names), split=data.split, config_name=data.config_name)
 
 
-def _encode(records: RecordSet, settings: TrainSettings, tokenizer: Any) -> list[Sample | Refused]:
+def _encode(
+    records: RecordSet, settings: TrainSettings, tokenizer: Any
+) -> tuple[list[Sample | Refused], list[Sample], list[Refused]]:
+    """What became of every row, and the two kinds of it."""
     quiet = not settings.trainer.should_log or settings.trainer.disable_tqdm
-    with tqdm(total=len(records), desc=f"tokenizing {records.source}", unit="row", disable=quiet, leave=False) as bar:
-        return encode_conversations(
+    with Progress(len(records), "rows", f"tokenizing {records.source}", show=not quiet) as step:
+        results = encode_conversations(
             records,
             tokenizer,
             settings.data.model_type,
             settings.packs.max_seq_len,
             settings.data.on_overflow,
-            progress=bar.update,
+            progress=step,
             last_answer_only=settings.data.last_answer_only,
         )
+    samples = [result for result in results if isinstance(result, Sample)]
+    return results, samples, [result for result in results if isinstance(result, Refused)]
 
 
 def token_count(samples: Sequence[Sample]) -> int:

@@ -27,13 +27,17 @@ Key = tuple[int, int]
 
 
 class TokenizedSample(Protocol):
-    """``input_ids``: (L,) integer; ``labels``: (L,) integer, -100 where nothing is to be learnt."""
+    """A sample of L tokens, and what is to be learnt of it."""
 
     @property
-    def input_ids(self) -> npt.NDArray[np.integer[Any]]: ...
+    def input_ids(self) -> npt.NDArray[np.integer[Any]]:
+        """(L,) integer."""
+        ...
 
     @property
-    def labels(self) -> npt.NDArray[np.integer[Any]]: ...
+    def labels(self) -> npt.NDArray[np.integer[Any]]:
+        """(L,) integer, -100 where nothing is to be learnt."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,12 @@ class TrainSettings:
     packs: PackOptions
     trainer: TrainerArguments
 
+    def flags(self, **changes: Any) -> argparse.Namespace:
+        """Every flag by its name, as ``check_flags`` gives them; ``changes`` to them."""
+        parts = (self.model, self.data, self.packs, self.trainer)
+        values = {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)}
+        return argparse.Namespace(**{**values, **changes})
+
 
 OWN = {
     ModelArguments: "model",

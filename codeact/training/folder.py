@@ -125,6 +125,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 def write_result(
     settings: TrainSettings, data: TrainingData, result: TrainResult | None, log: Sequence[dict[str, Any]] = ()
 ) -> None:
+    """Write ``training.json``: the settings, what was trained on, and what it came to (None: not yet)."""
     content = {
         "settings": _decisive(settings, data),
         "conversations": dataclasses.asdict(data.counts),

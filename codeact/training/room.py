@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,26 +51,22 @@ def pass_memory(
     }
 
 
-def state_memory(model: Any, optimizer: str) -> float:
-    """Bytes of gradients and optimizer states that a model's training adds to its weights."""
-    return float(trained_parameters(model) * (4.0 + optimizer_bytes(optimizer)))
-
-
 def trained_parameters(model: Any) -> int:
     """How many numbers of a model have gradients."""
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def optimizer_bytes(optimizer: str) -> float:
-    """Bytes of an optimizer's states for each trained parameter; AdamW keeps two in float32."""
-    return 2.5 if "8bit" in optimizer else {"adafactor": 0.5, "sgd": 0.0}.get(optimizer, 8.0)
+def _optimizer_bytes(optimizer: Any) -> float:
+    """Bytes of the states for each trained parameter; AdamW keeps two in float32."""
+    name = str(getattr(optimizer, "value", optimizer))
+    return 2.5 if "8bit" in name else {"adafactor": 0.5, "sgd": 0.0}.get(name, 8.0)
 
 
-def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: str) -> None:
+def check_memory(needs: Memory, free: float, tokens: int, where: str) -> None:
     """Refuse a step that takes more memory than there is.
 
     Args:
-        needs: bytes by what holds them.
+        needs: what it takes beside the model.
         free: bytes that are left where it will run.
         tokens: of a pass.
         where: what that place is called.
@@ -79,17 +74,16 @@ def check_memory(needs: Mapping[str, float], free: float, tokens: int, where: st
     Raises:
         InputError: it does not fit; says what to lower.
     """
-    total = sum(needs.values())
-    if total <= free:
+    if needs.total <= free:
         return
-    largest = max(needs, key=lambda name: needs[name])
-    lower = {
-        "gradients and optimizer": "--lora True, or --optim adafactor",
-        "logits": "--fused_loss True, or a lower --max_seq_len",
-    }.get(largest, "lower --per_device_train_batch_size or --max_seq_len, or add --activation_checkpointing True")
+    largest = needs.largest()
+    states = "--lora True, or --optim adafactor"
+    lower = {"gradients": states, "optimizer": states, "logits": "--fused_loss True, or a lower --max_seq_len"}.get(
+        largest, "lower --per_device_train_batch_size or --max_seq_len, or add --activation_checkpointing True"
+    )
     raise InputError(
-        f"a step of {tokens:,} tokens needs about {total / GIB:.1f} GiB beside the model, most of it for {largest}; "
-        f"{free / GIB:.1f} GiB are left on {where}: {lower}"
+        f"a step of {tokens:,} tokens needs about {needs.total / GIB:.1f} GiB beside the model, most of it for "
+        f"{largest}; {free / GIB:.1f} GiB are left on {where}: {lower}"
     )
 
 
@@ -186,6 +180,9 @@ class PlannedTraining:
         self.evaluations = 1 + bool(flags.eval_on_start) + between if flags.eval_ratio else 0
         self.sharding = _sharding(flags, processes)
         self.whole = self.sharding in ("zero3", "fsdp")
+        # DeepSpeed computes in 16 bits and keeps a float32 copy of what is trained.
+        self._half = self.sharding.startswith("zero") and self.autocast
+        self._trained_bytes = 2.0 if self._half else 4.0
 
     def parameters(self, model: ModelFacts) -> ParameterCounts:
         """What is trained and what is frozen."""
@@ -216,16 +213,18 @@ class PlannedTraining:
             tokens: computed by the largest forward pass, padding included.
             base: what the process takes before there is a model.
         """
+        weights = model.parameters * (min(2.0, self.weight_bytes) if self._half else self.weight_bytes)
+        weights += self.trained(model) * self._trained_bytes if self.flags.lora else 0.0
+        parts = {"the process": base, "weights": weights / (self.processes if self.whole else 1)}
+        return Memory({**parts, **self.step_memory(model, tokens).parts})
+
+    def step_memory(self, model: ModelFacts, tokens: int) -> Memory:
+        """The part of ``memory`` that a step takes beside the model."""
         flags, ranks, trained = self.flags, self.processes, self.trained(model)
         deepspeed = self.sharding.startswith("zero")
-        half = deepspeed and self.autocast  # DeepSpeed computes in 16 bits and keeps a float32 copy of what is trained
-        trained_bytes = 2.0 if half else 4.0
-        weights = model.parameters * (min(2.0, self.weight_bytes) if half else self.weight_bytes)
-        weights += trained * trained_bytes if flags.lora else 0.0
-        states = trained * (optimizer_bytes(str(flags.optim)) + (4.0 if half else 0.0))
+        states = trained * (_optimizer_bytes(flags.optim) + (4.0 if self._half else 0.0))
+        trained_bytes = self._trained_bytes
         parts = {
-            "the process": base,
-            "weights": weights / (ranks if self.whole else 1),
             "gradients": trained * trained_bytes / (ranks if self.whole or self.sharding == "zero2" else 1),
             "optimizer": states / (ranks if self.whole or deepspeed else 1),
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from codeact.base.console import aligned
+from codeact.base.console import Progress, aligned
 from codeact.base.devices import resolve_dtype
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
 from codeact.models.loading import load_causal_lm, load_tokenizer, quiet_transformers
-from codeact.ops.flops import ModelShape
+from codeact.ops.flops import Memory, ModelFacts
 from codeact.text.conversations import Sample
 from codeact.training.arguments import TrainerArguments
 from codeact.training.cost import CostMonitor
 from codeact.training.data import TrainingData
 from codeact.training.flags import TrainSettings
 from codeact.training.folder import TrainResult, claim, finished, write_result
-from codeact.training.room import check_memory, check_room, pass_memory, state_memory, trained_parameters
+from codeact.training.room import PlannedTraining, check_memory, check_room, trained_parameters
 from codeact.training.trainer import PackTrainer, sharding_asked_for
 
 
@@ -55,7 +56,7 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
         _say(arguments, aligned(_result_lines(settings, done)))
         return done
     resume = claim(settings, data)
-    model = _model(settings)
+    model, facts = _model(settings)
     options = {"eval_samples": data.held_out or None, "processing_class": tokenizer}
     peak = "measure" if arguments.device.type == "cpu" else "auto"
     monitor = CostMonitor(model, arguments.output_dir, peak_flops=peak)
@@ -63,9 +64,11 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
     trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    for callback in (_Log,) if arguments.disable_tqdm else (_Log, _Bar):
-        trainer.add_callback(callback())
-    needs, tokens = _step_memory(trainer)
+    trainer.add_callback(_Shown(bar=not arguments.disable_tqdm))
+    needs, tokens = Memory({}), trainer.largest_pass()
+    if facts is not None and not sharding_asked_for(arguments):  # else DeepSpeed or FSDP decides what a rank holds
+        flags = settings.flags(fused_loss=trainer.fused)
+        needs = PlannedTraining(flags, arguments.world_size).step_memory(facts, tokens)
     _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
     _check_fits(trainer, needs, tokens)
     if resume:
@@ -101,8 +104,8 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-def _model(settings: TrainSettings) -> Any:
-    """The model that is trained, adapters on."""
+def _model(settings: TrainSettings) -> tuple[Any, ModelFacts | None]:
+    """The model that is trained, adapters on, and what is known of it without them."""
     wanted, arguments = settings.model, settings.trainer
     name = wanted.model_name_or_path or ""
     quantization = quantization_config(wanted.quantize, _autocast_dtype(arguments))
@@ -112,16 +115,11 @@ def _model(settings: TrainSettings) -> Any:
         raise InputError(
             f"--max_seq_len {settings.packs.max_seq_len} is more than the {positions} positions of {name}; lower it"
         )
-    if not wanted.lora:
-        return model
-    return add_lora(
-        model,
-        wanted.lora_r,
-        wanted.lora_alpha,
-        wanted.lora_dropout,
-        wanted.lora_target_modules,
-        bool(arguments.activation_checkpointing),
-    )
+    facts = ModelFacts.of(model, name)
+    if wanted.lora:
+        sizes = (wanted.lora_r, wanted.lora_alpha, wanted.lora_dropout, wanted.lora_target_modules)
+        model = add_lora(model, *sizes, bool(arguments.activation_checkpointing))
+    return model, facts
 
 
 def _autocast_dtype(arguments: TrainerArguments) -> torch.dtype:
@@ -135,31 +133,7 @@ def _weight_dtype(settings: TrainSettings) -> torch.dtype:
     return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
 
 
-def _step_memory(trainer: PackTrainer) -> tuple[dict[str, float], int]:
-    """Bytes that a step takes beside the model, by what holds them (none where the widths are not known); its tokens.
-
-    Sharded models are not estimated: what a rank holds is the business of DeepSpeed and FSDP.
-    """
-    arguments, model = trainer.args, trainer.model
-    tokens = trainer.largest_pass()
-    shape = ModelShape.from_config(model.config)
-    if shape is None or sharding_asked_for(arguments):
-        return {}, tokens
-    adapted = (module for module in model.modules() if hasattr(module, "lora_A"))
-    wide = _autocast_dtype(arguments) == torch.float32 and model.dtype == torch.float32
-    needs = pass_memory(
-        shape,
-        tokens,
-        element_bytes=4 if wide else 2,
-        checkpointing=bool(arguments.activation_checkpointing or arguments.gradient_checkpointing),
-        fused_loss=trainer.fused,
-        adapted_inputs=sum(module.in_features for module in adapted),
-    )
-    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    return {**needs, "gradients and optimizer": state_memory(model, optimizer)}, tokens
-
-
-def _check_fits(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> None:
+def _check_fits(trainer: PackTrainer, needs: Memory, tokens: int) -> None:
     arguments = trainer.args
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
     place = "this machine" if arguments.device.type == "cpu" else str(arguments.device)
@@ -184,7 +158,7 @@ def _stop_where_answers_end(model: Any, samples: Sequence[Sample]) -> None:
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> list[tuple[str, str]]:
+def _plan_lines(trainer: PackTrainer, needs: Memory, tokens: int) -> list[tuple[str, str]]:
     arguments, dataset, options = trainer.args, trainer.train_dataset, trainer.options
     items, count = len(dataset), len(dataset.samples)
     attention = trainer.model.config._attn_implementation
@@ -200,7 +174,7 @@ def _plan_lines(trainer: PackTrainer, needs: dict[str, float], tokens: int) -> l
     return [
         ("rows", rows),
         ("a step", f"{in_step:,} {unit} on {arguments.world_size} x {arguments.device.type}, {dtype}, {attention}"),
-        ("a pass", f"up to {tokens:,} tokens" + (f", about {sum(needs.values()) / GIB:.2f} GiB" if needs else "")),
+        ("a pass", f"up to {tokens:,} tokens" + (f", about {needs.total / GIB:.2f} GiB" if needs.parts else "")),
         ("trained", f"{trained:,} of {trainer.model.num_parameters():,} parameters"),
     ]
 
@@ -225,18 +199,25 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
 
 
-class _Bar(ProgressCallback):  # type: ignore[misc]
-    """Trainer's bar of steps, and no other."""
+class _Shown(TrainerCallback):  # type: ignore[misc]
+    """How far it is, and a log as one short line instead of a dictionary; the loggers get everything."""
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Show no second bar."""
+    def __init__(self, bar: bool) -> None:
+        self._bar, self._stack = bar, ExitStack()
 
-    def on_log(self, *_: Any, **__: Any) -> None:
-        """Leave the log to ``_Log``."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show what is left of the steps."""
+        shown = self._bar and state.is_world_process_zero
+        bar = Progress(state.max_steps - state.global_step, "steps", "training", show=shown)
+        self._step = self._stack.enter_context(bar)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One more is done."""
+        self._step(1)
 
-class _Log(TrainerCallback):  # type: ignore[misc]
-    """A log as one short line instead of a dictionary; the loggers get everything."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the terminal to others."""
+        self._stack.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Print what a person looks at."""

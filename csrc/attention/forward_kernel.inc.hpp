@@ -33,21 +33,6 @@ float softmax(float* scores, std::int64_t seen, std::int64_t padded, float scale
   return total;
 }
 
-void store_elements(const float* values, std::int64_t count, bool bfloat16, unsigned char* target) {
-  if (!bfloat16) {
-    __builtin_memcpy(target, values, static_cast<unsigned long>(count) * sizeof(float));
-    return;
-  }
-  auto* halves = reinterpret_cast<std::uint16_t*>(target);
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, values + i, sizeof bits);
-    // To nearest, ties to even; a NaN stays one.
-    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    halves[i] = static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? 0x7fc0U : rounded);
-  }
-}
-
 template <class Byte>
 Byte* row_at(const BasicAttentionRows<Byte>& rows, std::int64_t token, int head) {
   return rows.data + token * rows.stride + head * rows.head_stride;

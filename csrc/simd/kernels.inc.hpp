@@ -29,6 +29,23 @@ struct RowSums {
   float* sums;       // (rows, lanes)
 };
 
+// A row of logits as the head's product left them: without bias and softcap.
+struct LogitsRow {
+  unsigned char* data;
+  std::int64_t columns;
+  std::int64_t target;
+  bool bfloat16;
+  const float* bias;  // (columns,) or null
+  float softcap;      // 0: none
+};
+
+// The sum of the exponentials of a row is exp(largest) * sum.
+struct RowTotal {
+  float largest;
+  float sum;
+  float target_logit;
+};
+
 // Rows of elements, one a token and head: token t of head h is `t * stride + h * head_stride` bytes from the first.
 template <class Byte>
 struct BasicAttentionRows {
@@ -105,6 +122,9 @@ struct Kernels {
                      const std::int64_t* targets, float* target_logits, RowSums sums);
   // (rows, lanes) -> (rows,)
   void (*add_lanes)(const float* sums, std::int64_t rows, float* totals);
+  RowTotal (*total_row)(const LogitsRow& row);
+  // Writes scale * d loss / d logit over the logits.
+  void (*slope_row)(const LogitsRow& row, const RowTotal& total, float scale);
   // Rounds to nearest, ties to even; a NaN stays one.
   void (*store_row)(const float* values, std::int64_t count, bool bfloat16, unsigned char* target);
   void (*attend)(const AttentionPart& part, const WritableAttentionRows& output, const AttentionScratch& scratch);

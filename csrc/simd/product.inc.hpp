@@ -64,6 +64,21 @@ inline Isa::Vec row_floats(const unsigned char* row, std::int64_t first, std::in
   return bfloat16 ? Isa::widen_bfloat16(elements.data) : Isa::load_words(elements.data);
 }
 
+void store_elements(const float* values, std::int64_t count, bool bfloat16, unsigned char* target) {
+  if (!bfloat16) {
+    __builtin_memcpy(target, values, static_cast<unsigned long>(count) * sizeof(float));
+    return;
+  }
+  auto* halves = reinterpret_cast<std::uint16_t*>(target);
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, values + i, sizeof bits);
+    // To nearest, ties to even; a NaN stays one.
+    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    halves[i] = static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? 0x7fc0U : rounded);
+  }
+}
+
 void pack_row(const unsigned char* row, std::int64_t columns, bool bfloat16, int place, std::uint32_t* tile) {
   const std::int64_t words = words_of(columns);
   for (std::int64_t word = 0; word < words; word += kLanes) {

@@ -4,6 +4,7 @@
 #include "attention/backward_kernel.inc.hpp"
 #include "attention/forward_kernel.inc.hpp"
 #include "nll/linear_nll_kernel.inc.hpp"
+#include "nll/loss_slope_kernel.inc.hpp"
 
 namespace codeact {
 namespace {
@@ -18,6 +19,8 @@ constexpr Kernels kKernels = {.tile_rows = kRows,
                               .pack_panel = pack_panel,
                               .accumulate = accumulate,
                               .add_lanes = add_lanes,
+                              .total_row = total_row,
+                              .slope_row = slope_row,
                               .store_row = store_elements,
                               .attend = attend,
                               .attend_backward = attend_backward};

@@ -2,10 +2,10 @@
 
     python -m codeact_kernels.compile_report [--chip sm_90 ...] [--json FILE]
 
-What is compiled is what ``linear_nll`` and ``segment_sums`` launch for one realistic problem, through Triton's own
-launch path with a driver that only names a chip. Registers and stack (spilled registers show there) are ptxas's and
-LLVM's numbers; matrix instructions are counted in the machine code. Exit code 1 if a kernel spills, needs more shared
-memory than the chip has, or lacks the matrix instructions that its dtype should get.
+What is compiled is what ``linear_nll``, ``loss_and_slope`` and ``segment_sums`` launch for one realistic problem,
+through Triton's own launch path with a driver that only names a chip. Registers and stack (spilled registers show
+there) are ptxas's and LLVM's numbers; matrix instructions are counted in the machine code. Exit code 1 if a kernel
+spills, needs more shared memory than the chip has, or lacks the matrix instructions that its dtype should get.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from codeact_kernels import linear_nll, segments, tiles
+from codeact_kernels import linear_nll, loss_slope, segments, tiles
 from codeact_kernels.tiles import Launch
 
 TARGETS = {
@@ -86,13 +86,15 @@ class NamedChip:
         self._target = target
 
     def get_current_target(self) -> GPUTarget:
+        """The chip to compile for."""
         return self._target
 
     def get_current_device(self) -> str:
-        # Triton keeps what it compiled by device: one for every chip.
+        """One for every chip: Triton keeps what it compiled by device."""
         return str(self._target)
 
     def get_current_stream(self, device: str) -> int:
+        """Nothing is launched on it."""
         return 0
 
 
@@ -120,6 +122,11 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
             found.append((variant, [k1]))
             if dtype == torch.bfloat16 and not name:
                 found.append(("", [k2]))
+    for dtype in tiles.DTYPES:
+        for name, bias, softcap, scale in (("", None, None, None), (" bias softcap scale", meta(_V), 30.0, meta(_T))):
+            logits, labels = meta(_T, _V, dtype=dtype), meta(_T, dtype=torch.int64)
+            k4 = loss_slope.loss_slope_launch(logits, labels, bias, softcap, -100, scale, True, meta(_T))
+            found.append((f"{str(dtype).removeprefix('torch.')}{name}", [k4]))
     for variant, targets in (("", None), ("targets", meta(_T, dtype=torch.int64))):
         outputs = (meta(_SAMPLES, dtype=torch.float64), meta(_SAMPLES, dtype=torch.int32))
         bounds = meta(_SAMPLES + 1, dtype=torch.int32)
@@ -204,6 +211,7 @@ def table(reports: Iterable[Report]) -> str:
 
 
 def main() -> None:
+    """Compile every kernel for every chip; the exit code is 1 where one has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=list(TARGETS), help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")

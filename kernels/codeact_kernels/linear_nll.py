@@ -275,6 +275,7 @@ def launches(
 def compute_nll(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int
 ) -> Tensor:
+    """What ``linear_nll`` computes, of operands that were checked: as many launches as ``MAX_TOKENS`` asks for."""
     tokens = hidden.shape[0]
     nll = hidden.new_empty(tokens, dtype=torch.float32)
     if tokens == 0:

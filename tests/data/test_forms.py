@@ -121,13 +121,12 @@ def test_what_is_read_and_what_is_not_is_told_once(
 
 def test_every_command_reads_the_same(tmp_path: Any) -> None:
     from codeact.data.settings import DataSettings
-    from codeact.text.conversations import open_conversations
     from codeact.training.data import _open
     from codeact.training.options import DataArguments
 
     path = str(tmp_path / "data.jsonl")
     write_jsonl(path, [{"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["h", "i"]]}])
-    (row,) = open_conversations(path)
+    (row,) = open_records(path)
     assert isinstance(row, Record)
     assert row.turns == ((S, "s"), (U, "h"), (A, "i"), (U, "q\ni"), (A, "a"))
     for records in (DataSettings(source=path).open(), _open(DataArguments(), path), open_records(path)):

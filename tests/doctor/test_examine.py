@@ -151,8 +151,8 @@ def test_no_bubblewrap(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     found = doctor_probes.run_probe("sandbox")
     assert found["state"] == "no"
-    line = doctor._finding(doctor_probes.ITEMS["sandbox"], found, has_gpu=False)
+    line = doctor._finding(doctor_probes.ITEMS["sandbox"], found)
     assert "bubblewrap" in line.command
     refused = {**found, "state": "broken", "detail": "RuntimeError: no user namespaces"}
-    line = doctor._finding(doctor_probes.ITEMS["sandbox"], refused, has_gpu=False)
+    line = doctor._finding(doctor_probes.ITEMS["sandbox"], refused)
     assert "allow user namespaces" in line.command

@@ -14,8 +14,10 @@ from typing import Any
 from unittest import mock
 
 import codeact_kernels.linear_nll
+import codeact_kernels.loss_slope
 import codeact_kernels.segments  # noqa: F401  # registers the operators
 import torch
+import torch.nn.attention.varlen  # registers torch_attn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing

@@ -34,7 +34,7 @@ def of(reports, chip, kernel="partial_nll"):
 @pytest.mark.parametrize("chip", TARGETS)
 def test_every_kernel_is_there(reports, chip):
     found = {r.kernel for r in reports if r.chip == chip}
-    expected = {"partial_nll", "merge_nll", "sum_segments"}
+    expected = {"partial_nll", "merge_nll", "loss_slope", "sum_segments"}
     assert found == (expected | {"partial_nll_descriptors"} if chip in ("sm_90", "sm_100") else expected)
     dtypes = {r.variant.split()[0] for r in of(reports, chip)}
     assert dtypes == {"bfloat16", "float16", "float32"}

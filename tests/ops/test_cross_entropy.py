@@ -63,7 +63,8 @@ EXTRAS = ["plain", "bias", "softcap", "both"]
     ("size", "dtype", "extra", "reduction"), pairwise(SIZES, [*TOLERANCES], EXTRAS, ["mean", "sum", "none"])
 )
 def test_equals_autograd_through_all_logits(monkeypatch, size, dtype, extra, reduction):
-    monkeypatch.setattr(module, "_BLOCK_LOGITS", 2000)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8000)
+    monkeypatch.setattr(module, "_PART", 64)
     operands = problem(*size, dtype=dtype, bias=extra in ("bias", "both"))
     operands[2][1::4] = -100
     upstream = torch.linspace(0.5, 2.0, size[0]) if reduction == "none" else torch.tensor(0.7)
@@ -80,7 +81,7 @@ def test_equals_autograd_through_all_logits(monkeypatch, size, dtype, extra, red
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(monkeypatch, reduction, softcap):
-    monkeypatch.setattr(module, "_BLOCK_LOGITS", 21)  # three rows a block
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 21 * 8)  # three rows a block
     hidden, weight, targets, bias = problem(5, 3, 7, dtype=torch.float64, bias=True)
     targets[2] = -100
     assert torch.autograd.gradcheck(
@@ -101,7 +102,14 @@ def test_a_frozen_operand_gets_no_gradient(frozen, reduction):
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
     operands = problem(9, 4, 11)
-    monkeypatch.setattr(module._Gradients, "add", None)
+    monkeypatch.setattr(module, "_add_product", None)
+    real = module.loss_and_slope
+
+    def without_slope(*arguments):
+        assert not arguments[-1]
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "loss_and_slope", without_slope)
     with torch.no_grad():
         loss = linear_cross_entropy(*operands[:3])
     assert not loss.requires_grad
@@ -182,7 +190,7 @@ class _LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_holds_no_more_than_a_block_of_logits(monkeypatch, reduction):
-    monkeypatch.setattr(module, "_BLOCK_LOGITS", 4096)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4096 * 4)
     hidden, weight, targets, _ = problem(600, 2, 1000)
     watch = _LargestResult(but={(1000, 2), (2, 1000)})
     with watch:
@@ -229,3 +237,37 @@ def test_rows_of_a_batch_are_its_tokens_end_to_end(shape, reduction):
 def test_unknown_reduction():
     with pytest.raises(InputError, match="reduction 'means' is unknown; choose one of: mean"):
         linear_cross_entropy(*problem(3, 4, 7)[:3], reduction="means")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the mock stands in for a device that is here")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_on_a_device_every_product_has_one_shape_and_the_host_never_waits(monkeypatch, backend, scaled):
+    """On a mock device, which raises where the host would wait; no kernel was run on a real one."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tests.helpers.mock_cuda import MockCuda, OnDevice
+
+    monkeypatch.setenv("CODEACT_BACKEND", backend)
+    monkeypatch.setattr(module, "_DEVICE_BLOCK_ROWS", 16)
+    operands = [operand.detach() for operand in problem(37, 8, 50, bias=True)]
+    operands[2][1::4] = -100
+    head = module._Head(softcap=3.0, ignore_index=-100, product_dtype=torch.float32, sum_dtype=torch.float32)
+    hidden, weight, targets, bias = operands
+    scale = torch.linspace(0.5, 2.0, 37) if scaled else None
+    theirs = loss_and_gradients(
+        reference,
+        [o if o.dtype == torch.int64 else o.double().requires_grad_() for o in operands],
+        1.0 if scale is None else scale.double(),
+        softcap=3.0,
+        reduction="none",
+    )
+    with MockCuda(monkeypatch) as mode:
+        hidden, weight, targets, bias = map(OnDevice, operands)
+        upstream = None if scale is None else OnDevice(scale)
+        losses, gradients = module._in_blocks(hidden, weight, bias, targets, head, (True, True, True), upstream)
+        seen = [args for func, args, _ in mode.seen if func is torch.ops.aten.mm.out]
+        total = linear_cross_entropy(hidden, weight, targets, bias, 3.0)
+    assert [(tuple(a.shape), tuple(b.shape)) for a, b in seen] == [((16, 8), (8, 50))] * 3
+    assert_near([tensor.inner for tensor in (losses, *gradients)], theirs, 1e-5)
+    kept = operands[2] != -100
+    torch.testing.assert_close(total.inner.double(), theirs[0][kept].mean(), rtol=1e-5, atol=0)

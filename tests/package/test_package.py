@@ -154,7 +154,7 @@ def test_wheel_metadata(wheel):
     assert metadata["Version"] == codeact.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = {"score", "select", "train", "eval", "report", "all", "demo", "sandbox", "deepspeed"}
-    extras |= {"gpu", "vllm", "evalplus", "bench", "dev"}
+    extras |= {"gpu", "vllm", "evalplus", "bench", "docs", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     assert b"codeact = codeact.__main__:main" in archive.read(f"{folder}/entry_points.txt")
     tag = email.message_from_bytes(archive.read(f"{folder}/WHEEL"))["Tag"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 from codeact.base.console import percent, visible
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.report.page import write_report
-from codeact.report.rows import draw_positions, read_report_rows
+from codeact.report.rows import Rows, draw_positions
 from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -98,8 +98,7 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
 
 
 def test_the_captions_are_computed(folder: Path, page: Page) -> None:
-    rows = read_report_rows(folder)
-    assert rows is not None
+    rows = Rows(folder)
     assert rows.chosen is not None
     scored = np.isfinite(rows.ifd)
     gain = (rows.uncond - rows.cond)[scored]
@@ -243,14 +242,7 @@ def test_no_run_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
 def test_a_missing_extra_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: object, **more: object):
-        if name.partition(".")[0] == library:
-            raise ImportError(name)
-        return real(name, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingExtraError, match=rf'{library}: pip install "codeact\[report\]"'):
         write_report(copy)
 

@@ -11,14 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
-from codeact.data.records import BadRow, Record, write_jsonl
+from codeact.data.records import BadRow, Record, open_records, write_jsonl
 from codeact.text.conversations import (
     IGNORE,
     Refused,
     Sample,
     count_conversations,
     encode_conversations,
-    open_conversations,
 )
 from codeact.text.formats import CHAT_FORMATS
 from codeact.text.spans import SpanEncoder, SpannedText
@@ -363,7 +362,7 @@ class TestFiles:
     )
     def test_every_form_gives_the_same(self, tokenizer, tmp_path, line):
         write_jsonl(tmp_path / "data.jsonl", [line, line])
-        results = encode_conversations(open_conversations(tmp_path / "data.jsonl"), tokenizer)
+        results = encode_conversations(open_records(tmp_path / "data.jsonl"), tokenizer)
         expected = encode_one(row("Q", "A"), tokenizer)
         assert len(results) == 2
         for result in results:
@@ -372,21 +371,21 @@ class TestFiles:
 
     def test_an_input_column_is_not_lost(self, tokenizer, tmp_path):
         write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Q", "input": "more", "output": "A"}])
-        (record,) = open_conversations(tmp_path / "data.jsonl")
+        (record,) = open_records(tmp_path / "data.jsonl")
         assert record.question == "Q\nmore"
 
     def test_a_conversation_without_an_answer(self, tokenizer, tmp_path):
         lines = [{"conversation": TURNS[:1]}, {"conversation": TURNS}, {"conversation": []}]
         (tmp_path / "data.json").write_text(json.dumps(lines))
-        results = encode_conversations(open_conversations(tmp_path / "data.json"), tokenizer)
+        results = encode_conversations(open_records(tmp_path / "data.json"), tokenizer)
         assert count_conversations(results).refused == {"bad_conversation": 2}
 
     def test_other_columns_and_no_file(self, tmp_path):
         write_jsonl(tmp_path / "data.jsonl", [{"problem": "Q", "solution": "A"}])
         with pytest.raises(InputError, match="instruction"):
-            open_conversations(tmp_path / "data.jsonl")
+            open_records(tmp_path / "data.jsonl")
         with pytest.raises(InputError, match=r"nowhere\.jsonl"):
-            open_conversations(tmp_path / "nowhere.jsonl")
+            open_records(tmp_path / "nowhere.jsonl")
 
     @pytest.mark.parametrize("model_type", ["chat", "llama3", "codellama"])
     def test_answers_that_are_not_to_be_learnt_are_context(self, tokenizer, model_type):

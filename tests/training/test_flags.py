@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from codeact.base.errors import InputError
+from codeact.ops.flops import Memory, ModelFacts, ModelShape
 from codeact.training import room
 from codeact.training.flags import check_flags, parse
 
@@ -142,21 +143,39 @@ def test_steps_that_are_known_count_exactly(tmp_path, small_disk):
     [
         ({"activations": 3e9, "logits": 1e9}, "lower --per_device_train_batch_size or --max_seq_len"),
         ({"activations": 1e9, "logits": 3e9}, "--fused_loss True"),
-        ({"activations": 1e9, "gradients and optimizer": 3e9}, "--lora True"),
+        ({"activations": 1e9, "gradients": 1.3e9, "optimizer": 1.7e9}, "--lora True"),
     ],
 )
 def test_a_step_that_does_not_fit_says_what_to_lower(needs, remedy):
-    room.check_memory(needs, 5e9, 2048, "this machine")
+    room.check_memory(Memory(needs), 5e9, 2048, "this machine")
     with pytest.raises(InputError, match=r"2,048 tokens needs about 3.7 GiB .* 2.8 GiB are left on cuda:0") as caught:
-        room.check_memory(needs, 3e9, 2048, "cuda:0")
+        room.check_memory(Memory(needs), 3e9, 2048, "cuda:0")
     assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora": True, "lora_r": 4}])
+def test_a_model_that_is_here_is_counted_as_it_is_trained(flags):
+    """Before its adapters are there: what of it will have gradients, as they have them then."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from codeact.models.adapters import add_lora
+
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    facts = ModelFacts.of(model, "here")
+    assert facts.parameters == model.num_parameters()
+    known = check_flags({"lora_dropout": 0.0, **flags}, "train", here=False)
+    if known.lora:
+        model = add_lora(model, known.lora_r, known.lora_alpha, 0.0, known.lora_target_modules)
+    needs = room.PlannedTraining(known).step_memory(facts, 256).parts
+    assert needs["gradients"] == 4 * room.trained_parameters(model)
+    assert needs["optimizer"] == 8 * room.trained_parameters(model)
 
 
 def test_the_estimate_of_a_pass_is_near_what_pytorch_keeps():
     """Saved tensors of a plain Llama, counted by autograd."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from codeact.ops.flops import ModelShape
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,

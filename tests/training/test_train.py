@@ -82,6 +82,16 @@ def test_modes(train, selected, tmp_path, mode, scope):
     assert mode in text or "packs of" in text
 
 
+def test_how_far_it_is_is_said(train, selected, tmp_path):
+    options = ("--save_strategy", "no", "--disable_tqdm", "False", "--logging_steps", 1)
+    code, text, err = train("--data_path", selected, "--output_dir", tmp_path, *FEW, *options)
+    assert code == 0, err
+    steps = len(json.loads((tmp_path / "cost.json").read_text())["steps"]["seconds"])
+    told = [line for line in err.splitlines() if line.endswith("to do")]
+    assert told == [f"tokenizing {selected}: 30 rows to do", f"training: {steps} steps to do"]
+    assert f"step {steps}/{steps}  loss" in text
+
+
 def test_a_file_of_flags_is_the_same_as_flags(train, selected, tmp_path, tiny_model_path):
     flags = {
         "model_name_or_path": str(tiny_model_path),
