@@ -2,16 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# uv installs in a tenth of the time; UV= for pip.
+UV ?= $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs includes constraints wheel-check bench models sandbox browser format clean
+.PHONY: help demo test test-matrix check docs includes constraints wheel-check bench models sandbox browser format clean
 
 help:
 	@echo "make demo    score, embed, cluster, select, train, evaluate on small models and real code (3 to 6 minutes on 2 cores)"
 	@echo "make test    all tests"
+	@echo "make test-matrix   the tests with the lowest and the newest libraries, each in an environment of its own (10 GB)"
 	@echo "make check   lint, types, format, pages, sanitizers over the C++"
 	@echo "make docs    the pages and the public names by their docstrings, as a site: build/docs/index.html"
 	@echo "make bench   every benchmark; figures and tables in benchmarks/results"
@@ -20,20 +24,22 @@ $(BIN)/codeact: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	@command -v $(PYTHON) >/dev/null || { echo "codeact: $(PYTHON) not found; install Python 3.11 or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "codeact: Python 3.11 or newer is needed; say make PYTHON=..."; exit 1; }
 	@for c in "$${CXX:-c++}" g++ clang++; do command -v $$c >/dev/null && exit 0; done; echo "codeact: no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++; macOS: xcode-select --install)"; exit 1
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(if $(UV),$(UV) venv -q --python $(PYTHON),$(PYTHON) -m venv) $(VENV)
 	@echo "installing codeact and its pinned dependencies into $(VENV) ..."
-	@$(BIN)/python -m pip install -q -c constraints.txt -U pip
-	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
+	@$(if $(UV),,$(INSTALL) -c constraints.txt -U pip)
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(INSTALL) -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
 models: $(BIN)/codeact
 	@$(BIN)/python -m codeact.run.demo_models >/dev/null
 
-# What isolates generated programs; where it cannot be had, their tests are skipped and the demo leaves them out.
-sandbox:
-	@command -v bwrap >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+# What isolates generated programs comes with the extra sandbox; the system's may isolate where that may not. Where
+# nothing does, their tests are skipped and the demo leaves them out.
+sandbox: $(BIN)/codeact
+	@$(BIN)/python -c 'from codeact.evaluation.sandbox.sandbox import Limits, Sandbox; Sandbox(Limits())' 2>/dev/null || \
+	  { ! command -v bwrap >/dev/null && test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 	  { apt-get install -qq -y bubblewrap || { apt-get update -qq && apt-get install -qq -y bubblewrap; }; } >/dev/null 2>&1; } || \
-	  echo "codeact: no bubblewrap: generated programs will not be run (Debian, Ubuntu: apt-get install bubblewrap)"
+	  echo "codeact: generated programs will not be run: no bubblewrap isolates here (docs/install.md, Containers)"
 
 # What looks at the report; where it cannot be had, those tests are skipped.
 browser:
@@ -46,6 +52,10 @@ demo: models sandbox
 
 test: models sandbox browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+# MATRIX_ARGS="base-lowest" takes minutes, all of it hours.
+test-matrix: $(BIN)/codeact sandbox
+	$(BIN)/python tests/package/matrix.py $(MATRIX_ARGS)
 
 # Compiled once for each instruction set, and the linker keeps one copy of an inline function of the standard library.
 includes:
@@ -79,7 +89,7 @@ wheel-check:
 	cd build/wheel-check && PATH=/nowhere bin/codeact doctor && PATH=/nowhere bin/python ../../tests/package/wheel_smoke.py
 
 bench: models sandbox
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	@$(INSTALL) -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks
 
 format: $(BIN)/codeact

@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -562,7 +563,12 @@ def _in_process(name: str, device: str, small: bool, sender: Any, log: Path) -> 
 def install_wheels(wheels: Path, site: Path) -> None:
     """Install what lies in ``wheels`` into ``site``, for this process and those that it starts."""
     if wheels.is_dir() and (files := sorted(map(str, wheels.glob("*.whl")))):
-        run("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), *files)
+        if importlib.util.find_spec("pip"):
+            run("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), *files)
+        else:  # an environment made by uv
+            for file in files:
+                with zipfile.ZipFile(file) as archive:
+                    archive.extractall(site)
         sys.path.insert(1, str(site))
     paths = [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

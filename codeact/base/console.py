@@ -50,7 +50,8 @@ def say(text: str) -> None:
             from tqdm import tqdm
 
             stack.enter_context(tqdm.external_write_mode(sys.stderr))
-        print(visible(text), file=sys.stderr, flush=True)
+        # In one piece: print writes the end of a line by itself, and other processes write here too.
+        print(f"{visible(text)}\n", end="", file=sys.stderr, flush=True)
 
 
 def aligned(rows: Sequence[Sequence[str | None]], left: int = 2, *, markdown: bool = False) -> str:

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,27 @@ def _process_cache() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     say(f"no home to write to: the cache is {folder} and goes with this process; CODEACT_CACHE names one that stays")
     return Path(folder)
+
+
+def download(url: str, *, most: int, seconds: float) -> bytes:
+    """What is at an address: ``most`` bytes in ``seconds`` at most.
+
+    Raises:
+        OSError: it cannot be had, or is longer, or takes longer.
+    """
+    import http.client
+    import urllib.request
+
+    content, until = bytearray(), time.monotonic() + seconds
+    try:
+        with urllib.request.urlopen(url, timeout=min(20.0, seconds)) as answer:
+            while part := answer.read1(1 << 16):
+                content += part
+                if time.monotonic() > until or len(content) > most:
+                    raise TimeoutError(f"{len(content):,} bytes in {seconds:.0f} s, and no end")
+    except http.client.HTTPException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+    return bytes(content)
 
 
 @contextmanager

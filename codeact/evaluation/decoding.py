@@ -211,11 +211,13 @@ def next_logits(
     """Logits (B, V) of what follows ``ids`` (B, S), after what the cache holds; None: after nothing."""
     known = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
-    recurrent = "cache_params" in known  # Mamba: a state instead of keys; its mask is of these ids alone
+    # Mamba: a state instead of keys; its mask is of these ids alone. transformers 5.24 calls every cache "cache".
+    recurrent = "cache_params" in known or (getattr(model, "_is_stateful", False) and "position_ids" not in known)
     if len(ids) > 1 or cache is not None:
         inputs |= {"attention_mask": mask[:, -ids.shape[1] :] if recurrent else mask, "position_ids": positions}
     if cache is not None:
-        inputs["cache_params" if recurrent else "past_key_values"] = cache
+        names = ("cache", "cache_params", "past_key_values")
+        inputs[next((name for name in names if name in known), "past_key_values")] = cache
     if "logits_to_keep" in known:
         inputs["logits_to_keep"] = 1
     return model(**inputs).logits[:, -1]  # type: ignore[no-any-return]

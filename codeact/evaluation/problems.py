@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import http.client
 import os
-import time
 import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from typing import Any
 
 from codeact.base.console import say
 from codeact.base.errors import InputError, one_of
-from codeact.base.files import atomic_path, cache_path
+from codeact.base.files import atomic_path, cache_path, download
 from codeact.base.parsing import parse_json, read_file
 
 DATASETS = ("humaneval", "mbpp")
@@ -178,15 +175,10 @@ def _download(dataset: str) -> bytes:
     url, expected = _RELEASES[dataset]
     host = urllib.parse.urlsplit(url).hostname
     say(f"downloading the problems of {dataset} from {host} ...")
-    content, until = b"", time.monotonic() + _DOWNLOAD_SECONDS
     try:
-        with urllib.request.urlopen(url, timeout=min(20.0, _DOWNLOAD_SECONDS)) as answer:
-            while part := answer.read1(1 << 16):
-                content += part
-                if time.monotonic() > until or len(content) > _MOST_BYTES:
-                    raise TimeoutError(f"{len(content):,} bytes in {_DOWNLOAD_SECONDS:.0f} s, and no end")
+        content = download(url, most=_MOST_BYTES, seconds=_DOWNLOAD_SECONDS)
         digest = hashlib.sha256(gzip.decompress(content)).hexdigest()
-    except (OSError, EOFError, zlib.error, http.client.HTTPException) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot download the problems of {dataset} ({error}); {remedy_for(dataset)}") from None
     if digest != expected:
         raise InputError(f"{url} has sha256 {digest}, expected {expected}: refused; {remedy_for(dataset)}")

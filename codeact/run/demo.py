@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 from codeact.base.devices import cpu_has_bf16
@@ -25,7 +26,7 @@ def demo(output: Path, rows: int) -> None:
     for library in ("torch", "transformers", "sentence_transformers", "peft", "matplotlib", "gguf"):
         if importlib.util.find_spec(library) is None:  # not only after the download
             raise MissingExtraError(library, "demo", "the demo")
-    shipped = read_settings("demo", settings_class(STAGES))
+    shipped = read_settings(str(files("codeact") / "configs" / "demo.yaml"), settings_class(STAGES))
     data, config = output / "stdlib.jsonl", output / "run.yaml"
     print(write_harvest("stdlib", data, limit=rows), file=sys.stderr)
     changes = {

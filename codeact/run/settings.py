@@ -144,9 +144,10 @@ def _is_run(entry: Any) -> bool:
 def shipped(path: Path) -> Path:
     """The file of that path, or that codeact brings under that name."""
     names = shipped_configs()
-    if path.exists() or (path.suffix and str(path) not in names):  # a name may hold a dot: 6.7b
+    known = str(path) in names  # a name may hold a dot: 6.7b
+    if path.is_file() or (not known and (path.suffix or path.exists())):
         return path
-    if str(path) not in names:
+    if not known:
         raise InputError(f"no such file: {path}; codeact brings {', '.join(names)}")
     return Path(str(files("codeact") / "configs" / f"{path}.yaml"))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,8 +216,15 @@ def _score_in_processes(
 
     rows = len(data.open())
     shards = -(-rows // settings.shard_size)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (data, settings, str(output), processes)) as pool:
+    begin = (data, settings, str(output), processes)
+    try:
+        workers = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, begin)
+    except OSError as error:  # the queues between them are semaphores of the system
+        raise InputError(
+            f"processes want /dev/shm ({error.strerror}): mount it; or run the command once for each --shard I/N, then "
+            "codeact merge"
+        ) from None
+    with workers as pool:
         try:
             with Progress(rows, "rows", f"scoring in {processes} processes") as step:
                 for task in as_completed([pool.submit(_score_shard, number) for number in range(shards)]):
@@ -234,8 +242,8 @@ def _score_in_processes(
     return ScoreFolder.open(output).merge()
 
 
-_job: ScoreJob
-"""Of a worker process."""
+_job: Callable[[], ScoreJob]
+"""Of a worker process: made by its first task, as an error is the parent's only if a task raises it."""
 
 
 def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, processes: int) -> None:
@@ -257,19 +265,20 @@ def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, proc
     threading.Thread(target=watch, daemon=True).start()
     number = int(multiprocessing.current_process().name.rpartition("-")[2])  # SpawnProcess-1, -2 ...
     global _job  # noqa: PLW0603 - how a pool's initializer hands on what its tasks share
-    _job = prepare(data, _on_own_gpu(settings, number - 1, processes), output)
+    _job = functools.cache(lambda: prepare(data, _on_own_gpu(settings, number - 1, processes), output))
 
 
 def _score_shard(number: int) -> tuple[float, int]:
     """Do the shard if it is missing; returns its rows, and the tokens that were computed."""
-    rows, tokens = _job.folder.shard_rows(number), 0
+    job = _job()
+    rows, tokens = job.folder.shard_rows(number), 0
 
     def count(_: float, more: int) -> None:
         nonlocal tokens
         tokens += more
 
-    if not _job.folder.is_done(number):
-        _job.folder.score(_job.records, _job.scorer, [number], count)
+    if not job.folder.is_done(number):
+        job.folder.score(job.records, job.scorer, [number], count)
     return float(rows), tokens
 
 

@@ -47,7 +47,8 @@ def train(
     """Train ``model`` in place and return the trainer: its ``state`` has the losses, its ``save_model`` the weights.
 
     The loss of a step is the mean over all its labelled tokens, whatever the padding, the accumulation or the ranks.
-    With ``resume_from_checkpoint`` a single process ends bit for bit where it would have without the interruption.
+    With ``resume_from_checkpoint`` a single process ends where it would have without the interruption, on a CPU bit for
+    bit.
 
     Args:
         model: a causal model of transformers, or one that peft has wrapped. dynamic_pack changes its attention.

@@ -64,7 +64,7 @@ OPTIONS = {
     "demo": "run.md",
 }
 
-FOREIGN = {"apt-get", "git", "trl", "axolotl", "."}  # only ever in blocks that are not run
+FOREIGN = {"apt-get", "git", "trl", "axolotl", "docker", "."}  # only ever in blocks that are not run
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
@@ -201,7 +201,7 @@ def check_command(command: Command) -> None:
         assert importlib.util.find_spec(words[at + 1]), f"{place}: there is no module {words[at + 1]}"
         if words[at + 1] == "codeact":
             check_codeact(place, words[at + 2 :])
-    elif program == "pip":
+    elif program in ("pip", "uv"):
         check_pip(place, words[1:])
     elif program == "make":
         for target in words[1:]:
@@ -292,7 +292,8 @@ def test_flags_and_commands_in_the_text_exist(page):
     known = {option for name in OPTIONS if cli_command(name) for option in _opts(name)} | train_flags()
     known |= {f"--{other}" for option in known for other in same_flags(option.removeprefix("--"))}
     known |= {"--help", "--help_all", "--version", "--nproc_per_node", "--config_file"}
-    known |= {"--quick", "--full"}  # of the benchmarks
+    known |= {"--quick", "--full", "--wheels", "--newest", "--tests"}  # of the benchmarks and the matrix
+    known |= {"--cap-add", "--security-opt", "--index-url", "--no-build-isolation"}  # of docker and pip
     text = prose(page)
     if page.name in ("coming-from.md", "CHANGELOG.md"):  # whose first columns are other tools' flags
         text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)

@@ -71,7 +71,7 @@ def test_a_model_that_is_wrong_in_a_batch_or_with_a_cache_is_found_out(broken, m
         if broken == "pad":
             inputs["attention_mask"] = None
         elif inputs["input_ids"].shape[1] == 1:
-            inputs["cache_params"] = None
+            inputs["cache" if "cache" in inputs else "cache_params"] = None
         return plain(**inputs)
 
     forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]

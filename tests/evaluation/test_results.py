@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import signal
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -343,6 +344,10 @@ def test_some_canonical_solutions_of_both_sets(shared_data: Path, sandbox: Sandb
         for problem in problems.problems:
             if int(problem.task_id.split("/")[1]) in chosen[dataset]:
                 verdict = judge_program(problem.reference, truth.tests(problem), sandbox)
+                # From Python 3.12 on `sum` compensates rounding: the bisection ends where steep polynomials are not 0.
+                if problem.task_id == "HumanEval/32" and sys.version_info >= (3, 12):
+                    assert (verdict.base, verdict.plus) == ("pass", "wrong")
+                    continue
                 assert verdict == Verdict(base="pass", plus="pass"), problem.task_id
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = "torch==2.13.0"  # the release that CI has
 # The file of constraints -> the Pythons and platforms that it is for: what vLLM wants has wheels for no others.
-PYTHONS = {"constraints.txt": ("3.11", "3.14"), "constraints-vllm.txt": ("3.11", "3.12")}
+PYTHONS = {"constraints.txt": ("3.11", "3.12", "3.13", "3.14"), "constraints-vllm.txt": ("3.11", "3.12")}
 PLATFORMS = {
     "constraints.txt": ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"),
     "constraints-vllm.txt": ("x86_64-manylinux_2_31",),

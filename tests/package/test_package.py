@@ -5,11 +5,14 @@ from __future__ import annotations
 import email
 import importlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -64,17 +67,40 @@ def test_nothing_unpickles_or_trusts_remote_code():
             assert forbidden not in text, f"{path.name}: {forbidden}"
 
 
+def dockerfile() -> list[tuple[str, str]]:
+    """(instruction, what it says) of docs/Dockerfile."""
+    text = re.sub(r"^#.*\n", "", (ROOT / "docs" / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.replace("\\\n", "").splitlines() if line]
+
+
+def test_the_dockerfile_installs_what_there_is():
+    told = dockerfile()
+    assert told[0][0] == "FROM"
+    assert {name for name, _ in told} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
+    base, _, version = told[0][1].removesuffix("-slim").partition(":")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (base, f"Programming Language :: Python :: {version}" in settings["classifiers"]) == ("python", True)
+    ((constraints, extras),) = [
+        found for _, text in told for found in re.findall(r"pip install .*-c (\S+) \"\.\[([\w,]+)\]\"", text)
+    ]
+    assert set(extras.split(",")) <= set(settings["optional-dependencies"])
+    assert constraints in {word for name, text in told if name == "COPY" for word in text.split()}
+    assert [json.loads(text) for name, text in told if name in ("ENTRYPOINT", "CMD")] == [["codeact"], ["doctor"]]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of this source tree, built from a copy so that nothing is left behind here."""
+    """The wheel of this source tree, built from a copy so that nothing is left behind here: of what an image gets."""
     folder = tmp_path_factory.mktemp("wheel")
-    files = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
-    files += ["constraints.txt", "constraints-vllm.txt"]
-    for name in files:
-        shutil.copy(ROOT / name, folder)
     unwanted = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("codeact", "csrc", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name, text in dockerfile():
+        if name == "COPY":
+            *sources, target = text.split()
+            for source in sources:
+                if (ROOT / source).is_dir():  # whose content is copied, and not the folder
+                    shutil.copytree(ROOT / source, folder / target, ignore=unwanted)
+                else:
+                    shutil.copy(ROOT / source, folder / target)
     (folder / "tests").mkdir()
     (folder / "tests" / "test_not_packed.py").touch()
     # The module is what the tests run with; compiling it again takes half a minute, and `make wheel-check` does.

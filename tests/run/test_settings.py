@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from codeact.base.errors import InputError
 from codeact.run.flow import open_flow
-from codeact.run.settings import shipped_configs
+from codeact.run.settings import shipped, shipped_configs
 
 GOOD = """\
 output: o
@@ -82,10 +84,15 @@ def test_the_old_word_for_the_papers_protocol_is_taken_and_said_to_be_old(tmp_pa
     assert caplog.text.count("protocol seed is now called paper") == 2
 
 
-def test_what_codeact_brings_is_found_by_name():
+def test_what_codeact_brings_is_found_by_name(tmp_path, monkeypatch):
     assert "demo" in shipped_configs()
     for name in shipped_configs():
         assert open_flow(name).model
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped(Path("demo")).is_file(), "a folder of that name stands in nobody's way"
+    (tmp_path / "mine").write_text("output: here\n")
+    assert shipped(Path("mine")) == Path("mine")
     with pytest.raises(InputError, match="no such file: dmo; codeact brings demo"):
         open_flow("dmo")
 

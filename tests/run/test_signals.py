@@ -126,3 +126,14 @@ def test_a_signal_while_libraries_load(tmp_path, module, number, code):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     assert done.returncode == code, done.stderr
     assert done.stderr == "\ncodeact: stopped; the same command goes on where it was\n"
+
+
+def test_what_a_worker_refuses_is_told_as_one_process_tells_it(command):
+    said = []
+    for processes in ("1", "2"):
+        more = ["--max-length", "513", "--processes", processes]
+        result = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr.count("Traceback")) == (2, 0), result.stderr
+        said.append(result.stderr.splitlines()[-1])
+    assert said[0] == said[1]
+    assert "--max-length" in said[0]

@@ -330,9 +330,9 @@ def test_torch_labels_do_not_depend_on_the_number_of_threads(case, monkeypatch):
 def test_moving_to_the_device_copies_nothing_that_is_there_already(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
-        there = torch.empty(4, 3, device="cuda")
+        there = torch.empty(4, 3, device="cuda")  # before a GPU seems to be there, as a CUDA build then starts it
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert clustering._to_device(there).device.type == "cuda"
         assert clustering._to_device(there).untyped_storage()._cdata == there.untyped_storage()._cdata
 
