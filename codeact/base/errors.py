@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_FLAG = re.compile(r"\b(?:codeact|pip|python) [a-z][^;,:()]*|(?<![^\s('])--([a-z][\w-]*)")
+_FLAG = re.compile(r"\b(?:(?:codeact|pip|python) [a-z][^;,:()]*|bwrap: [^;()]*)|(?<![^\s('])--([a-z][\w-]*)")
 _in_command = False
 
 

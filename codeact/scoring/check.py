@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CHECK_FILE = "check.parquet"
 SEED = 42
-RESAMPLES = 1000
+_RESAMPLES = 1000
 _KEY = b"codeact check"
 
 
@@ -116,7 +116,7 @@ def overlap_at(small: ArrayLike, large: ArrayLike, ratio: float) -> tuple[float,
         chosen = np.argsort(-values, axis=1, kind="stable")[:, :top]
         return float(len(np.intersect1d(chosen[0], chosen[1])) / top)
 
-    drawn = [share(both[:, generator.integers(count, size=count)]) for _ in range(RESAMPLES)]
+    drawn = [share(both[:, generator.integers(count, size=count)]) for _ in range(_RESAMPLES)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return share(both), float(low), float(high)
 

@@ -241,6 +241,7 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
         raise InputError("--load_best_model_at_end needs an --eval_strategy that is the --save_strategy")
     if not here:
         return
+    _check_dtype(flags)
     _check_attention(flags.attention)
     optimizer = str(getattr(flags.optim, "value", flags.optim))
     for needed, module, install, purpose in (
@@ -253,7 +254,6 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
         if needed and not importlib.util.find_spec(module):
             raise InputError(f"{purpose} needs {module}: pip install {install}")
     _check_trackers(flags.report_to)
-    _check_dtype(flags)
     check_room(flags)
 
 

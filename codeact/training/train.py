@@ -50,7 +50,8 @@ def train_from_settings(settings: TrainSettings) -> TrainResult:
         locked_folder(Path(arguments.output_dir), wait=False) if arguments.should_save else nullcontext()
     )
     with own:
-        existing_model(arguments.output_dir)  # to write into a pipe would wait for ever as well
+        if Path(arguments.output_dir).exists():  # a rank may be here before the one that makes it
+            existing_model(arguments.output_dir)  # to write into a pipe would wait for ever as well
         return _train(settings)
 
 

@@ -119,7 +119,9 @@ SUBCLASSES = [
 ]
 
 
-@pytest.mark.parametrize(("value", "expected", "verdict"), SUBCLASSES, ids=lambda item: repr(item)[:30])
+@pytest.mark.parametrize(
+    ("value", "expected", "verdict"), SUBCLASSES, ids=lambda item: repr(item).partition(" at 0x")[0][:30]
+)
 def test_subclasses_and_strangers(value: Any, expected: Any, verdict: bool) -> None:
     assert equal(through_json(value), expected) is verdict
 

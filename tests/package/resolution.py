@@ -26,7 +26,17 @@ PLATFORMS = {
     "constraints-vllm.txt": ("x86_64-manylinux_2_31",),
 }
 # What the index has no wheel of: pure Python all, built in a second.
-SOURCES = {"deepspeed", "rouge-score", "word2number", "sqlitedict", "fire", "hjson", "stop-sequencer", "tempdir", "wget"}
+SOURCES = {
+    "deepspeed",
+    "rouge-score",
+    "word2number",
+    "sqlitedict",
+    "fire",
+    "hjson",
+    "stop-sequencer",
+    "tempdir",
+    "wget",
+}
 
 
 def read_extras(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, list[str]]:

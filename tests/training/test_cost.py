@@ -391,7 +391,6 @@ import json, sys
 from types import SimpleNamespace as Of
 import torch, torch.distributed as dist
 from codeact.training.cost import CostMonitor
-from tests.helpers.checkpointing import CHECKPOINTING
 
 model = torch.nn.Linear(2, 2)
 model.config = Of(get_text_config=Of)
