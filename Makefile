@@ -51,7 +51,7 @@ demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
 test: models sandbox browser
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # MATRIX_ARGS="base-lowest" takes minutes, all of it hours.
 test-matrix: $(BIN)/codeact sandbox
