@@ -12,7 +12,7 @@ import pytest
 
 # Before PyTorch loads OpenMP, which reads them: a worker of the suite has one CPU and shares it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from hypothesis import settings
