@@ -20,7 +20,7 @@ from codeact.base.console import aligned, is_text, say, visible
 from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command
 from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
-from codeact.base.stopping import end_as_stopped, heed_sigterm
+from codeact.base.stopping import end_as_stopped
 from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
@@ -425,7 +425,6 @@ def main() -> None:
     logging.getLogger().handlers[0].setFormatter(_Visible())
     logging.getLogger("codeact").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers imports it wherever it is installed
-    heed_sigterm()
     with in_command():
         _run()
 

@@ -98,6 +98,27 @@ def codeact(monkeypatch, capsys):
 
 
 @pytest.fixture
+def named_under_lock(monkeypatch):
+    """``named_under_lock(folder)``: the names that files get from then on, each while nobody else may write there."""
+    from codeact.base.errors import InputError
+    from codeact.base.files import locked_folder
+
+    def watch(folder: Path) -> list[str]:
+        named: list[str] = []
+
+        def replace(source, target, real=os.replace):
+            with pytest.raises(InputError, match="another process"), locked_folder(folder, wait=False):
+                pass
+            named.append(Path(target).name)
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        return named
+
+    return watch
+
+
+@pytest.fixture
 def isolated() -> None:
     """Skip where programs cannot be run in isolation."""
     from codeact.base.errors import InputError

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from codeact.base.errors import InputError
-from codeact.base.files import locked_folder
 from codeact.data.records import write_jsonl
 from codeact.scoring import stage as scoring_stage
 from tests.conftest import make_records
@@ -293,18 +290,10 @@ def test_a_name_that_is_no_text_is_refused_at_once(codeact, data, tmp_path):
 
 
 def test_chosen_rows_and_their_audit_get_their_names_under_one_lock(
-    codeact, data, tiny_model_path, tmp_path, monkeypatch
+    codeact, data, tiny_model_path, tmp_path, named_under_lock
 ):
     codeact("score", data, "--model", tiny_model_path, "--max-length", 256, "--output", tmp_path / "s", *COLUMNS)
-    named = []
-
-    def replace(source, target, real=os.replace):
-        with pytest.raises(InputError, match="another process"), locked_folder(tmp_path, wait=False):
-            pass
-        named.append(Path(target).name)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    named = named_under_lock(tmp_path)
     code, _, err = codeact(
         "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
     )

@@ -7,10 +7,12 @@ the depth of JSON is checked before it is parsed, and what has no such check is 
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,3 +94,19 @@ def safe_recursion() -> Iterator[None]:
         yield
     finally:
         sys.setrecursionlimit(limit)
+
+
+@safe_recursion()
+def parse_python(source: str) -> ast.Module:
+    """The syntax tree of a program of anyone.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: it is no Python, or nested too deeply.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's escapes
+        return ast.parse(source)
+
+
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+"""What ``parse_python`` raises."""

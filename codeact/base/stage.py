@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ Lines = list[tuple[str, str]]
 S = TypeVar("S", bound=Settings)
 
 
-class Run(Protocol):
+class Run(Hashable, Protocol):
     """What a stage may ask of the run that it is a part of."""
 
     output: Path

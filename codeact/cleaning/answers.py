@@ -6,12 +6,10 @@ program. Nothing is run.
 
 from __future__ import annotations
 
-import ast
 import re
 import textwrap
-import warnings
 
-from codeact.base.parsing import safe_recursion
+from codeact.base.parsing import parse_python
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.MULTILINE)
 _PYTHON = frozenset({"python", "py", "python3", "py3"})
@@ -68,12 +66,9 @@ def _is_program(question: str, answer: str) -> bool:
     return "python" in f"{question}\n{answer}".lower() or _DEFINES.search(answer) is not None
 
 
-@safe_recursion()
 def _syntax_fault(source: str) -> str | None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes
-            ast.parse(source)
+        parse_python(source)
     except SyntaxError as error:
         return f"line {error.lineno}: {error.msg}"
     except (RecursionError, MemoryError):

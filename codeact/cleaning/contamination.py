@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.parsing import safe_recursion
+from codeact.base.parsing import UNPARSABLE, parse_python
 from codeact.cleaning.shingles import HashBlock
 
 TASK_GRAM = 8
@@ -44,11 +44,12 @@ def question_of_prompt(prompt: str) -> str:
     return " ".join((words if words.strip() else text).split())
 
 
-@safe_recursion()
 def _docstring(prompt: str) -> str:
     try:
-        found = [ast.get_docstring(node) for node in ast.walk(ast.parse(prompt)) if isinstance(node, _WITH_DOCSTRING)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        found = [
+            ast.get_docstring(node) for node in ast.walk(parse_python(prompt)) if isinstance(node, _WITH_DOCSTRING)
+        ]
+    except UNPARSABLE:
         found = [match[2] for match in _DOCSTRING.finditer(prompt)]
     return next((text for text in reversed(found) if text), prompt)
 

@@ -18,8 +18,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.errors import MissingExtraError
-from codeact.cleaning.shingles import HashBlock, Hashes
+from codeact.base.errors import import_extra
+from codeact.cleaning.shingles import HashBlock, Hashes, chained
 
 BANDS, BAND_ROWS = 25, 5
 """Of the MinHash signatures. Two rows of Jaccard similarity s share a bucket with probability 1 - (1 - s^5)^25:
@@ -89,7 +89,7 @@ class ShingleStore:
     def __init__(self, rows: int, folder: Path) -> None:
         import tempfile
 
-        self._signatures = _rensa()
+        self._signatures = import_extra("rensa", "clean", "finding near duplicates").RMinHash
         self._shingles: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - both as long as this is
         self._buckets: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._buckets.truncate(rows * BANDS * 8)
@@ -109,7 +109,7 @@ class ShingleStore:
         signatures = np.array(matrix.to_rows(), np.uint64).reshape(block.texts, BANDS, BAND_ROWS)
         keys = signatures[:, :, 0]
         for part in range(1, BAND_ROWS):
-            keys = (keys * np.uint64(0x9E3779B97F4A7C15)) ^ (keys >> np.uint64(29)) ^ signatures[:, :, part]
+            keys = chained(keys, signatures[:, :, part])
         for band in range(BANDS):
             os.pwrite(self._buckets.fileno(), keys[:, band].tobytes(), 8 * (band * self._rows + start))
         self._done = stop
@@ -261,11 +261,3 @@ def _cells(vectors: Any, places: _Rows, seed: int) -> Iterable[_Rows]:
         names[part] = (np.asarray(vectors[places[part]]) @ centres.T).argmax(axis=1)
     order = np.argsort(names, kind="stable")
     return np.split(places[order], np.flatnonzero(np.diff(names[order])) + 1)
-
-
-def _rensa() -> Any:
-    try:
-        from rensa import RMinHash
-    except ImportError:
-        raise MissingExtraError("rensa", "clean", "finding near duplicates") from None
-    return RMinHash

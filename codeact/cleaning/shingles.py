@@ -80,9 +80,7 @@ class HashBlock:
         grams = np.zeros(len(self.hashes), np.uint64)
         for step in range(n):
             for starts in (full, short[left[short] > step]):
-                grams[starts] = (
-                    (grams[starts] * _FACTOR) ^ (grams[starts] >> np.uint64(29)) ^ self.hashes[starts + step]
-                )
+                grams[starts] = chained(grams[starts], self.hashes[starts + step])
         kept = np.sort(np.concatenate([full, short])) if len(short) else full
         return HashBlock(_mixed(grams[kept]), self.owners[kept], self.texts)
 
@@ -97,6 +95,11 @@ class HashBlock:
         keys.sort()
         keys = keys[np.diff(keys, prepend=~keys[:1]) != 0]
         return HashBlock(keys << _OWNER_BITS, (keys >> (np.uint64(64) - _OWNER_BITS)).astype(np.int64), self.texts)
+
+
+def chained(hashes: Hashes, following: Hashes) -> Hashes:
+    """Hashes of sequences, each with one more item at its end."""
+    return (hashes * _FACTOR) ^ (hashes >> np.uint64(29)) ^ following
 
 
 def _mixed(values: Hashes) -> Hashes:

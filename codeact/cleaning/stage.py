@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def clean_data(
         MissingExtraError: rensa is absent.
     """
     from codeact.cleaning.marks import marks_path, write_marks
+    from codeact.data.forms import form_columns
     from codeact.data.records import Record, jsonable, write_jsonl
 
     records = data.open()
@@ -80,7 +82,8 @@ def clean_data(
             for row, status, partner in zip(found, *(batch[c].to_pylist() for c in ("status", "partner")), strict=True):
                 if isinstance(row, Record) and (status == "ok" or not settings.drop):
                     mark = {} if settings.drop else {"status": status, "partner": partner if status != "ok" else None}
-                    yield {"id": row.id, "messages": row.messages(), **mark, "extra": jsonable(row.extra)}
+                    said = form_columns(row.turns, row.context, "messages")
+                    yield {"id": row.id, **said, **mark, "extra": jsonable(row.extra)}
 
     write_jsonl(output, rows())
     write_marks(marks_path(output), marks)
@@ -195,11 +198,11 @@ class Clean(Stage):
 
     def check(self, run: Run) -> None:
         """An evaluation set that cannot be read."""
-        self._tasks(run)
+        _tasks_of(run)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Data, vectors, tasks, and from where on rows are marked."""
-        tasks = hashlib.sha256(repr(self._tasks(run)).encode("utf-8", "surrogatepass")).hexdigest()
+        tasks = hashlib.sha256(repr(_tasks_of(run)).encode("utf-8", "surrogatepass")).hexdigest()
         settings = decisive(run.of(CleanSettings), "against", "drop")
         return {"data": run.data_fingerprint(), "tasks": tasks, **run.digest(*self.needs), **settings}
 
@@ -207,7 +210,7 @@ class Clean(Stage):
         """Mark."""
         from codeact.cleaning.marks import write_marks
 
-        settings, tasks = run.of(CleanSettings), self._tasks(run)
+        settings, tasks = run.of(CleanSettings), _tasks_of(run)
         marks = _marks(run.data, settings, tasks, run.output / EMBEDDINGS_FILE, run.output)
         write_marks(run.output / MARKS_FILE, marks)
         return clean_lines(marks, settings, tasks)
@@ -228,7 +231,9 @@ class Clean(Stage):
             lost=changes({status: (counts[status], None) for status in MARKED}),
         )
 
-    def _tasks(self, run: Run) -> Sequence[EvaluationTask]:
-        tried = run.section("generate")
-        known = (tried.dataset, tried.data) if isinstance(tried, GenerationSettings) else None
-        return evaluation_tasks(run.of(CleanSettings).against, known)
+
+@functools.lru_cache(maxsize=1)  # a run asks for them to check, to look what decides, and to work
+def _tasks_of(run: Run) -> Sequence[EvaluationTask]:
+    tried = run.section("generate")
+    known = (tried.dataset, tried.data) if isinstance(tried, GenerationSettings) else None
+    return evaluation_tasks(run.of(CleanSettings).against, known)

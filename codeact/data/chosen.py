@@ -45,14 +45,7 @@ def write_chosen(path: str | Path, rows: Iterator[dict[str, Any]]) -> None:
         writer = None
         while (block := list(islice(rows, _BLOCK))) or writer is None:
             if writer is None:
-                columns = {
-                    "id": pa.string(),
-                    **_TYPES,
-                    "ifd": pa.float64(),
-                    "cluster": pa.int32(),
-                    "extra": pa.string(),
-                }
-                schema = pa.schema([(name, kind) for name, kind in columns.items() if not block or name in block[0]])
+                schema = pa.schema([(name, kind) for name, kind in _TYPES.items() if not block or name in block[0]])
                 writer = pq.ParquetWriter(temporary, schema)
             texts = [{**row, "extra": json.dumps(row["extra"], ensure_ascii=False)} for row in block]
             writer.write_table(pa.Table.from_pylist(texts, schema))

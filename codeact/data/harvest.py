@@ -20,7 +20,6 @@ import pkgutil
 import re
 import sysconfig
 import tokenize
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
-from codeact.base.parsing import safe_recursion
+from codeact.base.parsing import UNPARSABLE, parse_python
 from codeact.data.records import write_jsonl
 from codeact.data.sources import walk
 
@@ -37,7 +36,6 @@ from codeact.data.sources import walk
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
 
 _STDLIB = Path(sysconfig.get_path("stdlib"))
-_UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 _Row = dict[str, Any]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -193,8 +191,8 @@ def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: Ha
                 raise OSError("no regular file")
             with tokenize.open(file) as handle:  # honours a coding comment, as Python does
                 source = handle.read()
-            tree = _parse(source)
-        except (OSError, *_UNPARSABLE) as error:
+            tree = parse_python(source)
+        except (OSError, *UNPARSABLE) as error:
             summary.unreadable.append(f"{relative}: {type(error).__name__} {error}".splitlines()[0][:200])
             continue
         # Positions count UTF-8 bytes, and only "\n" ends a line; splitlines() would also break at "\f".
@@ -211,13 +209,6 @@ def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: Ha
                 row_id += f":{function.lineno}"
             ids.add(row_id)
             yield {"id": row_id, **row, "path": relative, "line": function.lineno}
-
-
-@safe_recursion()
-def _parse(source: str) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other people's escapes
-        return ast.parse(source)
 
 
 def _functions(node: ast.AST, owners: tuple[str, ...] = ()) -> Iterator[tuple[_Function, tuple[str, ...]]]:
@@ -324,7 +315,7 @@ def _is_faithful(answer: str, function: _Function) -> bool:
     bare = copy.copy(function)
     bare.body = function.body[1:]
     try:
-        (parsed,) = _parse(answer).body
-    except _UNPARSABLE:  # among them the ValueError of not being one statement
+        (parsed,) = parse_python(answer).body
+    except UNPARSABLE:  # among them the ValueError of not being one statement
         return False
     return ast.dump(parsed) == ast.dump(bare) and ast.get_docstring(bare) is None

@@ -75,13 +75,6 @@ class Record:
         """All of them, the question and its answer last."""
         return (*self.history, ("user", self.question), ("assistant", self.answer))
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The turns as ``{role, content}``; an answer that is only context has ``weight`` 0."""
-        return [
-            {"role": role, "content": text, **({"weight": 0} if number in self.context else {})}
-            for number, (role, text) in enumerate(self.turns)
-        ]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRow:
@@ -322,8 +315,9 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
         for row in rows:
             try:
-                check_depth(dict(row))
-                handle.write(json.dumps(dict(row), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                plain = dict(row)
+                check_depth(plain)
+                handle.write(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             except (TypeError, ValueError) as error:
                 raise refusal(f"row {count} for {path} cannot be written as JSON: {error}") from None
             count += 1

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from codeact.data.sources import RowError, kind, open_hub, open_local, refusal, refuse_missing_path, require, show
+from codeact.data.sources import (
+    Part,
+    Raw,
+    RowError,
+    kind,
+    open_hub,
+    open_local,
+    refusal,
+    refuse_missing_path,
+    require,
+    show,
+)
+
+_BLOCK = 1024  # rows that are read at once
 
 
 def read_texts(
@@ -26,8 +40,7 @@ def read_texts(
             refuse_missing_path(data)
         source = open_local(path, split, config_name) if path.exists() else open_hub(data, split, config_name)
         for part in source.parts:
-            for index in range(len(part)):
-                (raw,) = part.raw(index, index + 1, None)
+            for index, raw in enumerate(chain.from_iterable(_blocks(part))):
                 if isinstance(raw, RowError):
                     raise refusal(f"{part.where(index)}: {raw.text}")
                 require([column], list(raw), part.where(index))
@@ -38,3 +51,8 @@ def read_texts(
         raise refusal(f"{path} is no UTF-8 text: byte {error.start}; convert it") from None
     except OSError as error:
         raise refusal(f"cannot read {path}: {error.strerror or error}; give a file of text, or of rows") from None
+
+
+def _blocks(part: Part) -> Iterator[Iterable[Raw]]:
+    for begin in range(0, len(part), _BLOCK):
+        yield part.raw(begin, min(begin + _BLOCK, len(part)), None)

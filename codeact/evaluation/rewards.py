@@ -17,6 +17,7 @@ from itertools import repeat
 from typing import Any
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import UNPARSABLE, parse_python
 from codeact.evaluation.judge import TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem
 from codeact.evaluation.results import default_parallel
@@ -174,8 +175,8 @@ def _read(tests: str | tuple[str | tuple[str, str], ...]) -> tuple[str, tuple[_T
             found.append(_Test(one[0], one[0], "\n".join(lines)))
             continue
         try:
-            statements = ast.parse(one).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            statements = parse_python(one).body
+        except UNPARSABLE as error:
             raise InputError(f"test {one[:100]!r} is no Python: {error}") from None
         for statement in statements:
             if isinstance(statement, _SETUP):

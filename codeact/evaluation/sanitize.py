@@ -10,11 +10,10 @@ import ast
 import re
 import symtable
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from codeact.base.parsing import safe_recursion
+from codeact.base.parsing import parse_python, safe_recursion
 
 _TOKEN = re.compile(
     r"""(?P<triple>\"{3}|'{3})|(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|(?P<comment>\#[^\n]*)"""
@@ -260,7 +259,6 @@ class _Source:
         self._spare -= position - self._starts[first]
         return first
 
-    @safe_recursion()
     def parse(self, first: int, end: int) -> tuple[list[_Statement], int]:
         """Parse the lines of a statement; where its end is broken, without it. Returns statements and lines used."""
         cut = end
@@ -271,9 +269,7 @@ class _Source:
                 break
             source = "\n".join(self._lines[first:cut])
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    tree = ast.parse(source)
+                tree = parse_python(source)
                 return [_statement(source, node, len(tree.body) == 1) for node in tree.body], cut - first
             except SyntaxError as error:
                 broken = first + (error.lineno or 1) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
+from codeact.base.devices import resolve_device, resolve_dtype
 from codeact.base.errors import InputError, NotHereError
 from codeact.models.isolation import packing_attention, set_attention
 
@@ -62,6 +64,29 @@ def load_causal_lm(
     with suppress(InputError):  # one that takes no other attention keeps its own, and whoever packs refuses it
         set_attention(model, packing_attention(model, device))
     return model.eval().to(device), tokenizer
+
+
+def model_and_tokenizer(
+    model: PreTrainedModel | str | os.PathLike[str], tokenizer: Any, dtype: str, device: str, call: str
+) -> tuple[PreTrainedModel, Any]:
+    """Both, loaded where ``model`` is a name or folder.
+
+    Args:
+        model: a causal model, or the name or folder of one.
+        tokenizer: its tokenizer; may be None where the model is loaded here.
+        dtype, device: of one that is loaded here.
+        call: how it is called with a tokenizer, for messages.
+
+    Raises:
+        InputError: the model cannot be loaded, or there is no tokenizer.
+    """
+    if isinstance(model, str | os.PathLike):
+        place = resolve_device(device)
+        model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
+        tokenizer = tokenizer or loaded
+    if tokenizer is None:
+        raise InputError(f"a loaded model needs its tokenizer: {call}")
+    return model, tokenizer
 
 
 _LARGEST_DEPTH = 1000  # layers; the deepest models have some 130

@@ -127,8 +127,8 @@ def _in_blocks(
     offset = None if bias is None else bias.to(head.sum_dtype)
     of_row = max(vocabulary, 1) * head.product_dtype.itemsize
     on_cpu = hidden.device.type == "cpu"
-    size = max(1, _BLOCK_BYTES // of_row) if on_cpu else max(1, min(_DEVICE_BLOCK_BYTES // of_row, _DEVICE_BLOCK_ROWS))
-    size = min(size, max(len(hidden), 1)) if on_cpu else size
+    most, rows_of_all = (_BLOCK_BYTES, len(hidden)) if on_cpu else (_DEVICE_BLOCK_BYTES, _DEVICE_BLOCK_ROWS)
+    size = max(1, min(most // of_row, rows_of_all))
     block = hidden.new_empty(size, vocabulary, dtype=head.product_dtype)
     losses = hidden.new_empty(len(hidden), dtype=head.sum_dtype)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None

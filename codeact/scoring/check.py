@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from codeact.base.files import atomic_path
 from codeact.base.parsing import parse_json
+from codeact.data.tables import read_table
 from codeact.scoring.folder import rows_done
 from codeact.scoring.length import rank_correlation
 
@@ -65,7 +66,7 @@ def check_table(folder: ScoreFolder, records: RecordSet, places: NDArray[np.int6
 
     key = hashlib.sha256(json.dumps([folder.hash, other.identity, places.tolist()]).encode()).hexdigest()
     path = folder.folder / CHECK_FILE
-    if path.exists() and _facts(known := pq.read_table(path)).get("key") == key:
+    if path.exists() and _facts(known := read_table(path, "delete it and score again")).get("key") == key:
         return known
     scorer = other.load()
     rows = [records.rows(place, place + 1)[0] for place in places.tolist()]

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype, to_device
+from codeact.base.devices import default_tokens_per_pack, to_device
 from codeact.base.errors import InputError, addressed
 from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record, open_rows
@@ -32,7 +32,7 @@ from codeact.models.isolation import (
     prove_isolation,
     split_head,
 )
-from codeact.models.loading import load_causal_lm, positions_of
+from codeact.models.loading import model_and_tokenizer, positions_of
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
@@ -400,11 +400,7 @@ def score_ifd(
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.
     """
-    if isinstance(model, str | os.PathLike):
-        place = resolve_device(device)
-        model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
-        tokenizer = tokenizer or loaded
-    if tokenizer is None:
-        raise InputError("a loaded model needs its tokenizer: score_ifd(model, tokenizer, records)")
+    call = "score_ifd(model, tokenizer, records)"
+    model, tokenizer = model_and_tokenizer(model, tokenizer, dtype, device, call)
     scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention)
     return scorer.score(list(open_rows(records)))[0]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from codeact.base.devices import default_tokens_per_pack, resolve_device, resolve_dtype
+from codeact.base.devices import default_tokens_per_pack
 from codeact.base.errors import InputError
 from codeact.models.isolation import computing
-from codeact.models.loading import load_causal_lm
-from codeact.scoring.ifd import IfdScorer
+from codeact.models.loading import model_and_tokenizer, positions_of
+from codeact.scoring.ifd import MAX_LENGTH, IfdScorer
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
 """Ids of a context, at least one, and of its continuation."""
@@ -62,14 +62,10 @@ class LikelihoodScorer:
         tokens_per_pack: int | None = None,
         attention: str = "auto",
     ) -> None:
-        if isinstance(model, str | os.PathLike):
-            place = resolve_device(device)
-            model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
-            tokenizer = tokenizer or loaded
-        if tokenizer is None:
-            raise InputError("a loaded model needs its tokenizer: loglikelihood(model, pairs, tokenizer)")
+        call = "loglikelihood(model, pairs, tokenizer)"
+        model, tokenizer = model_and_tokenizer(model, tokenizer, dtype, device, call)
         self.tokenizer = tokenizer
-        length = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+        length = max_length or positions_of(model.config) or MAX_LENGTH
         place = model.get_input_embeddings().weight.device
         # Every pass has so many tokens: small enough that a few pairs do not wait for it.
         tokens_per_pack = tokens_per_pack or default_tokens_per_pack(place, model.num_parameters()) // 4

@@ -78,25 +78,17 @@ def prepare(
     data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
 ) -> ScoreJob:
     """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
-    from codeact.base.console import say
-    from codeact.base.devices import resolve_device, resolve_dtype
     from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
-    from codeact.models.loading import load_causal_lm, model_fingerprint, quiet_transformers
+    from codeact.models.loading import model_fingerprint
     from codeact.scoring.folder import ScoreFolder
-    from codeact.scoring.ifd import IfdScorer
 
     records = data.open()
     if strict:
         for row in records:
             if isinstance(row, BadRow):
                 raise InputError(f"{row.message} ({row.reason}); mend it, or leave out --strict to go on without it")
-    quiet_transformers()
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    say(f"loading {settings.model}, {str(dtype).removeprefix('torch.')} on {device}")
-    model, tokenizer = load_causal_lm(settings.model, device, dtype)
-    scorer = IfdScorer(model, tokenizer, **settings.model_dump(include=_HOW))
+    model, scorer, device, dtype = _load_scorer(settings.model, settings)
     folder = ScoreFolder(
         output,
         {
@@ -109,9 +101,9 @@ def prepare(
             "model": {"name": absolute_name(settings.model), "fingerprint": model_fingerprint(settings.model, model)},
             "template": scorer.prompts.text,
             "max_length": scorer.max_length,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype,
             "tokens_per_pack": scorer.tokens_per_pack,
-            "device": str(device),
+            "device": device,
             "attention": scorer.attention,
             "protocol": settings.protocol,
             "shard_size": settings.shard_size,
@@ -120,6 +112,22 @@ def prepare(
     folder.keep_token_nll = settings.keep_token_nll
     folder.claim(overwrite)
     return ScoreJob(records, folder, scorer)
+
+
+def _load_scorer(name: str, settings: ScoreSettings) -> tuple[Any, IfdScorer, str, str]:
+    """A model, what scores by it in the way of the settings, and the names of its device and dtype."""
+    from codeact.base.console import say
+    from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.models.loading import load_causal_lm, quiet_transformers
+    from codeact.scoring.ifd import IfdScorer
+
+    quiet_transformers()
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    shown = str(dtype).removeprefix("torch.")
+    say(f"loading {name}, {shown} on {device}")
+    model, tokenizer = load_causal_lm(name, device, dtype)
+    return model, IfdScorer(model, tokenizer, **settings.model_dump(include=_HOW)), str(device), shown
 
 
 def score_data(
@@ -341,25 +349,14 @@ def check_scores(data: DataSettings, settings: ScoreSettings, output: str | Path
     """
     if settings.check_with is None:
         return []
-    from codeact.base.console import say
-    from codeact.base.devices import resolve_device, resolve_dtype
-    from codeact.models.loading import load_causal_lm, model_identity, quiet_transformers
+    from codeact.models.loading import model_identity
     from codeact.scoring.check import OtherModel, agreement_lines, check_table, sample_rows
     from codeact.scoring.folder import ScoreFolder
-    from codeact.scoring.ifd import IfdScorer
 
     name = settings.check_with
-
-    def load() -> IfdScorer:
-        quiet_transformers()
-        device = resolve_device(settings.device)
-        dtype = resolve_dtype(settings.dtype, device)
-        say(f"loading {name}, {str(dtype).removeprefix('torch.')} on {device}")
-        return IfdScorer(*load_causal_lm(name, device, dtype), **settings.model_dump(include=_HOW))
-
     folder = ScoreFolder.open(output)
     places = sample_rows(folder.read(), settings.check_rows)
-    other = OtherModel(name=name, identity=model_identity(name), load=load)
+    other = OtherModel(name=name, identity=model_identity(name), load=lambda: _load_scorer(name, settings)[1])
     checked = check_table(folder, data.open(), places, other)
     return agreement_lines(folder, checked, settings.check_ratio)
 

@@ -13,9 +13,9 @@ from codeact.base.yaml_files import read_value, read_yaml
 from codeact.data.harvest import write_harvest
 from codeact.data.records import BadRow, open_records, open_rows, write_jsonl
 from codeact.evaluation.compare import Judge
-from codeact.evaluation.problems import Problem
 from codeact.evaluation.programs import read_rows
 from codeact.evaluation.sanitize import sanitize
+from tests.evaluation.test_compare import a_problem
 
 DEEP = 200_000
 
@@ -127,14 +127,4 @@ def test_yaml(tmp_path, text):
 
 def test_results_of_programs():
     line = b'{"value": ' + b"[" * 4000
-    problem = Problem(
-        task_id="Mbpp/1",
-        dataset="mbpp",
-        prompt="",
-        entry_point="f",
-        canonical_solution="",
-        base_input=(),
-        plus_input=None,
-        tolerance=0.0,
-    )
-    assert not Judge(problem).passes([1], line, b'{"value": [[1, 2, 3]]}', False)
+    assert not Judge(a_problem("f")).passes([1], line, b'{"value": [[1, 2, 3]]}', False)

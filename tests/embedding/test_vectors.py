@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeact.base.errors import InputError
-from codeact.base.files import locked_folder
 from codeact.data.records import Columns, open_records
 from codeact.embedding import vectors as embedding
 from codeact.embedding.vectors import (
@@ -561,15 +560,7 @@ def test_rows_in_memory_are_embedded(tmp_path):
     assert np.allclose(read_embeddings(tmp_path / "e.npy").vectors, embed(["a\nb"], FakeEmbedder()))
 
 
-def test_both_files_of_a_pair_get_their_names_under_one_lock(tmp_path, monkeypatch):
-    named = []
-
-    def replace(source, target, real=os.replace):
-        with pytest.raises(InputError, match="another process"), locked_folder(tmp_path, wait=False):
-            pass
-        named.append(Path(target).name)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+def test_both_files_of_a_pair_get_their_names_under_one_lock(tmp_path, named_under_lock):
+    named = named_under_lock(tmp_path)
     write_pair(tmp_path / "e.npy", 1)
     assert named == ["e.npy", "e.rows.parquet"]

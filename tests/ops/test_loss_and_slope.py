@@ -9,27 +9,17 @@ import torch.nn.functional as F
 from codeact import _native
 from codeact.ops.cross_entropy import loss_and_slope
 from tests.helpers.pairwise import pairwise
+from tests.ops.conftest import HERE
 
-HERE = _native.instruction_sets()
-BACKENDS = ["torch", "triton", *(f"native:{isa}" for isa in ("avx512bf16", "avx512", "avx2"))]
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float64: 1e-12}
 # One of each; just over and under vectors and stored groups of 8, 16, 32 and 64; more than one block of Triton's.
 SIZES = [(1, 1), (3, 7), (5, 16), (4, 65), (2, 127), (9, 1000), (2, 5000)]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    name, _, isa = request.param.partition(":")
-    if name == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-        if torch.cuda.is_available():
-            pytest.skip("these operands are on the CPU; tests/gpu runs on the device")
-    if isa:
-        if isa not in HERE:
-            pytest.skip(f"this CPU has {', '.join(HERE) or 'no instruction set of the native backend'}")
-        monkeypatch.setenv("CODEACT_NATIVE_ISA", isa)
-    monkeypatch.setenv("CODEACT_BACKEND", name)
-    return name
+@pytest.fixture
+def forced(backend, monkeypatch) -> str:
+    monkeypatch.setenv("CODEACT_BACKEND", backend)
+    return backend
 
 
 def problem(rows, columns, dtype, seed=0):
@@ -54,7 +44,7 @@ def exact(logits, targets, bias, softcap, scale):
     ("size", "dtype", "bias", "softcap", "scaled"),
     pairwise(SIZES, [*DTYPES], [False, True], [None, 5.0], [False, True]),
 )
-def test_equals_autograd(backend, size, dtype, bias, softcap, scaled):
+def test_equals_autograd(forced, size, dtype, bias, softcap, scaled):
     logits, targets, offset, scale = problem(*size, dtype)
     more = (offset if bias else None, softcap)
     losses, slopes = exact(logits, targets, *more, scale if scaled else None)
@@ -69,13 +59,13 @@ def test_equals_autograd(backend, size, dtype, bias, softcap, scaled):
     torch.testing.assert_close(ours.double(), losses, rtol=min(DTYPES[dtype], 1e-5), atol=min(DTYPES[dtype], 1e-5))
     room = 1e-6 * (float(scale.abs().max()) if scaled else 1.0)  # near a softcap's end 1 - tanh^2 is a small difference
     # Triton's interpreter cuts bfloat16 off, where a device rounds to nearest.
-    near = DTYPES[dtype] * (2 if backend == "triton" and dtype == torch.bfloat16 else 1)
+    near = DTYPES[dtype] * (2 if forced == "triton" and dtype == torch.bfloat16 else 1)
     torch.testing.assert_close(logits.double(), slopes, rtol=near, atol=max(room, near * room))
     assert (logits[2::3] == 0).all()
     assert (ours[2::3] == 0).all()
 
 
-def test_a_row_has_the_same_bits_in_any_block_and_on_any_number_of_threads(backend):
+def test_a_row_has_the_same_bits_in_any_block_and_on_any_number_of_threads(forced):
     logits, targets, bias, scale = problem(40, 3000, torch.bfloat16)
     before = torch.get_num_threads()
     results = []
@@ -93,7 +83,7 @@ def test_a_row_has_the_same_bits_in_any_block_and_on_any_number_of_threads(backe
         assert torch.equal(slopes, results[0][1])
 
 
-def test_rows_may_lie_apart_and_what_lies_between_is_left_alone(backend):
+def test_rows_may_lie_apart_and_what_lies_between_is_left_alone(forced):
     logits, targets, *_ = problem(5, 37, torch.bfloat16)
     wide = torch.full((5, 50), 7.0, dtype=torch.bfloat16)
     wide[:, :37] = logits
@@ -103,7 +93,7 @@ def test_rows_may_lie_apart_and_what_lies_between_is_left_alone(backend):
     assert (wide[:, 37:] == 7).all()
 
 
-def test_values_that_are_not_numbers(backend):
+def test_values_that_are_not_numbers(forced):
     logits = torch.zeros(5, 40)
     logits[0, 3] = torch.nan
     logits[1] = torch.tensor([1e30, -1e30] * 20)
