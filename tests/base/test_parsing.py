@@ -14,6 +14,7 @@ from codeact.data.harvest import write_harvest
 from codeact.data.records import BadRow, open_records, open_rows, write_jsonl
 from codeact.evaluation.compare import Judge
 from codeact.evaluation.programs import read_rows
+from codeact.evaluation.rewards import run_program
 from codeact.evaluation.sanitize import sanitize
 from tests.evaluation.test_compare import a_problem
 
@@ -114,6 +115,8 @@ def test_python(tmp_path, statement):
         "    for value in values:\n        return value\n    return None\n"
     )
     assert write_harvest(str(tmp_path), tmp_path / "rows.jsonl").kept == 1
+    with pytest.raises(InputError, match=r"is no Python|cannot be kept from the program"):
+        run_program(program, f"assert f(1) == {statement}", unsafe=True)
 
 
 @pytest.mark.parametrize("text", ["a: " + "[" * DEEP, "a: " + "{b: " * DEEP])
