@@ -82,6 +82,42 @@ def loss_and_slope(
             here.
     """
 
+def kmeans(
+    vectors: npt.NDArray[np.float32],
+    clusters: int,
+    first: npt.NDArray[np.int64],
+    draws: npt.NDArray[np.float64],
+    tolerance: float,
+    iterations: int,
+    threads: int,
+    instruction_set: str,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], int]:
+    """Return labels (N,), centres (k, D) less the mean, the mean (D,), and the number of passes over all rows.
+
+    Args:
+        vectors: (N, D), finite.
+        clusters: k, 1 to N.
+        first: (runs,), the row at which each begins; the tightest run is returned.
+        draws: (runs, k - 1, candidates), 0 to 1, by which the other starts are drawn.
+        tolerance: of the variance: a smaller shift of all centres together ends a run.
+        iterations: of a run at most.
+        threads: at most so many run, the calling one included; it changes no bit.
+        instruction_set: one of `instruction_sets()`.
+
+    Raises:
+        TypeError: an operand holds something else.
+        ValueError: shapes do not fit, or the instruction set is not here.
+    """
+
+def nearest_centres(
+    vectors: npt.NDArray[np.float32],
+    centres: npt.NDArray[np.float32],
+    mean: npt.NDArray[np.float32],
+    threads: int,
+    instruction_set: str,
+) -> npt.NDArray[np.int32]:
+    """Return the nearest of the ``centres`` and ``mean`` that `kmeans` returned, (rows,); errors as there."""
+
 def varlen_attention(
     query: npt.NDArray[np.float32 | np.uint16],
     key: npt.NDArray[np.float32 | np.uint16],

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention/attention.hpp"
+#include "clustering/kmeans.hpp"
 #include "nll/linear_nll.hpp"
 #include "nll/loss_slope.hpp"
 #include "packing/packing.hpp"
@@ -230,6 +231,58 @@ py::tuple varlen_attention_backward(const py::array& output_gradient, const py::
   return py::make_tuple(std::move(query_gradient), std::move(key_gradient), std::move(value_gradient));
 }
 
+using Floats = py::array_t<float, py::array::c_style>;
+
+py::tuple kmeans(const Floats& vectors, std::int64_t clusters,
+                 const py::array_t<std::int64_t, py::array::c_style>& first,
+                 const py::array_t<double, py::array::c_style>& draws, double tolerance, std::int64_t iterations,
+                 int threads, const std::string& instruction_set) {
+  if (vectors.ndim() != 2 || first.ndim() != 1 || draws.ndim() != 3)
+    throw py::value_error("vectors must have two dimensions, first one, draws three");
+  if (clusters < 1 || clusters > vectors.shape(0) || vectors.shape(1) < 1 || first.shape(0) < 1)
+    throw py::value_error("there must be vectors, a run, and at most as many clusters as vectors");
+  if (draws.shape(0) != first.shape(0) || draws.shape(1) != clusters - 1 || draws.shape(2) < 1)
+    throw py::value_error("draws must be (runs, clusters - 1, trials)");
+  const codeact::KMeans problem{.rows = vectors.data(),
+                                .count = vectors.shape(0),
+                                .features = vectors.shape(1),
+                                .clusters = clusters,
+                                .first = first.data(),
+                                .draws = draws.data(),
+                                .runs = first.shape(0),
+                                .trials = draws.shape(2),
+                                .tolerance = tolerance,
+                                .iterations = iterations};
+  for (std::int64_t run = 0; run < problem.runs; ++run)
+    if (first.data()[run] < 0 || first.data()[run] >= problem.count)
+      throw py::value_error("a run begins at a row that is not there");
+  codeact::Clusters found;
+  {
+    const py::gil_scoped_release released;
+    found = codeact::kmeans(problem, threads, instruction_set);
+  }
+  py::array_t<float> centres({clusters, problem.features}, found.centres.data());
+  return py::make_tuple(as_array(std::move(found.labels)), std::move(centres), as_array(std::move(found.mean)),
+                        found.passes);
+}
+
+py::array_t<std::int32_t> nearest_centres(const Floats& vectors, const Floats& centres, const Floats& mean, int threads,
+                                          const std::string& instruction_set) {
+  if (vectors.ndim() != 2 || centres.ndim() != 2 || mean.ndim() != 1 || vectors.shape(1) != mean.shape(0) ||
+      centres.shape(1) != mean.shape(0) || centres.shape(0) < 1 || mean.shape(0) < 1)
+    throw py::value_error("vectors, centres and mean must be (rows, D), (k, D) and (D,)");
+  codeact::Clusters clusters{};
+  clusters.centres.assign(centres.data(), centres.data() + centres.size());
+  clusters.mean.assign(mean.data(), mean.data() + mean.size());
+  py::array_t<std::int32_t> labels(vectors.shape(0));
+  std::int32_t* out = labels.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    codeact::nearest_centres(vectors.data(), vectors.shape(0), clusters, out, threads, instruction_set);
+  }
+  return labels;
+}
+
 std::vector<std::string> as_strings(const std::vector<std::string_view>& names) { return {names.begin(), names.end()}; }
 
 }  // namespace
@@ -245,6 +298,10 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("loss_and_slope", &loss_and_slope, py::arg("logits"), py::arg("targets"), py::arg("bias"),
              py::arg("softcap"), py::arg("ignore_index"), py::arg("scale"), py::arg("slope"), py::arg("threads"),
              py::arg("instruction_set"));
+  module.def("kmeans", &kmeans, py::arg("vectors").noconvert(), py::arg("clusters"), py::arg("first"), py::arg("draws"),
+             py::arg("tolerance"), py::arg("iterations"), py::arg("threads"), py::arg("instruction_set"));
+  module.def("nearest_centres", &nearest_centres, py::arg("vectors").noconvert(), py::arg("centres"), py::arg("mean"),
+             py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention_backward", &varlen_attention_backward, py::arg("output_gradient"), py::arg("query"),

@@ -1,4 +1,4 @@
-"""Vectors -> cluster labels by k-means: cuML or plain PyTorch on a GPU, scikit-learn on the CPU."""
+"""Vectors -> cluster labels by k-means: cuML or plain PyTorch on a GPU, the compiled core on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from codeact.base.errors import InputError, MissingExtraError, NotHereError, one
 if TYPE_CHECKING:
     import torch
 
-KMEANS_BACKENDS = ("auto", "sklearn", "torch", "cuml")
+KMEANS_BACKENDS = ("auto", "native", "sklearn", "torch", "cuml")
 MIN_FIT_ROWS = 200_000
 FIT_ROWS_PER_CLUSTER = 256
 _BLOCK_ROWS = 65_536  # rows checked or assigned at a time: 200 MB at 768 dimensions
@@ -32,6 +32,7 @@ def cluster(
     backend: str = "auto",
     *,
     n_init: int = 3,
+    fit_rows: int | None = None,
 ) -> NDArray[np.int32]:
     """Group ``vectors`` by k-means (Lloyd's algorithm, k-means++ starts, Euclidean distance).
 
@@ -48,10 +49,12 @@ def cluster(
             For unit vectors Euclidean distance orders as cosine does.
         k: number of clusters, 1 to N. Fewer may come back when k is close to the number of
             distinct vectors.
-        backend: ``sklearn``; ``torch``, on a GPU where there is one; ``cuml`` (an NVIDIA GPU and ``codeact[gpu]``); or
-            ``auto``: on a GPU cuml where it works, else torch, and on the CPU sklearn.
+        backend: ``native``, the compiled core; ``sklearn``; ``torch``, on a GPU where there is one; ``cuml`` (an NVIDIA
+            GPU and ``codeact[gpu]``); or ``auto``: on a GPU cuml where it works, else torch; on the CPU native, and
+            torch where that has no vector instructions that the core knows.
         n_init: runs from different starts, of which the tightest is kept. Of twelve seeds on 2,017 real questions
             (k = 10) the worst was 1.3 % looser than the best with 1 run, 0.5 % with 3, and still 0.5 % with 10.
+        fit_rows: fit the centres on a sample of so many rows; None: by the rule above.
 
     Returns:
         (N,) int32 in 0 to k - 1.
@@ -65,12 +68,14 @@ def cluster(
     if not hasattr(vectors, "is_cuda"):
         vectors = np.asarray(vectors)
     _check(vectors, k, seed, n_init)
+    if fit_rows is not None and fit_rows < k:
+        raise InputError(f"fit_rows is {fit_rows}; {k} centres cannot be fitted on fewer rows")
     if backend == "auto":
-        backend = "cuml" if _cuml_is_usable() else "torch" if _has_gpu() else "sklearn"
+        backend = "cuml" if _cuml_is_usable() else "torch" if _has_gpu() or not _native_is_usable() else "native"
         _announce(backend)
-    fit = {"cuml": _fit_cuml, "torch": _fit_torch, "sklearn": _fit_sklearn}[backend]
+    fit = {"cuml": _fit_cuml, "torch": _fit_torch, "native": _fit_native, "sklearn": _fit_sklearn}[backend]
     rows = len(vectors)
-    fit_rows = max(MIN_FIT_ROWS, FIT_ROWS_PER_CLUSTER * k)
+    fit_rows = fit_rows or max(MIN_FIT_ROWS, FIT_ROWS_PER_CLUSTER * k)
     if rows <= fit_rows:
         labels, _ = fit(vectors, k, seed, n_init)
         return labels
@@ -100,7 +105,10 @@ def _check(vectors: Any, k: int, seed: int, n_init: int) -> None:
     for start in range(0, rows, _BLOCK_ROWS):
         block = vectors[start : start + _BLOCK_ROWS]
         if isinstance(block, np.ndarray):
-            finite = np.isfinite(_to_numpy(block)).all(axis=1)
+            block = _to_numpy(block)
+            if np.isfinite([block.min(), block.max()]).all():  # what is not a number is the least and the largest
+                continue
+            finite = np.isfinite(block).all(axis=1)
         else:
             finite = block.float().isfinite().all(dim=1)  # where the tensor is: one flag comes back, not the block
         if not bool(finite.all()):
@@ -132,6 +140,13 @@ def _fit_sklearn(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than k: said in the docstring
         labels = model.fit(_to_numpy(vectors)).labels_.astype(np.int32)
     return labels, lambda block: model.predict(_to_numpy(block)).astype(np.int32)
+
+
+def _fit_native(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init: int) -> _Fitted:
+    from codeact.selection.kmeans import fit_native
+
+    labels, assign, _ = fit_native(_to_numpy(vectors), k, seed, n_init, MAX_ITERATIONS)
+    return labels, lambda block: assign(_to_numpy(block))
 
 
 def _fit_torch(vectors: NDArray[Any] | torch.Tensor, k: int, seed: int, n_init: int, lloyd: Any = None) -> _Fitted:
@@ -189,15 +204,23 @@ def _has_gpu() -> bool:
 
 
 def check_kmeans(backend: str) -> None:
-    """Refuse a backend that is unknown or not here; errors as in ``kmeans_labels``."""
+    """Refuse a backend that is unknown or not here; errors as in ``cluster``."""
     if one_of("backend", backend, KMEANS_BACKENDS) == "cuml":
         _import_cuml()
+    if backend == "native" and not _native_is_usable():
+        raise NotHereError("backend 'native' needs an x86-64 CPU with AVX2; use backend 'torch'")
+
+
+def _native_is_usable() -> bool:
+    from codeact._native import instruction_sets
+
+    return bool(instruction_sets())
 
 
 def _import_cuml() -> tuple[Any, Any]:
     """The KMeans class and the CuPy module."""
     if not _has_gpu():
-        raise NotHereError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'sklearn'")
+        raise NotHereError("backend 'cuml' needs an NVIDIA GPU and PyTorch sees none; use backend 'native'")
     try:
         import cupy
         from cuml.cluster import KMeans
@@ -219,7 +242,7 @@ def _announce(backend: str) -> None:
     """Say which backend ``auto`` took, once a process."""
     places = {
         "cuml": "the GPU (cuml)",
-        "torch": "the GPU (PyTorch; cuml is not here and not needed)",
-        "sklearn": "the CPU (scikit-learn)",
+        "torch": "the GPU (PyTorch; cuml is not here and not needed)" if _has_gpu() else "the CPU (PyTorch)",
+        "native": "the CPU",
     }
     logger.info("k-means runs on %s", places[backend])

@@ -1,4 +1,4 @@
-"""Lloyd's k-means in plain PyTorch, one code for the CPU and a GPU; starts, stop and empty clusters as in scikit-learn.
+"""Lloyd's k-means, compiled for the CPU, and in PyTorch for any device; starts, stop, empty clusters as scikit-learn's.
 
 The draws are those of scikit-learn's ``KMeans`` with the same seed, so all backends begin at the same centres. A sum
 has one order on any number of threads: fixed blocks of rows, each by one thread, added up in their order in float64.
@@ -15,7 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+import codeact._native as _native
+from codeact.ops.native import instruction_set
 
 TOLERANCE = 1e-4  # of the variance: a smaller shift of all centres together ends a run
 _BLOCK = 4096  # rows; 16 MiB of float32 products at 1,000 clusters, and a sum that loses nothing that matters
@@ -40,15 +44,15 @@ def fit(
     Returns:
         int64 (N,) labels, and the function that labels other rows.
     """
-    random = np.random.RandomState(seed)
+    first, draws = draw(len(vectors), k, seed, n_init)
     with _blocks_in_parallel(vectors.device) as each:
         mean = vectors.mean(dim=0)
         rows = vectors - mean  # products lose less near the origin
         squares = _squares(rows)
         stop = TOLERANCE * float(rows.var(dim=0, correction=0).mean())
         best: tuple[Tensor, Tensor, float] | None = None
-        for _ in range(n_init):
-            starts = _starts(rows, squares, k, random, each)
+        for start, some in zip(first.tolist(), draws, strict=True):
+            starts = _starts(rows, squares, start, torch.from_numpy(some), each)
             run = lloyd(rows, starts, stop) if lloyd else _lloyd(rows, starts, stop, iterations, each)
             if best is None or run[2] < _SAME * best[2]:
                 best = run
@@ -60,6 +64,28 @@ def fit(
             return _nearest(others - mean, centres, each)
 
     return labels, assign
+
+
+def fit_native(
+    vectors: NDArray[np.float32], k: int, seed: int, n_init: int, iterations: int
+) -> tuple[NDArray[np.int32], Callable[[NDArray[np.float32]], NDArray[np.int32]], int]:
+    """The same by csrc/clustering, on as many threads as PyTorch takes; and how many passes over all rows it took."""
+    threads, instructions = torch.get_num_threads(), instruction_set()
+    first, draws = draw(len(vectors), k, seed, n_init)
+    labels, centres, mean, passes = _native.kmeans(
+        vectors, k, first, draws, TOLERANCE, iterations, threads, instructions
+    )
+    return labels, lambda others: _native.nearest_centres(others, centres, mean, threads, instructions), passes
+
+
+def draw(count: int, k: int, seed: int, runs: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What decides the starts: the first row of each run, (runs,), and its draws, (runs, k - 1, candidates), 0 to 1."""
+    random = np.random.RandomState(seed)
+    first, draws = [], []
+    for _ in range(runs):
+        first.append(random.choice(count, p=np.full(count, 1 / count)))
+        draws.append(random.uniform(size=(k - 1, 2 + int(math.log(k)))))
+    return np.array(first, np.int64), np.array(draws)
 
 
 @contextmanager
@@ -77,11 +103,10 @@ def _blocks_in_parallel(device: torch.device) -> Iterator[_Map]:
         torch.set_num_threads(threads)
 
 
-def _starts(rows: Tensor, squares: Tensor, k: int, random: np.random.RandomState, each: _Map) -> Tensor:
+def _starts(rows: Tensor, squares: Tensor, start: int, draws: Tensor, each: _Map) -> Tensor:
     """(k, D) rows by greedy k-means++: of 2 + log k candidates, drawn by squared distance, the best one."""
     count = len(rows)
-    first = torch.tensor([random.choice(count, p=np.full(count, 1 / count))], device=rows.device)
-    draws = torch.from_numpy(random.uniform(size=(k - 1, 2 + int(math.log(k))))).to(rows.device)
+    first = torch.tensor([start], device=rows.device)
 
     def distances(candidates: Tensor) -> Tensor:
         """(N, candidates), squared."""
@@ -97,7 +122,7 @@ def _starts(rows: Tensor, squares: Tensor, k: int, random: np.random.RandomState
 
     nearest = distances(first)[:, 0]
     chosen = [first]
-    for draw in draws:
+    for draw in draws.to(rows.device):
         cumulated = nearest.cumsum(0, dtype=torch.float64)
         candidates = torch.searchsorted(cumulated, draw * cumulated[-1]).clamp_(max=count - 1)
         remaining = torch.minimum(distances(candidates), nearest[:, None])

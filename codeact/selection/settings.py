@@ -38,7 +38,9 @@ class SelectSettings(Settings):
     )
     protocol: Protocol = setting("exact", "exact, or paper: the choice of the paper's scripts.")
     seed: int = setting(42, "Of k-means and of whatever is drawn.", ge=0)
-    backend: Literal["auto", "sklearn", "torch", "cuml"] = setting("auto", "k-means of: auto, sklearn, torch or cuml.")
+    backend: Literal["auto", "native", "sklearn", "torch", "cuml"] = setting(
+        "auto", "k-means of: auto, native, sklearn, torch or cuml."
+    )
 
     @model_validator(mode="after")
     def _go_together(self) -> SelectSettings:

@@ -1,4 +1,4 @@
-// What nll/ and attention/ drive and one file per instruction set provides.
+// What nll/, attention/ and clustering/ drive and one file per instruction set provides.
 //
 // A *word* is what one 32-bit lane multiplies: a float, or a pair of bfloat16 with AVX512-BF16. Both operands are
 // packed into words first, so that one source serves all: hidden into *tiles* of a few rows, the head into *panels* of
@@ -127,6 +127,10 @@ struct Kernels {
   void (*slope_row)(const LogitsRow& row, const RowTotal& total, float scale);
   // Rounds to nearest, ties to even; a NaN stays one.
   void (*store_row)(const float* values, std::int64_t count, bool bfloat16, unsigned char* target);
+  // (tile_rows,) rows of (features,) floats times packed columns -> products, `stride` apart from row to row, which
+  // have room for whole panels; what is past `columns` has no meaning.
+  void (*multiply_rows)(const float* const* rows, std::int64_t features, const std::uint32_t* panels,
+                        std::int64_t columns, float* products, std::int64_t stride);
   void (*attend)(const AttentionPart& part, const WritableAttentionRows& output, const AttentionScratch& scratch);
   void (*attend_backward)(const AttentionPart& part, const AttentionPartGradients& gradients,
                           const AttentionGradientScratch& scratch);

@@ -3,6 +3,7 @@
 
 #include "attention/backward_kernel.inc.hpp"
 #include "attention/forward_kernel.inc.hpp"
+#include "clustering/products_kernel.inc.hpp"
 #include "nll/linear_nll_kernel.inc.hpp"
 #include "nll/loss_slope_kernel.inc.hpp"
 
@@ -22,6 +23,7 @@ constexpr Kernels kKernels = {.tile_rows = kRows,
                               .total_row = total_row,
                               .slope_row = slope_row,
                               .store_row = store_elements,
+                              .multiply_rows = multiply_rows,
                               .attend = attend,
                               .attend_backward = attend_backward};
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import codeact._native as _native
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.selection import clustering
 from codeact.selection.clustering import cluster
@@ -33,7 +34,7 @@ def same_partition(left, right):
 
 def test_separate_groups_are_found():
     vectors, groups = blobs([50, 30, 20, 5])
-    labels = cluster(vectors, k=4, backend="sklearn")
+    labels = cluster(vectors, k=4)
     assert (labels.dtype, labels.shape) == (np.int32, (105,))
     assert same_partition(labels, groups)
 
@@ -54,7 +55,7 @@ def test_labels_are_the_same_for_the_same_seed_and_the_input_is_left_alone():
 def test_any_size_gets_labels_in_range(rows, features, seed, data):
     k = data.draw(st.integers(1, rows))
     vectors = np.random.default_rng(seed).normal(size=(rows, features))
-    labels = cluster(vectors, k=k, seed=seed, backend="sklearn", n_init=1)
+    labels = cluster(vectors, k=k, seed=seed, n_init=1)
     # Lloyd's algorithm may leave a cluster empty, above all where k is close to the number of vectors
     assert set(labels.tolist()) <= set(range(k))
     assert len(set(labels.tolist())) >= min(k, 2)
@@ -70,25 +71,28 @@ def test_fewer_distinct_vectors_than_clusters_share_labels():
 def test_every_floating_type_and_a_torch_tensor(kind):
     vectors, groups = blobs([20, 20])
     given_vectors = torch.from_numpy(vectors).to(kind) if isinstance(kind, torch.dtype) else vectors.astype(kind)
-    assert same_partition(cluster(given_vectors, k=2, backend="sklearn"), groups)
+    assert same_partition(cluster(given_vectors, k=2), groups)
 
 
-def test_beyond_the_limit_centres_come_from_a_sample_and_every_row_gets_its_nearest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "sklearn"])
+def test_beyond_the_limit_centres_come_from_a_sample_and_every_row_gets_its_nearest(tmp_path, monkeypatch, backend):
     monkeypatch.setattr(clustering, "MIN_FIT_ROWS", 300)
     monkeypatch.setattr(clustering, "FIT_ROWS_PER_CLUSTER", 10)
     monkeypatch.setattr(clustering, "_BLOCK_ROWS", 64)
     fitted = []
-    real_fit = clustering._fit_sklearn
-    monkeypatch.setattr(clustering, "_fit_sklearn", lambda v, *rest: fitted.append(len(v)) or real_fit(v, *rest))
+    real_fit = getattr(clustering, f"_fit_{backend}")
+    monkeypatch.setattr(clustering, f"_fit_{backend}", lambda v, *rest: fitted.append(len(v)) or real_fit(v, *rest))
     vectors, groups = blobs([400, 300, 200, 105])
     np.save(tmp_path / "v.npy", vectors)
     mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
-    labels = cluster(mapped, k=4, backend="sklearn")
+    labels = cluster(mapped, k=4, backend=backend)
     assert fitted == [300]
     assert same_partition(labels, groups)
-    assert np.array_equal(labels, cluster(vectors, k=4, backend="sklearn"))
-    cluster(vectors, k=50, backend="sklearn", n_init=1)
+    assert np.array_equal(labels, cluster(vectors, k=4, backend=backend))
+    cluster(vectors, k=50, backend=backend, n_init=1)
     assert fitted[-1] == 500
+    assert same_partition(cluster(vectors, k=4, backend=backend, fit_rows=80), groups)
+    assert fitted[-1] == 80
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,7 @@ def test_beyond_the_limit_centres_come_from_a_sample_and_every_row_gets_its_near
         (np.zeros((3, 2)), 1, {"seed": -1}, "seed must be from 0"),
         (np.zeros((3, 2)), 1, {"seed": 2**32}, "seed must be from 0"),
         (np.zeros((3, 2)), 1, {"n_init": 0}, "n_init must be at least 1"),
+        (np.zeros((3, 2)), 2, {"fit_rows": 1}, "fit_rows is 1; 2 centres cannot be fitted on fewer rows"),
         (np.zeros((3, 2)), 1, {"backend": "cumll"}, "'cumll' is unknown; choose one of: cuml, "),
     ],
 )
@@ -305,13 +310,71 @@ AWKWARD = {
 @pytest.mark.parametrize("case", AWKWARD)
 def test_all_backends_are_equally_tight(cuml_present, case):
     vectors, k = AWKWARD[case]
-    tightness = {name: inertia(vectors, cluster(vectors, k, 7, name)) for name in ("sklearn", "torch", "cuml")}
+    tightness = {
+        name: inertia(vectors, cluster(vectors, k, 7, name)) for name in ("native", "sklearn", "torch", "cuml")
+    }
     rounding = 1e-9 * inertia(vectors, np.zeros(len(vectors), int))
     assert max(tightness.values()) <= 1.001 * min(tightness.values()) + rounding, tightness
 
 
+@pytest.mark.parametrize("instructions", _native.instruction_sets())
+@pytest.mark.parametrize("features", [1, 15, 48, 100])
+def test_the_compiled_core_labels_as_its_twin_in_pytorch(instructions, features, monkeypatch):
+    monkeypatch.setenv("CODEACT_NATIVE_ISA", instructions)
+    for rows, k in ((1, 1), (7, 7), (515, 3), (700, 47), (700, 49), (1100, 130)):
+        vectors = np.random.default_rng(rows).normal(size=(rows, features)).astype(np.float32) + 3
+        labels = cluster(vectors, k, 5, "native")
+        assert inertia(vectors, labels) == pytest.approx(inertia(vectors, cluster(vectors, k, 5, "torch")), rel=1e-6)
+
+
+@pytest.mark.parametrize("instructions", _native.instruction_sets())
+def test_other_rows_get_the_nearest_centre(instructions):
+    rng = np.random.default_rng(0)
+    for count, k, features in ((0, 2, 3), (1, 1, 1), (513, 17, 31), (100, 60, 8)):
+        rows, centres = rng.normal(size=(count, features)), rng.normal(size=(k, features))
+        mean = rng.normal(size=features).astype(np.float32)
+        labels = _native.nearest_centres(rows.astype(np.float32), centres.astype(np.float32), mean, 2, instructions)
+        distances = ((rows[:, None] - mean - centres[None]) ** 2).sum(axis=2)
+        assert np.array_equal(labels, distances.argmin(axis=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vectors": np.zeros(4, np.float32)},
+        {"vectors": np.zeros((4, 0), np.float32)},
+        {"clusters": 5},
+        {"clusters": 0},
+        {"first": np.array([4])},
+        {"first": np.array([-1])},
+        {"first": np.array([], np.int64)},
+        {"draws": np.zeros((1, 2, 0))},
+        {"draws": np.zeros((2, 1, 3))},
+        {"instruction_set": "sse"},
+    ],
+)
+def test_the_compiled_core_refuses_what_does_not_fit(change):
+    fits = {"vectors": np.ones((4, 2), np.float32), "clusters": 2, "first": np.array([3]), "draws": np.zeros((1, 1, 2))}
+    fits |= {"tolerance": 0.0, "iterations": 3, "threads": 1, "instruction_set": _native.instruction_sets()[0]}
+    _native.kmeans(**fits)
+    with pytest.raises(ValueError, match=r"must|is not"):
+        _native.kmeans(**fits | change)
+
+
+def test_without_vector_instructions_pytorch_takes_over(monkeypatch, caplog):
+    monkeypatch.setattr(_native, "instruction_sets", list)
+    clustering._announce.cache_clear()
+    with caplog.at_level(logging.INFO, "codeact"):
+        cluster(np.eye(3), k=1)
+    assert "k-means runs on the CPU (PyTorch)" in caplog.text
+    clustering._announce.cache_clear()
+    with pytest.raises(InputError, match="needs an x86-64 CPU with AVX2; use backend 'torch'"):
+        cluster(np.eye(3), k=1, backend="native")
+
+
 @pytest.mark.parametrize("case", ["embeddings", "many clusters", "half of them zero"])
-def test_torch_labels_do_not_depend_on_the_number_of_threads(case, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_labels_do_not_depend_on_the_number_of_threads(backend, case, monkeypatch):
     from codeact.selection import kmeans
 
     monkeypatch.setattr(kmeans, "_BLOCK", 256)
@@ -320,7 +383,7 @@ def test_torch_labels_do_not_depend_on_the_number_of_threads(case, monkeypatch):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            labels.append(cluster(vectors, k, backend="torch"))
+            labels.append(cluster(vectors, k, backend=backend))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -358,7 +421,7 @@ def test_cuml_on_a_device():
 
 def test_cuml_by_name_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="PyTorch sees none; use backend 'sklearn'"):
+    with pytest.raises(InputError, match="PyTorch sees none; use backend 'native'"):
         cluster(np.eye(3), k=1, backend="cuml")
 
 
