@@ -13,8 +13,12 @@ from codeact.base.console import aligned
 from codeact.lab.differences import Difference, differences
 from codeact.lab.settings import LabSettings
 
+_Cells = Sequence[Sequence[str]]
+
+FACTS = ("rows", "tokens", "trained_on_tokens", "steps")
 HEAD = ("arm", "seeds", "rows", "tokens", "trained on", "steps", "loss a token", "a row", "short", "middle", "long",
         "to random, a token", "a row")  # fmt: skip
+TASKS = ("solutions, a token", "to random", "passed", "to random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +37,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """``tables``: cells of every budget's table, its head first; ``sentences``: one a budget."""
+    """``tables``, ``clusters``: cells of every budget's tables, the head first; ``sentences``: one a budget."""
 
     held_out: int
     tokens: int
-    tables: Mapping[int, Sequence[Sequence[str]]]
+    tables: Mapping[int, _Cells]
+    clusters: Mapping[int, _Cells]
     sentences: Sequence[str]
 
     def page(self, stopped: str = "") -> str:
@@ -51,59 +56,86 @@ class Comparison:
             "better. Short, middle, long: the loss a token in thirds of these rows by length of answer. Differences to "
             "random rows of as many tokens, with the interval that holds 95 % of the resamples of rows and seeds. "
             "Rows, tokens, steps: means over seeds; tokens are question + answer as scored, trained on: the whole "
-            "samples in the format of the training. It says nothing of other models, data or budgets, nor of programs "
-            "that run.",
+            "samples in the format of the training. Solutions, passed: the loss of the tasks' own solutions, and the "
+            "share of tasks that the greedy program solves, where the lab was given tasks. It says nothing of other "
+            "models, data or budgets.",
         ]
         for budget, cells in self.tables.items():
             parts += [f"## {budget:,} tokens", aligned(cells, 1, markdown=True)]
+            parts += ["The loss a token by cluster of the question:", aligned(self.clusters[budget], 1, markdown=True)]
         return "\n\n".join(parts) + "\n"
 
 
-def compare(settings: LabSettings, results: Mapping[Trial, Mapping[str, Any]]) -> Comparison:
+def compare(
+    settings: LabSettings, results: Mapping[Trial, Mapping[str, Any]], clusters: NDArray[np.int32]
+) -> Comparison:
     """Put the results together, of as many seeds as there are.
 
     Args:
         settings: which arms and budgets there are.
-        results: of each trial rows, tokens, trained_on_tokens, steps, and of all held-out rows losses and loss_tokens.
+        results: of each trial rows, tokens, trained_on_tokens, steps; of all held-out rows losses and loss_tokens; of
+            all tasks, where there are some, solution_losses, solution_tokens, and passed.
+        clusters: (held-out rows,) of their questions.
     """
     tokens = np.asarray(next((result["loss_tokens"] for result in results.values()), []), np.int64)
     fits = tokens > 0
-    sizes = tokens[fits]
-    thirds = [part for part in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(part)]
-    tables, sentences = {}, []
+    sizes, labels = tokens[fits], clusters[: len(tokens)][fits]
+    thirds = np.array_split(np.argsort(sizes, kind="stable"), 3)
+    kinds = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    tables, by_cluster, sentences = {}, {}, []
     for budget in settings.budgets:
-        names = [(arm.name, budget) for arm in settings.arms()]
-        by_arm = {name: _of(results, name, size, fits) for name, size in [*names, ("all", 0), ("untrained", 0)]}
-        random = by_arm["random"]
-        if not random:
+        sides = {arm.name: budget for arm in settings.arms()} | {"all": 0, "untrained": 0}
+        done = {
+            name: [result for trial, result in results.items() if (trial.arm, trial.budget) == (name, size)]
+            for name, size in sides.items()
+        }
+        if not done["random"]:
             continue
-        body, verdicts = [], {}
-        for name, (facts, losses) in ((name, found) for name, found in by_arm.items() if found):
-            found = differences(losses, random[1], sizes) if name != "random" else None
-            if found is not None and name not in ("all", "untrained"):
-                verdicts[name] = found
+        random = done["random"]
+        body, rows, verdicts = [], [], {}
+        for name, found in ((name, found) for name, found in done.items() if found):
+            losses = _stack(found, "losses")[:, fits]
+            pair = differences(losses, _stack(random, "losses")[:, fits], sizes) if found is not random else None
+            if pair is not None and sides[name]:
+                verdicts[name] = pair
             mean = losses.mean(axis=0)
             level = [mean.sum() / sizes.sum(), (mean / sizes).mean()]
-            level += [mean[third].sum() / sizes[third].sum() for third in thirds]
-            seeds = str(len(losses)) if name != "untrained" else ""
-            cells = [name, seeds, *facts, *(f"{value:.3f}" for value in level), *map(str, found or ("", ""))]
-            body.append(cells)
-        tables[budget] = [HEAD, *body]
+            level += [mean[third].sum() / max(sizes[third].sum(), 1) for third in thirds]
+            facts = [np.mean([result.get(fact, 0) for result in found]) for fact in FACTS]
+            seeds = str(len(found)) if name != "untrained" else ""
+            shown = [*(f"{value:,.0f}" for value in facts), *(f"{value:.3f}" for value in level)]
+            body.append([name, seeds, *shown, *map(str, pair or ("", "")), *_on_tasks(found, random)])
+            rows.append([name, *(f"{mean[kind].sum() / sizes[kind].sum():.3f}" for kind in kinds)])
+        tables[budget] = [[*HEAD, *TASKS][: len(body[0])], *body]
+        by_cluster[budget] = [["arm", *(f"{labels[kind[0]]} ({len(kind)} rows)" for kind in kinds)], *rows]
         sentences.append(_sentence(budget, verdicts))
-    return Comparison(held_out=int(fits.sum()), tokens=int(sizes.sum()), tables=tables, sentences=sentences)
+    return Comparison(
+        held_out=int(fits.sum()),
+        tokens=int(sizes.sum()),
+        tables=tables,
+        clusters=by_cluster,
+        sentences=sentences,
+    )
 
 
-def _of(
-    results: Mapping[Trial, Mapping[str, Any]], arm: str, budget: int, fits: NDArray[np.bool_]
-) -> tuple[list[str], NDArray[np.float64]] | None:
-    """What is told of an arm, and its losses (seeds, rows); None: no trial is done."""
-    done = [result for trial, result in results.items() if (trial.arm, trial.budget) == (arm, budget)]
-    if not done:
-        return None
-    facts = []
-    for name in ("rows", "tokens", "trained_on_tokens", "steps"):
-        facts.append(f"{np.mean([result.get(name, 0) for result in done]):,.0f}")
-    return facts, np.array([result["losses"] for result in done], np.float64)[:, fits]
+def _stack(results: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """(seeds, rows or tasks)."""
+    return np.array([result[name] for result in results], np.float64)
+
+
+def _on_tasks(found: Sequence[Mapping[str, Any]], random: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells of the loss of solutions, and of the programs that pass, as far as both were tried."""
+    cells: list[str] = []
+    sizes = np.asarray(found[0].get("solution_tokens", []), np.int64)
+    for name, fits, weights in (
+        ("solution_losses", sizes > 0, sizes[sizes > 0]),
+        ("passed", slice(None), np.ones(len(sizes), np.int64)),
+    ):
+        if weights.size and name in found[0]:
+            side, other = _stack(found, name)[:, fits], _stack(random, name)[:, fits]
+            mean = side.mean(axis=0).sum() / weights.sum()
+            cells += [f"{mean:.3f}", "" if found is random else str(differences(side, other, weights)[0])]
+    return cells
 
 
 def _sentence(budget: int, verdicts: Mapping[str, tuple[Difference, Difference]]) -> str:

@@ -35,6 +35,8 @@ class LabSettings(Settings):
     budgets: tuple[int, ...] = setting(..., "Question + answer tokens that each may choose.")
     seeds: tuple[int, ...] = setting((0, 1, 2), "Of training, and of what is drawn.")
     held_out: int = setting(320, "Rows that are chosen by nobody and tried by all.", ge=2)
+    tasks: tuple[str, ...] = setting((), "Of humaneval or mbpp: try all on their canonical solutions, too, ...")
+    max_new_tokens: int = setting(0, "... and write programs of so many tokens for them, and run these.", ge=0)
     minutes: float | None = setting(None, "Begin no training that would end later.", place=True, gt=0)
     train: dict[str, Any] = setting({}, "Flags of codeact train.")
 
@@ -43,6 +45,8 @@ class LabSettings(Settings):
         for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values) or min(values) < (name == "budgets"):
                 raise ValueError(f"{name} needs whole numbers, each once")
+        if self.max_new_tokens and not self.tasks:
+            raise ValueError("max_new_tokens is of programs for tasks; say which tasks")
         for arm in self.strategies:
             SelectSettings(**arm.model_dump())  # says what does not go together
         return self

@@ -28,11 +28,15 @@ from codeact.selection.stage import check_kept, cluster_rows, read_scores
 from codeact.training.stage import TAKEN_FLAGS, check_training
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from codeact.data.records import Record, RecordSet
+    from codeact.evaluation.problems import ProblemSet
+    from codeact.training.flags import TrainSettings
 
 LAB_FOLDER = "lab"
 TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other settings of the lab share them
@@ -40,13 +44,15 @@ TRIALS = "lab-trials"  # beside it, each under a hash of what decides it: other 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pool:
-    """What all trials share: rows to choose from, their clusters and vectors, and the rows that nobody may choose."""
+    """What all trials share: rows to choose from, their clusters and vectors, and what they are tried on."""
 
     records: RecordSet
     table: pa.Table
     labels: NDArray[np.int32]
     vectors: NDArray[np.float32]
     held_out: list[Record]
+    held_clusters: NDArray[np.int32]
+    problems: list[ProblemSet]
 
 
 class Lab(Stage):
@@ -58,11 +64,12 @@ class Lab(Stage):
     outputs, products = (LAB_FOLDER,), ()
 
     def check(self, run: Run) -> None:
-        """Flags of the trainings, and a difficulty whose numbers the scoring does not keep."""
+        """Flags of the trainings, a difficulty whose numbers the scoring does not keep, problems that are not here."""
         if run.section(self.section) is not None:
             check_kept(run, self.section, [arm.difficulty for arm in run.of(LabSettings).strategies])
             taken = (*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path")
             check_training(run.of(LabSettings).train, "lab.train", taken, run.model)
+            _problems(run.of(LabSettings).tasks)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, the model, and what is compared."""
@@ -90,7 +97,7 @@ class Lab(Stage):
                 temporary.write_text(json.dumps(result), encoding="utf-8")
             longest = max(longest, time.monotonic() - start)
         results = {trial: read_json(path) for trial, path in paths.items() if path.exists()}
-        comparison = compare(settings, results)
+        comparison = compare(settings, results, pool.held_clusters)
         page = run.output / LAB_FOLDER / "lab.md"
         with atomic_path(page) as temporary:
             temporary.write_text(comparison.page(stopped), encoding="utf-8")
@@ -123,7 +130,8 @@ def _shared(run: Run) -> dict[str, Any]:
 def _key(run: Run, trial: Trial) -> str:
     settings = run.of(LabSettings)
     arm = {arm.name: arm.model_dump() for arm in settings.arms()}.get(trial.arm)
-    kept = {"held_out": settings.held_out, "train": settings.train, "arm": arm}
+    tried = {"held_out": settings.held_out, "tasks": settings.tasks, "max_new_tokens": settings.max_new_tokens}
+    kept = {**tried, "train": settings.train, "arm": arm}
     return key_of({**_shared(run), **kept, "trial": [trial.arm, trial.budget, trial.seed]})
 
 
@@ -170,70 +178,109 @@ def _open_pool(run: Run, settings: LabSettings) -> _Pool:
         labels=clustered.labels[kept],
         vectors=clustered.vectors[clustered.places[kept]],
         held_out=held_out,
+        held_clusters=clustered.labels[np.sort(held)],
+        problems=_problems(settings.tasks),
     )
 
 
+def _problems(tasks: Sequence[str]) -> list[ProblemSet]:
+    """The tasks, those of a data set together."""
+    from codeact.evaluation.problems import DATASETS, load_problems
+
+    of = {
+        dataset: [task for task in tasks if task.startswith("Human") == (dataset == "humaneval")]
+        for dataset in DATASETS
+    }
+    return [load_problems(dataset, tasks=wanted) for dataset, wanted in of.items() if wanted]
+
+
 def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str, Any]:
-    """Choose, train, and take the loss of every held-out row; what was trained is removed again."""
+    """Choose, train, and try; what was trained is removed again."""
     from codeact.selection.choose import plan_selection, write_selection
     from codeact.training.flags import parse_mapping
     from codeact.training.train import train_from_settings
 
     work = run.output / TRIALS / "work" / trial.name
-    flags = {**settings.train, "model_name_or_path": run.model, "seed": trial.seed}
-    if trial.arm == "untrained":
-        chosen = parse_mapping({**flags, "data_path": "-", "output_dir": str(work)}, "lab.train")
-        return {"rows": 0, "tokens": 0, **_losses(run.model, None, False, chosen, pool.held_out)}
-    arms = {arm.name: arm for arm in settings.arms()}
-    budget = trial.budget or int(1e18)
-    arm = arms.get(trial.arm, Arm(strategy="random"))
-    selection = plan_selection(
-        pool.table,
-        pool.labels,
-        budget_tokens=budget,
-        seed=trial.seed,
-        vectors=pool.vectors,
-        **arm.model_dump(),
-    )
-    write_selection(work / "selected.jsonl", pool.records, pool.table, selection, pool.labels)
-    chosen = parse_mapping(
-        {**flags, "data_path": str(work / "selected.jsonl"), "output_dir": str(work / "model")}, "lab.train"
-    )
-    with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
-        result = train_from_settings(chosen)
-    gc.collect()  # what was trained holds on to itself in circles
-    known = read_json(work / "model" / "training.json")
-    losses = _losses(run.model, result.output, chosen.model.lora, chosen, pool.held_out)
+    work.mkdir(parents=True, exist_ok=True)
+    flags = {**settings.train, "model_name_or_path": run.model, "seed": trial.seed, "output_dir": str(work / "model")}
+    chosen = parse_mapping({**flags, "data_path": str(work / "selected.jsonl")}, "lab.train")
+    facts: dict[str, Any] = {"rows": 0, "tokens": 0}
+    if trial.arm != "untrained":
+        arm = {arm.name: arm for arm in settings.arms()}.get(trial.arm, Arm(strategy="random"))
+        selection = plan_selection(
+            pool.table,
+            pool.labels,
+            budget_tokens=trial.budget or int(1e18),
+            seed=trial.seed,
+            vectors=pool.vectors,
+            **arm.model_dump(),
+        )
+        write_selection(work / "selected.jsonl", pool.records, pool.table, selection, pool.labels)
+        with (work / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
+            steps = train_from_settings(chosen).steps
+        gc.collect()  # what was trained holds on to itself in circles
+        known = read_json(work / "model" / "training.json")
+        facts = {"rows": len(selection.positions), "tokens": selection.tokens_chosen}
+        facts |= {"trained_on_tokens": known["trained_on_tokens"], "steps": steps}
+    model, adapter = run.model, None
+    if trial.arm != "untrained" and chosen.model.lora:
+        adapter = work / "model"
+    elif trial.arm != "untrained":
+        model = str(work / "model")
+    facts |= _losses(model, adapter, chosen, pool)
+    if settings.max_new_tokens:
+        facts["passed"] = _passed(model, adapter, chosen, pool.problems, settings.max_new_tokens, work)
     shutil.rmtree(work)
-    return {
-        "rows": len(selection.positions),
-        "tokens": selection.tokens_chosen,
-        "trained_on_tokens": known["trained_on_tokens"],
-        "steps": result.steps,
-        **losses,
-    }
+    return facts
 
 
-def _losses(base: str, trained: Path | None, lora: bool, settings: Any, records: list[Record]) -> dict[str, Any]:
-    """Of every held-out row the summed loss of its answer given all before, and its tokens; 0 where it does not fit."""
-    import pyarrow.compute as pc
+def _losses(name: str, adapter: Path | None, chosen: TrainSettings, pool: _Pool) -> dict[str, Any]:
+    """Of every row that is tried the summed loss of its answer given its question, and its tokens; 0: too long."""
     import torch
 
     from codeact.base.devices import resolve_device
+    from codeact.data.records import Record
     from codeact.models.adapters import apply_adapter
-    from codeact.models.loading import load_causal_lm
+    from codeact.models.loading import load_causal_lm, quiet_transformers
     from codeact.scoring.ifd import IfdScorer
 
-    name = base if trained is None or lora else str(trained)
+    quiet_transformers()
     # float32: what a short training adds is smaller than the rounding of bfloat16
     model, tokenizer = load_causal_lm(name, resolve_device("auto"), torch.float32)
-    if trained is not None and lora:
-        model = apply_adapter(model, trained)
-    table, _ = IfdScorer(model, tokenizer, settings.data.model_type, settings.packs.max_length).score(records)
-    scored = pc.is_valid(table["cond_nll_sum"])
-    tokens = pc.if_else(scored, table["scored_tokens"], 0)
-    if not pc.any(scored).as_py():
-        raise InputError(
-            f"lab: no held-out row fits into max_length {settings.packs.max_length}; raise it in lab.train"
-        )
-    return {"losses": pc.fill_null(table["cond_nll_sum"], 0.0).to_pylist(), "loss_tokens": tokens.to_pylist()}
+    if adapter is not None:
+        model = apply_adapter(model, adapter)
+    scorer = IfdScorer(model, tokenizer, chosen.data.model_type, chosen.packs.max_length)
+    losses, tokens = scorer.answer_losses(pool.held_out)
+    if not tokens.any():
+        raise InputError(f"lab: no held-out row fits into max_length {chosen.packs.max_length}; raise it in lab.train")
+    problems = [problem for some in pool.problems for problem in some.problems]
+    solved = [
+        Record(id=problem.task_id, row=row, question=problem.prompt, answer=problem.canonical_solution)
+        for row, problem in enumerate(problems)
+    ]
+    solutions, solution_tokens = scorer.answer_losses(solved)
+    return {
+        "losses": losses.tolist(),
+        "loss_tokens": tokens.tolist(),
+        "solution_losses": solutions.tolist(),
+        "solution_tokens": solution_tokens.tolist(),
+    }
+
+
+def _passed(
+    name: str, adapter: Path | None, chosen: TrainSettings, problems: list[ProblemSet], tokens: int, work: Path
+) -> list[bool]:
+    """Of every task whether the greedy program passes all its tests."""
+    from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
+    from codeact.evaluation.stage import evaluate_file, generate_programs
+
+    passed: list[bool] = []
+    for some in problems:
+        path, tasks = work / f"{some.dataset}.jsonl", [problem.task_id for problem in some.problems]
+        template = chosen.data.model_type
+        asked = {"dataset": some.dataset, "tasks": tasks, "max_new_tokens": tokens, "template": template}
+        settings = GenerationSettings.model_validate(asked)
+        generate_programs(settings, name, path, adapter=str(adapter) if adapter else None)
+        results, _ = evaluate_file(some.dataset, path, EvaluateSettings(base_only=True), tasks=tasks)
+        passed += [any(item.verdict.base == "pass" for item in results.samples[task]) for task in tasks]
+    return passed

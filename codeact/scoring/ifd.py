@@ -162,6 +162,21 @@ class IfdScorer:
             losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
         return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
 
+    def answer_losses(self, rows: Sequence[Record | BadRow]) -> tuple[np.ndarray, np.ndarray]:
+        """NLL of every answer given its question, (rows,) float64, nats, and of how many tokens, (rows,) int64.
+
+        As ``score`` has them, for half the work; both are 0 where a row cannot be scored.
+        """
+        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
+        scored = np.array([index for index, item in enumerate(tokenized) if item.status == "ok"], np.int64)
+        sequences, starts = [tokenized[i].conditional for i in scored], [tokenized[i].conditional_start for i in scored]
+        losses, tokens = np.zeros(len(tokenized)), np.zeros(len(tokenized), np.int64)
+        with computing(self.model, self.attention):
+            losses[scored] = self._nll_sums(sequences, starts, None)[0]
+        tokens[scored] = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+        there = np.isfinite(losses)
+        return np.where(there, losses, 0.0), np.where(there, tokens, 0)
+
     @torch.inference_mode()
     def likelihoods(
         self, sequences: list[Sequence[int]], starts: list[int]

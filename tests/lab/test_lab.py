@@ -73,7 +73,7 @@ def test_the_sentence_names_what_is_beyond_noise_and_rows_that_do_not_fit_are_le
         for name, shift in arms.items()
     }
     results[Trial(arm="untrained", budget=0, seed=0)] = {"losses": (3 * base).tolist(), "loss_tokens": tokens}
-    found = compare(settings, results)
+    found = compare(settings, results, np.arange(200, dtype=np.int32) % 2)
     assert found.held_out == 199
     assert list(found.tables) == [100]  # nothing of the other budget is done
     (sentence,) = found.sentences
@@ -85,15 +85,43 @@ def test_the_sentence_names_what_is_beyond_noise_and_rows_that_do_not_fit_are_le
     shortest = np.argsort(kept, kind="stable")[:67]  # 199 rows in thirds: the first has one more
     row = dict(zip(found.tables[100][0], found.tables[100][1], strict=True))
     assert row["short"] == f"{base[1:][shortest].sum() / kept[shortest].sum():.3f}"
+    head, *lines = found.clusters[100]
+    assert head == ["arm", "0 (99 rows)", "1 (100 rows)"]
+    assert lines[0][2] == f"{base[1::2].sum() / np.array(tokens)[1::2].sum():.3f}"
     page = found.page("2 of 9 trainings are left after 3 minutes")
     assert "**Not finished: 2 of 9 trainings are left after 3 minutes.**" in page
     assert "| cdas" in page
     assert "-0.200 [-0.200, -0.200]" in page
 
 
+def test_tasks_have_columns_of_their_own():
+    sizes = [10, 0, 30]  # the second does not fit
+    results = {
+        Trial(arm=arm, budget=budget, seed=0): {
+            **losses([9.0, 9.5], [10, 10]),
+            "solution_losses": [loss, 0.0, 2 * loss],
+            "solution_tokens": sizes,
+            "passed": passed,
+        }
+        for arm, budget, loss, passed in (
+            ("random", 100, 10.0, [True, False, False]),
+            ("longest", 100, 12.0, [True, True, False]),
+            ("untrained", 0, 20.0, [False, False, False]),
+        )
+    }
+    head, *rows = compare(LabSettings(budgets=(100,)), results, np.zeros(2, np.int32)).tables[100]
+    assert head[-4:] == ["solutions, a token", "to random", "passed", "to random"]
+    cells = {row[0]: row[-4:] for row in rows}
+    assert cells["random"] == ["0.750", "", "0.333", ""]
+    assert cells["longest"][0::2] == ["0.900", "0.667"]
+    assert cells["longest"][1].startswith("+0.150 [")
+    assert cells["untrained"][3].startswith("-0.333 [")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"budgets": [5], "max_new_tokens": 8}, "say which tasks"),
         ({"budgets": [100, 100]}, "budgets needs whole numbers, each once"),
         ({"budgets": []}, "budgets needs whole numbers"),
         ({"budgets": [0]}, "budgets needs whole numbers"),
@@ -207,9 +235,29 @@ def test_a_lab_that_is_stopped_goes_on_and_shares_what_it_did(config, codeact, m
     assert "**Not finished" in Path("run/lab/lab.md").read_text()
 
 
+def test_tasks_are_tried_by_their_solutions_and_by_programs(config, codeact, isolated, monkeypatch, tmp_path):
+    monkeypatch.setenv("CODEACT_EVAL_DATA", str(tmp_path))
+    row = {"entry_point": "f", "base_input": [[1]], "plus_input": [[2]], "atol": 0}
+    rows = [
+        {**row, "task_id": f"HumanEval/{n}", "prompt": "def f(x):\n", "canonical_solution": f"    return x + {n}\n"}
+        for n in range(3)
+    ]
+    write_jsonl(tmp_path / "HumanEvalPlus.jsonl", rows)
+    change(config, seeds=[0], tasks=["HumanEval/0", "HumanEval/2"], max_new_tokens=8)
+    code, _, err = codeact("lab", config)
+    assert code == 0, err
+    trials = [json.loads(path.read_text()) for path in Path("run/lab-trials").glob("*.json")]
+    assert len(trials) == 5
+    for trial in trials:
+        assert trial["passed"] == [False, False]  # of a tiny model
+        assert trial["solution_tokens"] == trials[0]["solution_tokens"]
+    assert "| solutions, a token |" in Path("run/lab/lab.md").read_text()
+
+
 def test_what_a_lab_cannot_do_is_said_before_it_trains(config, codeact):
     for values, message in (
         ({"train": {"seed": 3}}, "seed"),
+        ({"tasks": ["HumanEval/999"]}, "HumanEval"),
         ({"train": {"lorra": True}}, "lorra"),
         ({"train": {"max_length": 9999}}, "lab.train: max_length 9999 is more than the 512 positions"),
         ({"train": {"model_type": "llama3"}}, "lab.train: template llama3 needs <|start_header_id|>"),
