@@ -118,6 +118,45 @@ def nearest_centres(
 ) -> npt.NDArray[np.int32]:
     """Return the nearest of the ``centres`` and ``mean`` that `kmeans` returned, (rows,); errors as there."""
 
+def rms_norm(
+    x: npt.NDArray[np.float32 | np.uint16],
+    weight: npt.NDArray[np.float32 | np.uint16],
+    epsilon: float,
+    output: npt.NDArray[np.float32 | np.uint16],
+    threads: int,
+    instruction_set: str,
+) -> None:
+    """Write ``weight * (x / sqrt(mean(x^2) + epsilon))`` to ``output``, (T, D) both; see `codeact.ops.layers`.
+
+    Operands are all float32 or all uint16 that holds the bits of bfloat16; any stride of rows. ``output`` may be ``x``.
+
+    Raises:
+        TypeError: an operand holds something else.
+        ValueError: shapes do not fit, ``output`` cannot be written to, or the instruction set is not here.
+    """
+
+def silu_multiply(
+    gate: npt.NDArray[np.float32 | np.uint16],
+    up: npt.NDArray[np.float32 | np.uint16],
+    output: npt.NDArray[np.float32 | np.uint16],
+    threads: int,
+    instruction_set: str,
+) -> None:
+    """Write ``silu(gate) * up`` to ``output``, (T, D) all; the rest as in `rms_norm`."""
+
+def rotate(
+    x: npt.NDArray[np.float32 | np.uint16],
+    cosine: npt.NDArray[np.float32 | np.uint16],
+    sine: npt.NDArray[np.float32 | np.uint16],
+    output: npt.NDArray[np.float32 | np.uint16],
+    threads: int,
+    instruction_set: str,
+) -> None:
+    """Write ``x * cosine + rotate_half(x) * sine`` to ``output``: (H, T, D) with D even, cosine and sine (T, D).
+
+    Any stride of heads and tokens; the rest as in `rms_norm`.
+    """
+
 def varlen_attention(
     query: npt.NDArray[np.float32 | np.uint16],
     key: npt.NDArray[np.float32 | np.uint16],

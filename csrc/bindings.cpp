@@ -14,6 +14,7 @@
 
 #include "attention/attention.hpp"
 #include "clustering/kmeans.hpp"
+#include "layers/layers.hpp"
 #include "nll/linear_nll.hpp"
 #include "nll/loss_slope.hpp"
 #include "packing/packing.hpp"
@@ -283,6 +284,70 @@ py::array_t<std::int32_t> nearest_centres(const Floats& vectors, const Floats& c
   return labels;
 }
 
+// Of arrays whose last dimension lies side by side; what comes before it in one step.
+codeact::Rows rows_of(const py::array& array, const char* name) {
+  const codeact::MatrixView view = matrix_view(array, name);
+  return {.data = view.data, .rows = view.rows, .columns = view.columns, .stride = view.row_stride};
+}
+
+codeact::WritableRows writable_rows(py::array& array, const codeact::Rows& like) {
+  const codeact::Rows rows = rows_of(array, "output");
+  if (rows.rows != like.rows || rows.columns != like.columns) throw py::value_error("output does not fit the operands");
+  return {.data = static_cast<std::byte*>(array.mutable_data()),
+          .rows = rows.rows,
+          .columns = rows.columns,
+          .stride = rows.stride};
+}
+
+void rms_norm(const py::array& x, const py::array& weight, float epsilon, py::array& output, int threads,
+              const std::string& instruction_set) {
+  const codeact::Element element = element_of({&x, &weight, &output});
+  const codeact::Rows rows = rows_of(x, "x");
+  const codeact::WritableRows target = writable_rows(output, rows);
+  if (weight.ndim() != 1 || weight.shape(0) != rows.columns || weight.strides(0) != weight.itemsize())
+    throw py::value_error("weight must hold one value a column, side by side");
+  const auto* scale = static_cast<const std::byte*>(weight.data());
+  const py::gil_scoped_release released;
+  codeact::rms_norm(rows, scale, epsilon, target, element, threads, instruction_set);
+}
+
+void silu_multiply(const py::array& gate, const py::array& up, py::array& output, int threads,
+                   const std::string& instruction_set) {
+  const codeact::Element element = element_of({&gate, &up, &output});
+  const codeact::Rows first = rows_of(gate, "gate");
+  const codeact::Rows second = rows_of(up, "up");
+  const codeact::WritableRows target = writable_rows(output, first);
+  if (first.rows != second.rows || first.columns != second.columns)
+    throw py::value_error("gate and up differ in shape");
+  const py::gil_scoped_release released;
+  codeact::silu_multiply(first, second, target, element, threads, instruction_set);
+}
+
+void rotate(const py::array& x, const py::array& cosine, const py::array& sine, py::array& output, int threads,
+            const std::string& instruction_set) {
+  const codeact::Element element = element_of({&x, &cosine, &sine, &output});
+  const codeact::Rows cos = rows_of(cosine, "cosine");
+  const codeact::Rows sin = rows_of(sine, "sine");
+  const auto heads = [&](const py::array& array, const char* name) {
+    const codeact::HeadsView view = heads_view(array, name);
+    if (view.tokens != cos.rows || view.width != cos.columns || view.tokens != sin.rows || view.width != sin.columns ||
+        view.width % 2 != 0)
+      throw py::value_error(std::string(name) + " must be (H, T, D) with D even, cosine and sine (T, D)");
+    return view;
+  };
+  const codeact::HeadsView from = heads(x, "x");
+  const codeact::HeadsView to = heads(output, "output");
+  if (from.heads != to.heads) throw py::value_error("output does not fit the operands");
+  const codeact::Rows rows{.data = from.data, .rows = from.tokens, .columns = from.width, .stride = from.token_stride};
+  const codeact::WritableRows target{.data = static_cast<std::byte*>(output.mutable_data()),
+                                     .rows = to.tokens,
+                                     .columns = to.width,
+                                     .stride = to.token_stride};
+  const py::gil_scoped_release released;
+  codeact::rotate(rows, {from.heads, from.head_stride}, cos, sin, target, {to.heads, to.head_stride}, element, threads,
+                  instruction_set);
+}
+
 std::vector<std::string> as_strings(const std::vector<std::string_view>& names) { return {names.begin(), names.end()}; }
 
 }  // namespace
@@ -302,6 +367,12 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              py::arg("tolerance"), py::arg("iterations"), py::arg("threads"), py::arg("instruction_set"));
   module.def("nearest_centres", &nearest_centres, py::arg("vectors").noconvert(), py::arg("centres"), py::arg("mean"),
              py::arg("threads"), py::arg("instruction_set"));
+  module.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("epsilon"), py::arg("output"),
+             py::arg("threads"), py::arg("instruction_set"));
+  module.def("silu_multiply", &silu_multiply, py::arg("gate"), py::arg("up"), py::arg("output"), py::arg("threads"),
+             py::arg("instruction_set"));
+  module.def("rotate", &rotate, py::arg("x"), py::arg("cosine"), py::arg("sine"), py::arg("output"), py::arg("threads"),
+             py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
   module.def("varlen_attention_backward", &varlen_attention_backward, py::arg("output_gradient"), py::arg("query"),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from codeact.base.devices import to_device
 from codeact.base.errors import InputError
+from codeact.models.fused_layers import fused_layers
 from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
 
 _SHORT = (5, 9, 7)  # tokens of the samples that every proof runs
@@ -224,7 +225,7 @@ def split_head(model: PreTrainedModel) -> tuple[torch.nn.Module, LmHead]:
 
 @contextmanager
 def computing(model: Any, attention: str | None = None) -> Iterator[None]:
-    """Let a model compute as it does outside of training, with another attention if one is named; then undo both.
+    """Let a model compute as it does outside of training, its layers fused, with another attention; then undo all.
 
     Raises:
         InputError: the model does not take that attention.
@@ -233,7 +234,7 @@ def computing(model: Any, attention: str | None = None) -> Iterator[None]:
     set_attention(model, before if attention is None else attention)
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), fused_layers(model):
             yield
     finally:
         model.train(training)

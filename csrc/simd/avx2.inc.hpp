@@ -29,6 +29,20 @@ struct Avx2 {
     const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
+  // To nearest, ties to even; a NaN stays one.
+  static __m256i high_halves(Vec x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+  }
+  static Vec round_bfloat16(Vec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(high_halves(x), 16)); }
+  static void store_bfloat16(void* p, Vec x) {
+    const __m256i halves = high_halves(x);
+    _mm_storeu_si128(static_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+  }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return _mm256_fmadd_ps(a, b, sum); }
 
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }

@@ -1,4 +1,4 @@
-// What nll/, attention/ and clustering/ drive and one file per instruction set provides.
+// What nll/, attention/, clustering/ and layers/ drive and one file per instruction set provides.
 //
 // A *word* is what one 32-bit lane multiplies: a float, or a pair of bfloat16 with AVX512-BF16. Both operands are
 // packed into words first, so that one source serves all: hidden into *tiles* of a few rows, the head into *panels* of
@@ -131,6 +131,13 @@ struct Kernels {
   // have room for whole panels; what is past `columns` has no meaning.
   void (*multiply_rows)(const float* const* rows, std::int64_t features, const std::uint32_t* panels,
                         std::int64_t columns, float* products, std::int64_t stride);
+  // (columns,) elements each; `target` may be what is read.
+  void (*normalize_row)(const unsigned char* row, const unsigned char* weight, std::int64_t columns, bool bfloat16,
+                        float epsilon, unsigned char* target);
+  void (*gate_row)(const unsigned char* gate, const unsigned char* up, std::int64_t columns, bool bfloat16,
+                   unsigned char* target);
+  void (*rotate_row)(const unsigned char* row, const unsigned char* cosine, const unsigned char* sine,
+                     std::int64_t columns, bool bfloat16, unsigned char* target);
   void (*attend)(const AttentionPart& part, const WritableAttentionRows& output, const AttentionScratch& scratch);
   void (*attend_backward)(const AttentionPart& part, const AttentionPartGradients& gradients,
                           const AttentionGradientScratch& scratch);

@@ -4,6 +4,7 @@
 #include "attention/backward_kernel.inc.hpp"
 #include "attention/forward_kernel.inc.hpp"
 #include "clustering/products_kernel.inc.hpp"
+#include "layers/layers_kernel.inc.hpp"
 #include "nll/linear_nll_kernel.inc.hpp"
 #include "nll/loss_slope_kernel.inc.hpp"
 
@@ -24,6 +25,9 @@ constexpr Kernels kKernels = {.tile_rows = kRows,
                               .slope_row = slope_row,
                               .store_row = store_elements,
                               .multiply_rows = multiply_rows,
+                              .normalize_row = normalize_row,
+                              .gate_row = gate_row,
+                              .rotate_row = rotate_row,
                               .attend = attend,
                               .attend_backward = attend_backward};
 

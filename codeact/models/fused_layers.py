@@ -1,0 +1,115 @@
+"""Scoring with the compiled core between the products of a model's layers, wherever a layer computes what it does."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codeact.ops.layers import fusable, rms_norm, rotate, silu_multiply
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """While it lasts, RMSNorm, SiLU x gate and rotary embedding take one pass over memory each, without gradients.
+
+    A module is replaced if it gives on random input what the compiled core gives; whatever differs (another
+    activation, weights of 1 + w, rotary embedding of a part of a head) stays as it is.
+    """
+    changed: list[nn.Module] = []
+    rotaries: dict[str, Any] = {}
+    try:
+        for module in model.modules():
+            forward = None if "forward" in module.__dict__ else _norm(module) or _mlp(module)
+            if forward is not None:
+                setattr(module, "forward", forward)  # noqa: B010 - of this one module
+                changed.append(module)
+            home = sys.modules.get(type(module).__module__)
+            if home is not None and home.__name__ not in rotaries and _rotates_plainly(home):
+                rotaries[home.__name__] = getattr(home, _ROTARY)
+                setattr(home, _ROTARY, _fused_rotary(rotaries[home.__name__]))
+        yield
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
+        for name, plain in rotaries.items():
+            setattr(sys.modules[name], _ROTARY, plain)
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """The forward of an RMSNorm."""
+    weight: Any = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    names = [name for name, _ in module.named_parameters()]
+    if names != ["weight"] or not isinstance(epsilon, float) or weight.ndim != 1 or list(module.children()):
+        return None
+    plain = module.forward
+
+    def forward(hidden_states: Tensor) -> Any:
+        if fusable(hidden_states, module.weight):
+            return rms_norm(hidden_states, module.weight, epsilon)
+        return plain(hidden_states)
+
+    return forward if _same(module, forward, weight, weight.shape[-1]) else None
+
+
+def _mlp(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """The forward of an MLP with a gate."""
+    children = {name for name, _ in module.named_children()}
+    if not {"gate_proj", "up_proj", "down_proj"} <= children <= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    plain = module.forward
+    weight: Any = getattr(module.gate_proj, "weight", None)
+
+    def forward(x: Tensor) -> Any:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        return module.down_proj(silu_multiply(gate, up)) if fusable(gate, up) else plain(x)
+
+    fits = isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    return forward if fits and _same(module, forward, weight, weight.shape[1]) else None
+
+
+def _fused_rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        whole = q.ndim == 4 and q.shape[0] == 1 and q.shape[2:] == k.shape[2:] == cos.shape[1:] == sin.shape[1:]
+        if more or options or not whole or not fusable(q, k, cos, sin):
+            return plain(q, k, cos, sin, *more, **options)
+        return rotate(q[0], cos[0], sin[0])[None], rotate(k[0], cos[0], sin[0])[None]
+
+    return apply_rotary_pos_emb
+
+
+def _rotates_plainly(home: types.ModuleType) -> bool:
+    """Whether a module's function for rotary embeddings is that of Llama."""
+    plain = getattr(home, _ROTARY, None)
+    if plain is None or list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    random = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(shape, generator=random) for shape in ((1, 3, 5, 8), (1, 1, 5, 8), *[(1, 5, 8)] * 2))
+    with torch.no_grad():
+        pairs = zip(plain(q, k, cos, sin), _fused_rotary(plain)(q, k, cos, sin), strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def _same(module: nn.Module, fused: Callable[[Tensor], Tensor], like: Tensor, width: int) -> bool:
+    """Whether a module and its replacement give the same for random rows, but for the order of sums; tried once."""
+    known = module.__dict__.setdefault("_codeact_fusable", {})
+    if fusable(like.detach()) and like.dtype not in known:
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 4, width, generator=random).to(like.dtype)
+        with torch.no_grad():
+            one, other = module(x), fused(x)
+        tolerance = 4 * torch.finfo(like.dtype).eps
+        known[like.dtype] = isinstance(one, Tensor) and bool(
+            one.shape == other.shape
+            and torch.allclose(one, other, tolerance, max(tolerance * float(one.abs().max()), 1e-6))
+        )
+    return bool(known.get(like.dtype, False)) and fusable(like.detach())
