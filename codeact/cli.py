@@ -290,6 +290,30 @@ def pack_stats(
         _tell(f"the picture is {plot}")
 
 
+@command("pack")
+def pack_rows(
+    data: DataSettings,
+    output: Annotated[Path, flag("Parquet file, or folder, to write; NAME.plan.parquet beside it says what is where.")],
+    max_length: Annotated[int, flag("Tokens of a pack.", min=1)],
+    form: Annotated[str, flag("index, trl, megatron, ms-swift or llama-factory.", "--format")] = "index",
+    tokenizer: Annotated[str | None, flag("A model's folder or hub name; a DATA.npy of lengths needs none.")] = None,
+    template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
+    on_overflow: Annotated[str, flag("What becomes of a longer row: truncate, drop or error.")] = "truncate",
+) -> None:
+    """Pack rows for another trainer: a plan, and the packs in the form that its own reader takes."""
+    import datasets
+
+    from codeact.integrations.pack_files import write_packs
+    from codeact.models.loading import load_tokenizer
+
+    datasets.disable_progress_bars()
+    rows = data.source if data.source.endswith(".npy") else data.open()
+    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
+    files = write_packs(rows, output, form, max_length, encoder, template, on_overflow)
+    _tell(files.summary())
+    _tell(f"the packs are {files.output}" + ("" if form == "index" else f", the plan is {files.plan}"))
+
+
 @command()
 def generate(
     settings: GenerationSettings,

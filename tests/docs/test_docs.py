@@ -54,6 +54,7 @@ OPTIONS = {
     "select": "select.md",
     "train": "train.md",
     "pack-stats": "pack-stats.md",
+    "pack": "pack.md",
     "generate": "evaluate.md",
     "sanitize": "evaluate.md",
     "evaluate": "evaluate.md",
