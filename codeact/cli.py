@@ -115,7 +115,7 @@ def _checked(kind: type[Settings], values: dict[str, Any]) -> Settings:
             raise InputError(message) from None
         field = str(problem["loc"][0])
         name = _flags(field, kind.model_fields[field])[0]
-        raise InputError(f"{name} {problem['input']!r}: {message.lower()}") from None
+        raise InputError(f"{name} {problem['input']!r}: {message[:1].lower()}{message[1:]}") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -269,7 +269,7 @@ def pack_stats(
     tokenizer: Annotated[str, flag("A model's folder or hub name.")],
     max_length: Annotated[int, flag("Tokens of a training row.", min=1)],
     batch_size: Annotated[int, flag("Samples of a padded batch.", min=1)] = 16,
-    template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
+    template: Annotated[str, flag("How conversations are written: chat, a chat format, or a Jinja file.")] = "chat",
     json_file: Annotated[Path | None, flag("Also write all figures here.", "--json")] = None,
     plot: Annotated[Path | None, flag("Also draw the packs into this PNG.")] = None,
 ) -> None:
@@ -297,7 +297,7 @@ def pack_rows(
     max_length: Annotated[int, flag("Tokens of a pack.", min=1)],
     form: Annotated[str, flag("index, trl, megatron, ms-swift or llama-factory.", "--format")] = "index",
     tokenizer: Annotated[str | None, flag("A model's folder or hub name; a DATA.npy of lengths needs none.")] = None,
-    template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
+    template: Annotated[str, flag("How conversations are written: chat, a chat format, or a Jinja file.")] = "chat",
     on_overflow: Annotated[str, flag("What becomes of a longer row: truncate, drop or error.")] = "truncate",
 ) -> None:
     """Pack rows for another trainer: a plan, and the packs in the form that its own reader takes."""

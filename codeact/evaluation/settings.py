@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, model_validator
 
 from codeact.base.settings import Settings, setting
+from codeact.text.template_files import Template
 
 if TYPE_CHECKING:
     from codeact.evaluation.sandbox.sandbox import Limits
@@ -21,7 +22,7 @@ class GenerationSettings(Settings):
     tasks: tuple[str, ...] | None = setting(None, "Ids of the tasks; default: all.", command=False)
     before: bool = setting(True, "Try the model as it was before training, too.", command=False)
     instruct: bool = setting(True, "Ask as in a chat; else the model goes on.")
-    template: str = setting("chat", "Of the chat: chat, or the chat format of the training.")
+    template: Template = setting("chat", "Of the chat: chat, the chat format of the training, or a Jinja file.")
     temperature: float = setting(0.0, "0: greedy.", ge=0)
     top_p: float = setting(1.0, "Draw from so much of the probability.", gt=0, le=1)
     samples: int = setting(1, "Samples of a task.", "--n", "--samples", ge=1)

@@ -133,7 +133,8 @@ def token_places(starts: npt.NDArray[np.integer[Any]], sizes: npt.NDArray[np.int
         (sum of sizes,) int64.
     """
     ends = np.cumsum(sizes)
-    return np.arange(sizes.sum(), dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
+    places: npt.NDArray[np.int64] = np.arange(sizes.sum(), dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
+    return places
 
 
 def _closest_first(name: str) -> list[str]:
