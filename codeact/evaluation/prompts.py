@@ -57,17 +57,19 @@ class PromptWriter:
     def write(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem."""
         if self._template is None:
-            text = problem.prompt.strip() + "\n"
-            stops = (*_STOPS, *_BASE_STOPS[problem.dataset])
+            text = (problem.prompt or problem.question).strip() + "\n"
+            stops = (*_STOPS, *_BASE_STOPS.get(problem.dataset, _BASE_STOPS["humaneval"]))
         else:
-            question = _QUESTIONS[problem.dataset].replace("{prompt}", problem.prompt.strip())
+            form = _QUESTIONS.get(problem.dataset, _QUESTIONS["humaneval"])
+            question = problem.question or form.replace("{prompt}", problem.prompt.strip())
             try:
                 asked = self._template.prompt([("user", question)])
             except ValueError as error:
                 raise InputError(f"{problem.task_id}: {error}; choose another --template") from None
             lead = "" if self._template.model_type == "chat" else self._template.family.lead
             text = asked + lead + _ANSWER_START
-            stops = (*_STOPS, *_CLOSING_FENCE)
+            script = problem.own is not None and problem.own.script  # which may have all of these
+            stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if self._bos and ids[:1] == self._bos:  # a chat template writes the BOS itself
             del ids[0]

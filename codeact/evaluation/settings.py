@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class GenerationSettings(Settings):
     """Which tasks, how they are asked, and how answers are drawn."""
 
-    dataset: Literal["humaneval", "mbpp"] = setting("humaneval", "humaneval or mbpp.")
+    dataset: Literal["humaneval", "mbpp", "own"] = setting("humaneval", "humaneval, mbpp, or own: those in data.")
     data: Path | None = setting(None, "File of the problems; see docs/evaluate.md.")
     tasks: tuple[str, ...] | None = setting(None, "Ids of the tasks; default: all.", command=False)
     before: bool = setting(True, "Try the model as it was before training, too.", command=False)
@@ -43,6 +43,21 @@ class GenerationSettings(Settings):
     def chat(self) -> str | None:
         """Template of the chat; None: the model goes on where the prompt ends."""
         return self.template if self.instruct else None
+
+
+class VerifySettings(Settings):
+    """How the answers of rows are run."""
+
+    tests: str = setting("tests", "Column of the tests: asserts, or pairs of input and output.", "--tests-column")
+    parallel: int | None = setting(None, "Programs at a time; default: half the cores.", place=True, ge=1)
+    min_seconds: float = setting(1.0, "A test may take so long.", gt=0)
+    memory_mb: int = setting(4096, "Memory of a program, MiB.", ge=64)
+
+    def limits(self) -> Limits:
+        """What a program may use."""
+        from codeact.evaluation.sandbox.sandbox import Limits
+
+        return Limits(min_seconds=self.min_seconds, memory_mb=self.memory_mb)
 
 
 class EvaluateSettings(Settings):

@@ -88,7 +88,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     from codeact.base.console import say
     from codeact.evaluation.problems import DATASETS, load_problems
     from codeact.evaluation.programs import left_out_note, read_rows, write_samples
-    from codeact.evaluation.sanitize import sanitize
+    from codeact.evaluation.sanitize import last_block, sanitize
 
     problems: dict[str, Problem] = {}
     rows = read_rows(samples)
@@ -102,9 +102,9 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     cleaned, changed = [], 0
     for number, row in enumerate(rows, 1):
         problem = problems.get(row["task_id"])
-        entry_point = row.get("entry_point") or (problem and problem.entry_point)
+        entry_point = row.get("entry_point", problem and problem.entry_point)
         text = row.get("solution")
-        if row["task_id"] in unknown and not (entry_point and text):
+        if row["task_id"] in unknown and (entry_point is None or not text):
             continue
         if text is None and problem is not None and isinstance(row.get("completion"), str):
             text = problem.prompt + row["completion"]
@@ -112,7 +112,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
             raise InputError(
                 f"{samples}, sample {number}: no sample of {' or '.join(DATASETS)}: it needs task_id and solution"
             )
-        solution = sanitize(text, entry_point)
+        solution = sanitize(text, entry_point) if entry_point else last_block(text)  # a script of a task of one's own
         changed += solution.strip() != text.strip()
         kept = {key: value for key, value in row.items() if key != "completion"}
         cleaned.append({**kept, "solution": solution})

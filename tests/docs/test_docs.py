@@ -58,6 +58,7 @@ OPTIONS = {
     "generate": "evaluate.md",
     "sanitize": "evaluate.md",
     "evaluate": "evaluate.md",
+    "verify": "evaluate.md",
     "run": "run.md",
     "lab": "lab.md",
     "report": "report.md",
