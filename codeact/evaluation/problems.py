@@ -10,15 +10,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from codeact.base.console import say
 from codeact.base.errors import InputError, one_of
 from codeact.base.files import atomic_path, cache_path, download
 from codeact.base.parsing import parse_json, read_file
-
-if TYPE_CHECKING:
-    from codeact.evaluation.own_tests import OwnTests
 
 DATASETS = ("humaneval", "mbpp")
 _FILES = {"humaneval": ("HumanEvalPlus", "HumanEval"), "mbpp": ("MbppPlus",)}
@@ -45,7 +42,7 @@ class Problem:
     ``base_input`` and ``plus_input`` hold one tuple of arguments a test; None where the file has none (the original
     HumanEval has ``test``, a program that defines ``check(candidate)``, instead). ``tolerance``: the absolute error
     that a float may have, 0 for "equal" (a float is then allowed 1e-6, as by evalplus). ``own``: tests of a task of
-    one's own, and ``question``, what a chat is asked there.
+    one's own, an ``OwnTests``, and ``question``, what a chat is asked there.
     """
 
     task_id: str
@@ -58,7 +55,7 @@ class Problem:
     tolerance: float
     test: str | None = None
     question: str = ""
-    own: OwnTests | None = None
+    own: Any = None
 
     @property
     def reference(self) -> str:
@@ -91,7 +88,7 @@ def load_problems(
     """Read the problems of a data set.
 
     Args:
-        dataset: "humaneval", "mbpp", or "own" for a file that `codeact.evaluation.tasks` reads.
+        dataset: "humaneval" or "mbpp".
         data: HumanEvalPlus.jsonl or MbppPlus.jsonl of evalplus, or HumanEval.jsonl of OpenAI, plain or gz. By default
             it is looked for in the folder that CODEACT_EVAL_DATA names, else in the cache, else it is downloaded.
         limit: only so many, from the first.
@@ -100,12 +97,6 @@ def load_problems(
     Raises:
         InputError: the file cannot be had or read; says what to put where.
     """
-    if dataset == "own":
-        from codeact.evaluation.tasks import load_tasks
-
-        if data is None:
-            raise InputError("tasks of your own need their file: --tasks FILE")
-        return load_tasks(Path(data), limit, tasks)
     one_of("dataset", dataset, DATASETS)
     path = Path(data).expanduser() if data is not None else _find(dataset)
     try:

@@ -14,7 +14,7 @@ from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
 from codeact.data.sources import RowError, open_local
 from codeact.evaluation.own_tests import OwnTests, Tests, read_calls, read_program, read_scripts, read_tests
-from codeact.evaluation.problems import Problem, ProblemSet
+from codeact.evaluation.problems import Problem, ProblemSet, load_problems
 
 _MOST_BYTES = 1 << 28
 _NOT_RUN = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
@@ -30,6 +30,21 @@ _LIVE_CODE_BENCH = "".join(
         "sys.setrecursionlimit(50000)\n",
     )
 )
+
+
+def load(
+    dataset: str, data: Path | None = None, limit: int | None = None, tasks: Sequence[str] | None = None
+) -> ProblemSet:
+    """``load_problems``, or for the data set "own" ``load_tasks``.
+
+    Raises:
+        InputError: as they do; or "own" has no file.
+    """
+    if dataset != "own":
+        return load_problems(dataset, data, limit, tasks)
+    if data is None:
+        raise InputError("tasks of your own need their file: --tasks FILE")
+    return load_tasks(data, limit, tasks)
 
 
 def load_tasks(path: Path, limit: int | None = None, tasks: Sequence[str] | None = None) -> ProblemSet:

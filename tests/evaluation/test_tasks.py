@@ -11,8 +11,7 @@ import pytest
 
 from codeact.base.errors import InputError
 from codeact.evaluation.compare import same_output
-from codeact.evaluation.problems import load_problems
-from codeact.evaluation.tasks import load_tasks
+from codeact.evaluation.tasks import load, load_tasks
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -235,8 +234,8 @@ def test_what_else_is_refused(tmp_path, codeact):
         assert code == 2
         assert message in err
     with pytest.raises(InputError, match="need their file: tasks FILE"):
-        load_problems("own")
-    assert [p.task_id for p in load_problems("own", write(tmp_path / "t.jsonl", ALL),
+        load("own")
+    assert [p.task_id for p in load("own", write(tmp_path / "t.jsonl", ALL),
             2).problems] == ["abc301_a", "2727"]  # fmt: skip
     assert [p.task_id for p in load_tasks(tmp_path / "t.jsonl", None, ["2"]).problems] == ["2"]
 
@@ -289,3 +288,12 @@ def test_what_a_chat_is_asked(tmp_path, tokenizer):
     assert "\nassert" in stops["2727"]
     base = PromptWriter(tokenizer, None).write(problems["BigCodeBench/0"])
     assert tokenizer.decode(base.ids).endswith("'''Shuffle.'''\n")
+
+
+def test_rows_that_give_them_away_are_found(tmp_path):
+    from codeact.cleaning.stage import evaluation_tasks
+
+    path = write(tmp_path / "t.jsonl", [LOOP, FUNCTIONAL])
+    tasks = evaluation_tasks(None, ("own", path))
+    assert [(task.id, task.solution) for task in tasks][-2:] == [("own/loop", "    return 2 * x\n"), ("2727", "")]
+    assert tasks[-1].question.startswith("Count.")
