@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from codeact.base.settings import Settings, setting
+from codeact.base.settings import Protocol, Settings, setting
 from codeact.text.template_files import Template
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class GenerationSettings(Settings):
     before: bool = setting(True, "Try the model as it was before training, too.", command=False)
     instruct: bool = setting(True, "Ask as in a chat; else the model goes on.")
     template: Template = setting("chat", "Of the chat: chat, the chat format of the training, or a Jinja file.")
+    protocol: Protocol = setting("exact", "exact, or paper: the prompts of the paper's scripts, to the byte.")
     temperature: float = setting(0.0, "0: greedy.", ge=0)
     top_p: float = setting(1.0, "Draw from so much of the probability.", gt=0, le=1)
     samples: int = setting(1, "Samples of a task.", "--n", "--samples", ge=1)

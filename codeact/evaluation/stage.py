@@ -212,7 +212,7 @@ class Generate(_Part):
         problems = problems_of(settings).problems
         check_device(settings.device, settings.dtype)
         check_generator(settings.backend)
-        writer = PromptWriter(load_tokenizer(run.model), settings.chat)
+        writer = PromptWriter(load_tokenizer(run.model), settings.chat, settings.protocol)
         writer.write(problems[0])
 
     def inputs(self, run: Run) -> dict[str, Any]:
