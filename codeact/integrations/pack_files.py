@@ -83,7 +83,8 @@ def write_packs(
         form: one of ``FORMATS``; docs/pack.md says how each library reads it.
         capacity: most tokens of a pack.
         tokenizer: of transformers; not needed for a file of lengths.
-        template, on_overflow: as ``model_type`` and ``on_overflow`` of ``encode_conversations``.
+        template: as ``model_type`` of ``encode_conversations``.
+        on_overflow: as there.
 
     Raises:
         InputError: data or tokenizer do not fit, no row gives a sample, or ``output`` is there as a folder already.
