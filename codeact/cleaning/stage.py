@@ -105,7 +105,7 @@ def evaluation_tasks(against: str | None, tried: tuple[str, Path | None] | None 
     from codeact.cleaning.contamination import EvaluationTask, question_of_prompt
     from codeact.data.records import Record
     from codeact.evaluation.problems import DATASETS, file_at_hand, remedy_for
-    from codeact.evaluation.tasks import load
+    from codeact.evaluation.tasks import open_problems
 
     if against == "none":
         return []
@@ -125,7 +125,7 @@ def evaluation_tasks(against: str | None, tried: tuple[str, Path | None] | None 
             EvaluationTask(
                 id=p.task_id, question=p.question or question_of_prompt(p.prompt), solution=p.canonical_solution
             )
-            for p in load(name, path).problems
+            for p in open_problems(name, path).problems
         ]
     return tasks
 

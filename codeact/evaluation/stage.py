@@ -50,10 +50,10 @@ def generate_programs(
     from codeact.base.console import Progress, say
     from codeact.evaluation.generate import generate
     from codeact.evaluation.generators import load_generator
-    from codeact.evaluation.tasks import load
+    from codeact.evaluation.tasks import open_problems
     from codeact.models.loading import quiet_transformers
 
-    problems = load(settings.dataset, settings.data, limit, settings.tasks)
+    problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     quiet_transformers()
     say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
     generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
@@ -139,9 +139,9 @@ def evaluate_file(
     from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
     from codeact.evaluation.sandbox.sandbox import Sandbox
-    from codeact.evaluation.tasks import load
+    from codeact.evaluation.tasks import open_problems
 
-    problems = load(dataset, data, limit, tasks)
+    problems = open_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or settings.limits(), unsafe=unsafe)
     if not sandbox.isolated:
         say(
@@ -173,9 +173,9 @@ def evaluate_file(
 @functools.cache
 def problems_of(settings: GenerationSettings) -> ProblemSet:
     """The problems that programs are written for."""
-    from codeact.evaluation.tasks import load
+    from codeact.evaluation.tasks import open_problems
 
-    return load(settings.dataset, settings.data, tasks=settings.tasks)
+    return open_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
 
 class _Part(Stage):

@@ -32,7 +32,7 @@ _LIVE_CODE_BENCH = "".join(
 )
 
 
-def load(
+def open_problems(
     dataset: str, data: Path | None = None, limit: int | None = None, tasks: Sequence[str] | None = None
 ) -> ProblemSet:
     """``load_problems``, or for the data set "own" ``load_tasks``.

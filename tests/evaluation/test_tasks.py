@@ -11,7 +11,7 @@ import pytest
 
 from codeact.base.errors import InputError
 from codeact.evaluation.compare import same_output
-from codeact.evaluation.tasks import load, load_tasks
+from codeact.evaluation.tasks import load_tasks, open_problems
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -234,8 +234,8 @@ def test_what_else_is_refused(tmp_path, codeact):
         assert code == 2
         assert message in err
     with pytest.raises(InputError, match="need their file: tasks FILE"):
-        load("own")
-    assert [p.task_id for p in load("own", write(tmp_path / "t.jsonl", ALL),
+        open_problems("own")
+    assert [p.task_id for p in open_problems("own", write(tmp_path / "t.jsonl", ALL),
             2).problems] == ["abc301_a", "2727"]  # fmt: skip
     assert [p.task_id for p in load_tasks(tmp_path / "t.jsonl", None, ["2"]).problems] == ["2"]
 
