@@ -297,3 +297,10 @@ def test_rows_that_give_them_away_are_found(tmp_path):
     tasks = evaluation_tasks(None, ("own", path))
     assert [(task.id, task.solution) for task in tasks][-2:] == [("own/loop", "    return 2 * x\n"), ("2727", "")]
     assert tasks[-1].question.startswith("Count.")
+
+
+def test_human_eval_itself_is_a_file_of_tasks(human_eval_path):
+    """Most of its checks are taken apart; what the others call is compared with the canonical solution's results."""
+    problems = load_tasks(human_eval_path).problems
+    assert (len(problems), sum(problem.own is None for problem in problems)) == (164, 48)
+    assert not any(problem.own.beside for problem in problems if problem.own is not None)
