@@ -38,7 +38,7 @@ BUDGET = {
     "stages": 110,
     "training": 370,
     "generation": 110,
-    "evaluation": 25,
+    "evaluation": 30,
     "roofline": 5,
 }
 ON_A_DEVICE = "nll_cuda"

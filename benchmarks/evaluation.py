@@ -10,6 +10,8 @@ HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz; without it only sanitizing is meas
 build/evalplus, without the libraries that it would bring for hosted models. Memory is the peak of the process that
 judges, all of it, without the programs that it runs.
 
+Rewards: ``run_programs`` on asserts, as TRL's GRPOTrainer calls it by ``pass_share``; its throughput.
+
 The floor of verdicts is a bare interpreter, started once a program; that of sanitizing, one ``ast.parse`` of an answer
 that is all code.
 """
@@ -37,6 +39,7 @@ from codeact.evaluation.judge import GroundTruth
 from codeact.evaluation.problems import ProblemSet, load_problems
 from codeact.evaluation.programs import Program, read_rows, write_samples
 from codeact.evaluation.results import evaluate
+from codeact.evaluation.rewards import run_programs
 from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
 from codeact.evaluation.sanitize import sanitize
 
@@ -209,6 +212,25 @@ def compare(dataset: str, data: Path, tasks: int | None, mutants: int, programs:
     }
 
 
+def measure_rewards(count: int) -> dict[str, Any]:
+    """``run_programs`` on so many programs, as a reward function calls it, beside a bare interpreter for each."""
+    programs = [f"def f(x):\n    return x + {number % 2}" for number in range(count)]
+    tests = ["assert f(1) == 2", "assert f([1]) == [1]", "assert f(5) == 6"]
+    parallel = max(1, (os.cpu_count() or 2) // 2)
+    judged = run_programs(programs, tests, parallel=parallel)
+    assert [result.kind for result in judged] == ["wrong", "exception"] * (count // 2)
+    bare = [sys.executable, "-I", "-S", "-c", "pass"]
+    times = interleave(
+        {
+            "codeact": lambda: run_programs(programs, tests, parallel=parallel),
+            "start": lambda: subprocess.run(bare, check=True),
+        },
+        3,
+    )
+    floor = count * times["start"].median / parallel
+    return {"programs": count, "parallel": parallel, "timing": times["codeact"], "floor": floor}
+
+
 def verdicts_section(results: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     parts = []
@@ -265,12 +287,19 @@ def run(options: argparse.Namespace) -> Report:
         )
         for r in results
     ]
+    rewards = measure_rewards(8 if options.quick else 24)
+    count, taken = rewards["programs"], rewards["timing"]
+    told = (
+        f"run_programs: {count} programs on 3 asserts, {rewards['parallel']} at a time: {taken}, "
+        f"{count / taken.median:.0f} a second (a bare interpreter for each: {rewards['floor']:.2f} s)"
+    )
     judged = verdicts_section(results) or "Verdicts were not compared: no folder with evalplus' data sets was named."
     plain = [
         {name: value.seconds if isinstance(value, Timing) else value for name, value in r.items()}
-        for r in [*by_kind, *results]
+        for r in [*by_kind, *results, rewards]
     ]
-    return Report(sections=["## Sanitizing", sanitized, "## Verdicts", judged], lines=lines, figures={"records": plain})
+    sections = ["## Sanitizing", sanitized, "## Verdicts", judged, "## Rewards", told]
+    return Report(sections=sections, lines=lines, figures={"records": plain})
 
 
 if __name__ == "__main__":

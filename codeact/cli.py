@@ -24,7 +24,7 @@ from codeact.base.stopping import end_as_stopped
 from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
-from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
+from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
 from codeact.run.flow import LedgerError, open_flow
 from codeact.scoring.stage import ScoreSettings
 from codeact.selection.settings import SelectSettings
@@ -115,7 +115,7 @@ def _checked(kind: type[Settings], values: dict[str, Any]) -> Settings:
             raise InputError(message) from None
         field = str(problem["loc"][0])
         name = _flags(field, kind.model_fields[field])[0]
-        raise InputError(f"{name} {problem['input']!r}: {message.lower()}") from None
+        raise InputError(f"{name} {problem['input']!r}: {message[:1].lower()}{message[1:]}") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -269,7 +269,7 @@ def pack_stats(
     tokenizer: Annotated[str, flag("A model's folder or hub name.")],
     max_length: Annotated[int, flag("Tokens of a training row.", min=1)],
     batch_size: Annotated[int, flag("Samples of a padded batch.", min=1)] = 16,
-    template: Annotated[str, flag("How conversations are written: chat, or a chat format.")] = "chat",
+    template: Annotated[str, flag("How conversations are written: chat, a chat format, or a Jinja file.")] = "chat",
     json_file: Annotated[Path | None, flag("Also write all figures here.", "--json")] = None,
     plot: Annotated[Path | None, flag("Also draw the packs into this PNG.")] = None,
 ) -> None:
@@ -290,18 +290,45 @@ def pack_stats(
         _tell(f"the picture is {plot}")
 
 
+@command("pack")
+def pack_rows(
+    data: DataSettings,
+    output: Annotated[Path, flag("Parquet file, or folder, to write; NAME.plan.parquet beside it says what is where.")],
+    max_length: Annotated[int, flag("Tokens of a pack.", min=1)],
+    form: Annotated[str, flag("index, trl, megatron, ms-swift or llama-factory.", "--format")] = "index",
+    tokenizer: Annotated[str | None, flag("A model's folder or hub name; a DATA.npy of lengths needs none.")] = None,
+    template: Annotated[str, flag("How conversations are written: chat, a chat format, or a Jinja file.")] = "chat",
+    on_overflow: Annotated[str, flag("What becomes of a longer row: truncate, drop or error.")] = "truncate",
+) -> None:
+    """Pack rows for another trainer: a plan, and the packs in the form that its own reader takes."""
+    import datasets
+
+    from codeact.integrations.pack_files import write_packs
+    from codeact.models.loading import load_tokenizer
+
+    datasets.disable_progress_bars()
+    rows = data.source if data.source.endswith(".npy") else data.open()
+    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
+    files = write_packs(rows, output, form, max_length, encoder, template, on_overflow)
+    _tell(files.summary())
+    _tell(f"the packs are {files.output}" + ("" if form == "index" else f", the plan is {files.plan}"))
+
+
 @command()
 def generate(
     settings: GenerationSettings,
     model: Annotated[str, flag("Causal language model: a folder or a hub name.")],
     output: Annotated[Path, flag("JSON lines to write; a rerun does only what is missing there.")],
     adapter: Annotated[str | None, flag("LoRA adapter: a folder or a hub name.")] = None,
+    tasks: Annotated[Path | None, flag("File of tasks of your own: --dataset own --data FILE.")] = None,
     limit: Annotated[int | None, flag("Only so many tasks.", min=1)] = None,
     overwrite: Annotated[bool, flag("Discard samples of other settings there.", "--overwrite")] = False,
 ) -> None:
-    """Let a model write programs for the tasks of HumanEval or MBPP."""
+    """Let a model write programs for the tasks of HumanEval, MBPP or a file."""
     from codeact.evaluation.stage import generate_programs
 
+    if tasks is not None:
+        settings = settings.model_copy(update={"dataset": "own", "data": tasks})
     _tell(generate_programs(settings, model, output, adapter=adapter, limit=limit, overwrite=overwrite))
 
 
@@ -321,9 +348,10 @@ def sanitize(
 @command()
 def evaluate(
     settings: EvaluateSettings,
-    dataset: Annotated[str, flag("humaneval or mbpp.")],
     samples: Annotated[Path, flag("JSON lines with task_id and solution (or completion), or a folder.")],
+    dataset: Annotated[str | None, flag("humaneval or mbpp; or say --tasks.")] = None,
     data: Annotated[Path | None, flag("File of the problems; see docs/evaluate.md.")] = None,
+    tasks: Annotated[Path | None, flag("File of tasks of your own, with their tests.")] = None,
     limit: Annotated[int | None, flag("Only so many tasks.", min=1)] = None,
     unsafe: Annotated[
         bool, flag("Where nothing isolates: run the programs all the same.", "--unsafe-no-sandbox")
@@ -332,9 +360,28 @@ def evaluate(
     """Run the programs on the tests, each alone in a sandbox, and report pass@k."""
     from codeact.evaluation.stage import evaluate_file
 
-    results, files = evaluate_file(dataset, samples, settings, data=data, limit=limit, unsafe=unsafe)
+    if (dataset is None) == (tasks is None):
+        raise InputError("say which tasks: --dataset humaneval, --dataset mbpp, or --tasks FILE")
+    name, file = (dataset, data) if dataset is not None else ("own", tasks)
+    results, files = evaluate_file(name, samples, settings, data=file, limit=limit, unsafe=unsafe)
     _tell(results.summary())
     _tell(f"\nevery task: {', '.join(map(str, files))}")
+
+
+@command()
+def verify(
+    data: DataSettings,
+    settings: VerifySettings,
+    output: Annotated[Path, flag("JSON lines to write: every row, with pass_share and verdict.")],
+    unsafe: Annotated[
+        bool, flag("Where nothing isolates: run the programs all the same.", "--unsafe-no-sandbox")
+    ] = False,
+) -> None:
+    """Run the programs in the answers of rows on the tests of each row; no row is left out for that."""
+    from codeact.evaluation.verify import verify_rows
+
+    _print_lines(verify_rows(data.open(), settings, output, unsafe))
+    _tell(f"all rows, each with its pass share, in {output}")
 
 
 @command()

@@ -15,8 +15,11 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 records = codeact.open_records(rows, codeact.Columns(question="instruction", answer="output"))
 texts = [{"prompt": row.question, "completion": row.answer} for row in records if isinstance(row, codeact.Record)]
 
+model = AutoModelForCausalLM.from_pretrained(model_name, dtype="float32")
+codeact.isolate(model, max_length=512)  # TRL itself keeps the samples of a pack apart with FlashAttention only
+
 trainer = SFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(model_name, dtype="float32"),
+    model=model,
     args=SFTConfig(
         output_dir=output,
         max_steps=2,

@@ -34,6 +34,7 @@ _SAME_FLAGS = (
     ("data_path", "dataset_name"),
     ("output", "output_dir"),
     ("tokenizer", "tokenizer_name_or_path"),
+    ("template", "model_type", "chat_template"),
 )
 """Flags that mean the same, ours and those of transformers and TRL: where a command has one, it takes the others."""
 

@@ -104,25 +104,28 @@ def evaluation_tasks(against: str | None, tried: tuple[str, Path | None] | None 
     from codeact.base.console import say
     from codeact.cleaning.contamination import EvaluationTask, question_of_prompt
     from codeact.data.records import Record
-    from codeact.evaluation.problems import DATASETS, file_at_hand, load_problems, remedy_for
+    from codeact.evaluation.problems import DATASETS, file_at_hand, remedy_for
+    from codeact.evaluation.tasks import open_problems
 
     if against == "none":
         return []
     tasks: list[EvaluationTask] = []
     names = [name.strip() for name in against.split(",")] if against is not None else list(DATASETS)
     for name in dict.fromkeys([*names, *([tried[0]] if tried else [])]):
-        if name not in DATASETS:
+        path = tried[1] if tried and tried[0] == name else None
+        if name not in DATASETS and path is None:
             own = [row for row in DataSettings(source=name).open() if isinstance(row, Record)]
             title = Path(name).name.partition(".")[0]
             tasks += [EvaluationTask(id=f"{title}/{r.id}", question=r.question, solution=r.answer) for r in own]
             continue
-        path = tried[1] if tried and tried[0] == name else None
         if against is None and path is None and (path := file_at_hand(name)) is None:
             say(f"no row is compared with the tasks of {name}, which are not here: {remedy_for(name, '--against')}")
             continue
         tasks += [
-            EvaluationTask(id=p.task_id, question=question_of_prompt(p.prompt), solution=p.canonical_solution)
-            for p in load_problems(name, path).problems
+            EvaluationTask(
+                id=p.task_id, question=p.question or question_of_prompt(p.prompt), solution=p.canonical_solution
+            )
+            for p in open_problems(name, path).problems
         ]
     return tasks
 

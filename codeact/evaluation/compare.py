@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -78,6 +79,8 @@ class Judge:
         return self._problem.dataset == "humaneval" and self._problem.entry_point == "find_zero"
 
     def _passes(self, arguments: Sequence[Any], wire: Any, expected: Any, tolerance: float) -> bool:
+        if self._problem.dataset == "output":
+            return isinstance(wire, str) and same_output(wire, expected)
         name = self._problem.entry_point if self._problem.dataset == "mbpp" else ""
         if self._special:
             return abs(_polynomial(arguments[0], _real(wire))) <= tolerance
@@ -94,6 +97,15 @@ class Judge:
         if exact or tolerance == 0:
             return exact
         return _same_type(wire, expected) and _close(wire, expected, tolerance)
+
+
+def same_output(found: str, expected: str) -> bool:
+    """Whether two texts say the same line by line, white space at their ends aside; numbers by their value."""
+    lines, wanted = ([line.strip() for line in text.strip().split("\n")] for text in (found, expected))
+    return len(lines) == len(wanted) and all(
+        one == other or list(map(Decimal, one.split())) == list(map(Decimal, other.split()))
+        for one, other in zip(lines, wanted, strict=True)
+    )
 
 
 def _values(line: bytes) -> int:

@@ -217,7 +217,7 @@ def generate(
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; it must be at least 1")
-    writer = PromptWriter(generator.tokenizer, settings.chat)
+    writer = PromptWriter(generator.tokenizer, settings.chat, settings.protocol)
     requests = requests_for(problems, writer, settings.samples)
     longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
     prompts = hashlib.sha256(json.dumps([(r.task_id, r.prompt.ids, r.prompt.stops) for r in requests]).encode())

@@ -6,7 +6,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from codeact.evaluation.sandbox.sandbox import Sandbox
 KINDS = ("pass", "syntax", "wrong", "exception", "time", "memory", "crash")
 """What can become of a program. ``crash``: its process ended before its tests did, or wrote no results."""
 
-VERDICT_FORMAT = 2
+VERDICT_FORMAT = 3
 """Of the cached truth and of verdicts: both are made anew where it differs."""
 
 _REFERENCE_SECONDS = 60.0
@@ -33,6 +33,7 @@ _SPARE_BYTES = 1 << 20
 _DONE = b'{"done":true}'
 _DIGEST = b'{"value":{"digest":'
 _LONGEST_MESSAGE = 10_000
+_LONGEST_INPUT = 500
 _KILLED, _CPU_TIME = 128 + 9, 128 + 24  # SIGKILL, SIGXCPU
 _UNTOLD = {
     "time": ("time", "no result in time"),
@@ -47,13 +48,15 @@ _UNTOLD = {
 class Verdict:
     """``base`` and ``plus`` are of ``KINDS``; ``plus`` (base and plus tests together) is None where there are none.
 
-    ``test``: number of the first failed test, base tests first; None if none was run. ``message``: one line about it.
+    ``test``: number of the first failed test, base tests first; None if none was run. ``input``: what it was, the call
+    or the standard input; ``message``: one line about it.
     """
 
     base: str
     plus: str | None
     test: int | None = None
     message: str = ""
+    input: str = ""
 
     @property
     def late(self) -> bool:
@@ -72,7 +75,8 @@ class TaskTests:
 
     ``base``: how many are base tests; they are the first. ``inputs``: arguments; ``wires``: the same as they enter the
     sandbox; ``expected``: the reference's lines of results; ``seconds``: what it took; ``floats``: whether a float is
-    expected, or was in an earlier test of the same kind.
+    expected, or was in an earlier test of the same kind. ``told``: how each test is named to a person, if not as a
+    call with its arguments; ``wrap``: what is run for a program, if not it itself.
     """
 
     problem: Problem
@@ -82,6 +86,18 @@ class TaskTests:
     expected: Sequence[bytes]
     seconds: Sequence[float]
     floats: Sequence[bool]
+    told: Sequence[str] | None = None
+    wrap: Callable[[str], str] | None = None
+
+    def shown(self, number: int) -> str:
+        """A test in one line, cut where it is long."""
+        if self.told is not None:
+            return visible(self.told[number][:_LONGEST_INPUT])
+        try:
+            arguments = ", ".join(repr(one)[:_LONGEST_INPUT] for one in self.inputs[number])
+        except ValueError:  # a number of more digits than Python writes
+            arguments = "..."
+        return visible(f"{self.problem.entry_point}({arguments})"[:_LONGEST_INPUT])
 
 
 class GroundTruth:
@@ -201,7 +217,7 @@ def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: b
 
     ended = sandbox.run(
         {
-            "program": program,
+            "program": program if tests.wrap is None else tests.wrap(program),
             "entry_point": problem.entry_point,
             "inputs": tests.wires[:count],
             "seconds": allowed,
@@ -220,7 +236,7 @@ def judge_program(program: str, tests: TaskTests, sandbox: Sandbox, base_only: b
             if ended.status == _CPU_TIME
             else ("crash", f"its process ended with exit code {ended.status}")
         )
-    return _verdict(passed, failure, tests.base, plus)
+    return _verdict(passed, failure, tests, plus)
 
 
 def _told_failure(line: bytes) -> tuple[str, str]:
@@ -235,11 +251,12 @@ def _told_failure(line: bytes) -> tuple[str, str]:
     return "crash", "its results cannot be read"
 
 
-def _verdict(passed: int, failure: tuple[str, str] | None, base: int, plus: bool) -> Verdict:
+def _verdict(passed: int, failure: tuple[str, str] | None, tests: TaskTests, plus: bool) -> Verdict:
     kind, message = failure or ("pass", "")
     return Verdict(
-        base="pass" if passed >= base else kind,
+        base="pass" if passed >= tests.base else kind,
         plus=kind if plus else None,
         test=None if failure is None else passed,
         message=message,
+        input="" if failure is None else tests.shown(passed),
     )

@@ -41,7 +41,8 @@ class Problem:
 
     ``base_input`` and ``plus_input`` hold one tuple of arguments a test; None where the file has none (the original
     HumanEval has ``test``, a program that defines ``check(candidate)``, instead). ``tolerance``: the absolute error
-    that a float may have, 0 for "equal" (a float is then allowed 1e-6, as by evalplus).
+    that a float may have, 0 for "equal" (a float is then allowed 1e-6, as by evalplus). ``own``: tests of a task of
+    one's own, an ``OwnTests``, and ``question``, what a chat is asked there.
     """
 
     task_id: str
@@ -53,6 +54,8 @@ class Problem:
     plus_input: tuple[tuple[Any, ...], ...] | None
     tolerance: float
     test: str | None = None
+    question: str = ""
+    own: Any = None
 
     @property
     def reference(self) -> str:
@@ -205,7 +208,8 @@ def _problem(dataset: str, row: dict[str, Any]) -> Problem:
         canonical_solution=str(row["canonical_solution"]),
         tolerance=float(row["atol"] if "atol" in row else _TOLERANCES.get(task_id, 0)),
         test=row.get("test"),
-        **inputs,
+        base_input=inputs["base_input"],
+        plus_input=inputs["plus_input"],
     )
 
 

@@ -26,6 +26,8 @@ _QUESTIONS = {
         "\n{prompt}"
     ),
 }
+# As the paper's scripts ask: to the byte.
+_PAPER_QUESTIONS = {**_QUESTIONS, "mbpp": _QUESTIONS["mbpp"].replace("following instruction", "foolowing instruction")}
 _ANSWER_START = "```python"
 
 
@@ -44,34 +46,42 @@ class PromptWriter:
     Args:
         tokenizer: a transformers tokenizer.
         template: None for a base model; else one of `codeact.text.templates.MODEL_TYPES`, the one it was trained with.
+        protocol: "exact", or "paper": wording, white space and token ids of the paper's benchmark/generate.py.
 
     Raises:
         InputError: the tokenizer does not fit the template.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None, protocol: str = "exact") -> None:
+        self._paper = protocol == "paper"
         self._tokenizer = tokenizer
         self._template = None if template is None else ConversationTemplate(tokenizer, template)
         self._bos = leading_bos(tokenizer)
 
     def write(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem."""
+        prompt = problem.prompt if self._paper else problem.prompt.strip()
         if self._template is None:
-            text = problem.prompt.strip() + "\n"
-            stops = (*_STOPS, *_BASE_STOPS[problem.dataset])
+            text = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
+            stops = (*_STOPS, *_BASE_STOPS.get(problem.dataset, _BASE_STOPS["humaneval"]))
         else:
-            question = _QUESTIONS[problem.dataset].replace("{prompt}", problem.prompt.strip())
+            forms = _PAPER_QUESTIONS if self._paper else _QUESTIONS
+            question = problem.question or forms.get(problem.dataset, forms["humaneval"]).replace("{prompt}", prompt)
             try:
                 asked = self._template.prompt([("user", question)])
             except ValueError as error:
                 raise InputError(f"{problem.task_id}: {error}; choose another --template") from None
             lead = "" if self._template.model_type == "chat" else self._template.family.lead
             text = asked + lead + _ANSWER_START
-            stops = (*_STOPS, *_CLOSING_FENCE)
+            script = problem.own is not None and problem.own.script  # which may have all of these
+            stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._bos and ids[:1] == self._bos:  # a chat template writes the BOS itself
+        bos = self._bos
+        if self._paper and self._template is not None and self._template.model_type == "chat":
+            bos = []  # what the template writes, and no more
+        elif bos and ids[:1] == bos:  # a chat template writes the BOS itself
             del ids[0]
-        return Prompt(ids=(*self._bos, *ids), prefix="" if self._template else text, stops=stops)
+        return Prompt(ids=(*bos, *ids), prefix="" if self._template else text, stops=stops)
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end an answer: EOS, and what the template ends a turn with."""

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeact.base.console import visible
+from codeact.base.console import counted, visible
 from codeact.base.files import atomic_path
 from codeact.base.machine import usable_cpus
-from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, Verdict, judge_program
+from codeact.evaluation.judge import VERDICT_FORMAT, GroundTruth, TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem, ProblemSet
 from codeact.evaluation.programs import Program, SampleLog, as_code, left_out_note
 from codeact.evaluation.sandbox.sandbox import Sandbox
@@ -108,6 +108,9 @@ class Results:
             lines += ["", f"{len(self.missing)} tasks without a sample count as failed: {', '.join(self.missing)}"]
         if self.left_out:
             lines += ["", left_out_note(self.left_out)]
+        beside = sum(problem.own is not None and problem.own.beside for problem in self.problems.problems)
+        if beside:
+            lines += ["", f"{counted(beside, 'task')} have tests that run beside the program, which could forge them."]
         if not self.isolated:
             lines += ["", "The programs were run WITHOUT isolation."]
         return visible("\n".join(lines))
@@ -126,7 +129,7 @@ class Results:
 
 def _why(verdict: Verdict) -> str:
     kind = verdict.plus or verdict.base
-    at = "" if verdict.test is None else f", test {verdict.test}"
+    at = "" if verdict.test is None else f", test {verdict.test}, {as_code(verdict.input[:80])}"
     return f"{kind}{at}" + (f": {as_code(verdict.message[:80])}" if verdict.message else "")
 
 
@@ -227,7 +230,7 @@ class _Run:
             self._progress(len(samples) - len(new))
         if not new:
             return
-        tests = self._truth.tests(problem)
+        tests = self._tests(problem)
         for sample in new.values():
             verdict = judge_program(sample.solution, tests, self._sandbox, self._base_only)
             if verdict.late:
@@ -239,7 +242,10 @@ class _Run:
 
     def retry(self, problem: Problem, sample: Program) -> None:
         """Run a program again: that the machine was busy, or short of memory, is no fault of it."""
-        self._note(sample, judge_program(sample.solution, self._truth.tests(problem), self._sandbox, self._base_only))
+        self._note(sample, judge_program(sample.solution, self._tests(problem), self._sandbox, self._base_only))
+
+    def _tests(self, problem: Problem) -> TaskTests:
+        return self._truth.tests(problem) if problem.own is None else problem.own.task_tests()
 
     def in_parallel(self, workers: int, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
         """Call a function with each of ``arguments``; the first error, and ^C, end all that runs at once."""

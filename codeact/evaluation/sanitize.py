@@ -26,6 +26,7 @@ _CONTINUES = re.compile(r"(else|elif|except|finally)\b")
 _DEFINES = re.compile(r"(def|class|async\s+def)\b")
 _THOUGHT = re.compile(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|<\|end_of_thought\|>")
 _SETTING = re.compile(r"set|seed|stack_size|filterwarnings|simplefilter")  # of a module: sys.setrecursionlimit
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _SPARE = 20  # how often the text may be scanned or parsed again because something in it is broken
 _SHORT = 40  # lines that are looked at together after that
 _CUTS, _SHORT_CUTS = 30, 3
@@ -359,3 +360,9 @@ def _root(node: ast.AST) -> str:
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def last_block(text: str) -> str:
+    """The last fenced block of code in a text; all of it where there is none."""
+    blocks = _FENCED.findall(text)
+    return blocks[-1] if blocks else text

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from codeact.base.settings import Settings, setting
+from codeact.base.settings import Protocol, Settings, setting
+from codeact.text.template_files import Template
 
 if TYPE_CHECKING:
     from codeact.evaluation.sandbox.sandbox import Limits
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 class GenerationSettings(Settings):
     """Which tasks, how they are asked, and how answers are drawn."""
 
-    dataset: Literal["humaneval", "mbpp"] = setting("humaneval", "humaneval or mbpp.")
+    dataset: Literal["humaneval", "mbpp", "own"] = setting("humaneval", "humaneval, mbpp, or own: those in data.")
     data: Path | None = setting(None, "File of the problems; see docs/evaluate.md.")
     tasks: tuple[str, ...] | None = setting(None, "Ids of the tasks; default: all.", command=False)
     before: bool = setting(True, "Try the model as it was before training, too.", command=False)
     instruct: bool = setting(True, "Ask as in a chat; else the model goes on.")
-    template: str = setting("chat", "Of the chat: chat, or the chat format of the training.")
+    template: Template = setting("chat", "Of the chat: chat, the chat format of the training, or a Jinja file.")
+    protocol: Protocol = setting("exact", "exact, or paper: the prompts of the paper's scripts, to the byte.")
     temperature: float = setting(0.0, "0: greedy.", ge=0)
     top_p: float = setting(1.0, "Draw from so much of the probability.", gt=0, le=1)
     samples: int = setting(1, "Samples of a task.", "--n", "--samples", ge=1)
@@ -42,6 +44,21 @@ class GenerationSettings(Settings):
     def chat(self) -> str | None:
         """Template of the chat; None: the model goes on where the prompt ends."""
         return self.template if self.instruct else None
+
+
+class VerifySettings(Settings):
+    """How the answers of rows are run."""
+
+    tests: str = setting("tests", "Column of the tests: asserts, or pairs of input and output.", "--tests-column")
+    parallel: int | None = setting(None, "Programs at a time; default: half the cores.", place=True, ge=1)
+    min_seconds: float = setting(1.0, "A test may take so long.", gt=0)
+    memory_mb: int = setting(4096, "Memory of a program, MiB.", ge=64)
+
+    def limits(self) -> Limits:
+        """What a program may use."""
+        from codeact.evaluation.sandbox.sandbox import Limits
+
+        return Limits(min_seconds=self.min_seconds, memory_mb=self.memory_mb)
 
 
 class EvaluateSettings(Settings):

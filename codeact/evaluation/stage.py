@@ -50,10 +50,10 @@ def generate_programs(
     from codeact.base.console import Progress, say
     from codeact.evaluation.generate import generate
     from codeact.evaluation.generators import load_generator
-    from codeact.evaluation.problems import load_problems
+    from codeact.evaluation.tasks import open_problems
     from codeact.models.loading import quiet_transformers
 
-    problems = load_problems(settings.dataset, settings.data, limit, settings.tasks)
+    problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     quiet_transformers()
     say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
     generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
@@ -88,7 +88,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     from codeact.base.console import say
     from codeact.evaluation.problems import DATASETS, load_problems
     from codeact.evaluation.programs import left_out_note, read_rows, write_samples
-    from codeact.evaluation.sanitize import sanitize
+    from codeact.evaluation.sanitize import last_block, sanitize
 
     problems: dict[str, Problem] = {}
     rows = read_rows(samples)
@@ -102,9 +102,9 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
     cleaned, changed = [], 0
     for number, row in enumerate(rows, 1):
         problem = problems.get(row["task_id"])
-        entry_point = row.get("entry_point") or (problem and problem.entry_point)
+        entry_point = row.get("entry_point", problem and problem.entry_point)
         text = row.get("solution")
-        if row["task_id"] in unknown and not (entry_point and text):
+        if row["task_id"] in unknown and (entry_point is None or not text):
             continue
         if text is None and problem is not None and isinstance(row.get("completion"), str):
             text = problem.prompt + row["completion"]
@@ -112,7 +112,7 @@ def sanitize_file(samples: Path, output: Path | None = None, data: Path | None =
             raise InputError(
                 f"{samples}, sample {number}: no sample of {' or '.join(DATASETS)}: it needs task_id and solution"
             )
-        solution = sanitize(text, entry_point)
+        solution = sanitize(text, entry_point) if entry_point else last_block(text)  # a script of a task of one's own
         changed += solution.strip() != text.strip()
         kept = {key: value for key, value in row.items() if key != "completion"}
         cleaned.append({**kept, "solution": solution})
@@ -136,12 +136,12 @@ def evaluate_file(
 ) -> tuple[Results, list[Path]]:
     """Judge a file of samples; returns the results and the files they were written to."""
     from codeact.base.console import Progress, say
-    from codeact.evaluation.problems import load_problems
     from codeact.evaluation.programs import left_out_note, read_samples
     from codeact.evaluation.results import evaluate, results_path, write_results
     from codeact.evaluation.sandbox.sandbox import Sandbox
+    from codeact.evaluation.tasks import open_problems
 
-    problems = load_problems(dataset, data, limit, tasks)
+    problems = open_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or settings.limits(), unsafe=unsafe)
     if not sandbox.isolated:
         say(
@@ -173,9 +173,9 @@ def evaluate_file(
 @functools.cache
 def problems_of(settings: GenerationSettings) -> ProblemSet:
     """The problems that programs are written for."""
-    from codeact.evaluation.problems import load_problems
+    from codeact.evaluation.tasks import open_problems
 
-    return load_problems(settings.dataset, settings.data, tasks=settings.tasks)
+    return open_problems(settings.dataset, settings.data, tasks=settings.tasks)
 
 
 class _Part(Stage):
@@ -212,7 +212,7 @@ class Generate(_Part):
         problems = problems_of(settings).problems
         check_device(settings.device, settings.dtype)
         check_generator(settings.backend)
-        writer = PromptWriter(load_tokenizer(run.model), settings.chat)
+        writer = PromptWriter(load_tokenizer(run.model), settings.chat, settings.protocol)
         writer.write(problems[0])
 
     def inputs(self, run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from codeact.base.errors import one_of
 from codeact.base.machine import GIB
 from codeact.evaluation.generate import largest_batch
 from codeact.evaluation.results import default_parallel
+from codeact.evaluation.stage import problems_of
 from codeact.forecast.calibration import LOAD_BYTES_PER_SECOND, Machine, calibrate
 from codeact.forecast.data import data_facts
 from codeact.forecast.models import embedder_facts, model_facts
@@ -283,7 +284,10 @@ class RunPlan:
     def _programs(self) -> int:
         settings = self.settings.generate
         assert settings is not None
-        return (TASKS[settings.dataset] if settings.tasks is None else len(settings.tasks)) * settings.samples
+        if settings.tasks is not None:
+            return len(settings.tasks) * settings.samples
+        count = TASKS.get(settings.dataset) or len(problems_of(settings).problems)
+        return count * settings.samples
 
     @property
     def _kind(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from codeact.base.errors import InputError, one_of
-from codeact.packing.packs import pack
+from codeact.packing.packs import pack, token_places
 
 
 def install() -> None:
@@ -62,9 +62,8 @@ def pack_table(table: pa.Table, seq_length: int, on_seq_length_overflow: str = "
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     packs = pack(lengths, seq_length)
     sizes = lengths[packs.indices]
-    ends = np.cumsum(sizes)
-    tokens = np.arange(sizes.sum()) + np.repeat(starts[packs.indices] - (ends - sizes), sizes)
-    bounds = np.concatenate([[0], ends])[packs.offsets]
+    tokens = token_places(starts[packs.indices], sizes)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])[packs.offsets]
     packed = {}
     for name, column in columns.items():
         base = int(offsets[name][0]) - int(offsets[first][0])

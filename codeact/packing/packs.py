@@ -122,6 +122,21 @@ def pack(
     return Packs(indices=indices, offsets=offsets, capacity=capacity, tokens=tokens, lower_bound=lower_bound)
 
 
+def token_places(starts: npt.NDArray[np.integer[Any]], sizes: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+    """Where the tokens of items laid end to end stand: ``starts[i]``, ``starts[i] + 1``, ... for each of ``sizes[i]``.
+
+    Args:
+        starts: (items,) where each begins.
+        sizes: (items,) tokens of each, 0 or more.
+
+    Returns:
+        (sum of sizes,) int64.
+    """
+    ends = np.cumsum(sizes)
+    places: npt.NDArray[np.int64] = np.arange(sizes.sum(), dtype=np.int64) + np.repeat(starts - (ends - sizes), sizes)
+    return places
+
+
 def _closest_first(name: str) -> list[str]:
     def likeness(valid: str) -> float:
         return difflib.SequenceMatcher(None, str(name).lower(), valid).ratio()

@@ -6,6 +6,7 @@ from typing import Any
 
 from codeact.base.settings import flag_name
 from codeact.base.stage import Lines, Run, Stage
+from codeact.text.template_files import template_text
 
 REPORT, LENGTHS = "pack_stats.json", "pack_lengths.npy"
 CAPACITY = 2048
@@ -42,4 +43,6 @@ class Padding(Stage):
 
     def _flags(self, run: Run) -> dict[str, Any]:
         flags = {flag_name(name): value for name, value in run.section("train").items()}
+        if "template" in flags:
+            flags["model_type"] = template_text(str(flags["template"]))
         return {name: flags[name] for name in ("max_length", "model_type", "on_overflow") if name in flags}

@@ -17,6 +17,7 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.settings import Protocol, Settings, decisive, setting
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
+from codeact.text.template_files import Template
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +35,9 @@ class ScoreSettings(Settings):
     """How rows are scored; see ``codeact.scoring.ifd.IfdScorer``."""
 
     model: str = setting(..., "Causal language model: a folder or a hub name.")
-    template: str = setting("qa", "qa, alpaca, chat (train's default), a chat format, or text with {question}.")
+    template: Template = setting(
+        "qa", "qa, alpaca, chat (train's default), a chat format, a Jinja file, or text with {question}."
+    )
     max_length: int | None = setting(
         None, "Tokens of a sequence; a longer answer is cut. Default: 2048, or what the model takes.", ge=2
     )

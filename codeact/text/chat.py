@@ -47,9 +47,9 @@ class ChatTemplate:
             # No limit of time holds inside of one operation on numbers.
             powers = any(token[1:] == ("operator", "**") for token in Environment().lex(text))
         except TemplateSyntaxError as error:
-            raise InputError(f"the tokenizer's chat template is broken: {error}") from None
+            raise InputError(f"the chat template is broken: {error}") from None
         if powers:
-            raise InputError("the tokenizer's chat template computes powers (**), which may take for ever; mend it")
+            raise InputError("the chat template computes powers (**), which may take for ever; mend it")
         # Longest first, so that of two tokens where one begins the other the regular expression takes the right one.
         added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
         self._tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
@@ -60,7 +60,7 @@ class ChatTemplate:
         except ValueError as error:
             self._writes_system = False
             if self._endless:
-                raise InputError(f"the tokenizer's template cannot be used: {error}; choose a model type") from None
+                raise InputError(f"the chat template cannot be used: {error}; choose a model type") from None
 
     def write(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
         """The whole conversation as text.
@@ -71,7 +71,9 @@ class ChatTemplate:
         messages = self._messages(turns)
         with self._refusals():
             return str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+                self._tokenizer.apply_chat_template(
+                    messages, chat_template=self._text, tokenize=False, add_generation_prompt=generation_prompt
+                )
             )
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:

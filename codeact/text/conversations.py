@@ -115,12 +115,15 @@ def encode_conversations(
     results: list[Sample | Refused] = []
     for block in _blocks(open_rows(rows)):
         written = [_write(row, template, controls, last_answer_only) for row in block]
-        encoded = iter(encoder.encode([item for item in written if isinstance(item, SpannedText)]))
+        apart = template.model_type != "chat" and bool(template.family.rounds)
+        encoded = iter(encoder.encode([item for item in written if isinstance(item, SpannedText) and not apart]))
         for row, item in zip(block, written, strict=True):
             if isinstance(item, Refused):
                 results.append(item)
             else:
-                results.append(_sample(row, *next(encoded), item.changed, max_length, on_overflow))
+                assert isinstance(row, Record)
+                ids, labelled = _rounds(row, item, template) if apart else next(encoded)
+                results.append(_sample(row, ids, labelled, item.changed, max_length, on_overflow))
         if progress is not None:
             progress(len(block))
     return results
@@ -171,6 +174,18 @@ def _sample(
     stop = int(kept[-1]) + 1
     labels = np.where(labelled[:stop], ids[:stop], np.int32(IGNORE))
     return Sample(input_ids=ids[:stop].copy(), labels=labels, cut_tokens=length - stop, changed=changed)
+
+
+def _rounds(row: Record, item: SpannedText, template: ConversationTemplate) -> tuple[Ints, NDArray[np.bool_]]:
+    """A conversation as the paper's script tokenizes it: every question and every answer by itself."""
+    ids: list[int] = []
+    labelled: list[bool] = []
+    for (prompt, answer), span in zip(
+        template.family.encode_rounds(template.tokenizer, row.turns), item.answers, strict=True
+    ):
+        ids += [*prompt, *answer]
+        labelled += [False] * len(prompt) + [span not in item.context] * len(answer)
+    return np.array(ids, np.int32), np.array(labelled, np.bool_)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""The chat formats of the paper's model types, as data."""
+"""The chat formats of the paper's model types, as data: as the models' makers have them, and as its scripts do."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class ChatFormat:
     ``default_system`` is written where no turn is of the system. With ``system_in_user`` the system turn is a part of
     the first user turn, and user and assistant have to alternate. ``strip`` removes white space around every text, as
     the family's own code does. ``tokens`` must each be one token of the tokenizer.
+
+    ``rounds``: as in the paper's script every round (separator and question, then answer) is tokenized by itself, with
+    the tokenizer's own special tokens before the "first", or before "all"; there are no system turns.
     """
 
     opening: str = ""
@@ -45,6 +48,7 @@ class ChatFormat:
     separator: str = ""
     system_in_user: bool = False
     strip: bool = False
+    rounds: str = ""
     tokens: tuple[str, ...]
 
     def write(self, turns: Sequence[Turn]) -> Rendered:
@@ -53,8 +57,10 @@ class ChatFormat:
         Raises:
             ValueError: the turns do not alternate where they have to.
         """
-        if self.system_in_user:
+        if self.system_in_user or self.rounds:
             _check_alternation(turns)
+        if self.rounds and turns[0][0] == "system":
+            raise ValueError("the paper's scripts leave system turns out; take them out of the data, or choose another")
         parts = [self.opening]
         if self.default_system is not None and all(role != "system" for role, _ in turns):
             parts.append(_fill(self.system, self.default_system))
@@ -76,6 +82,16 @@ class ChatFormat:
             else:
                 parts.append(_fill(self.system, text))
         return Rendered(text="".join(parts), answers=tuple(answers))
+
+    def encode_rounds(self, tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
+        """The ids of a question with what is around it, and of its answer with its end, for every round."""
+        rounds = []
+        for number in range(0, len(turns), 2):
+            text = (self.separator if number else "") + _fill(self.user, turns[number][1])
+            prompt = tokenizer(text, add_special_tokens=self.rounds == "all" or not number, verbose=False)
+            answer = tokenizer(turns[number + 1][1], add_special_tokens=False, verbose=False)
+            rounds.append((prompt["input_ids"], [*answer["input_ids"], tokenizer.eos_token_id]))
+        return rounds
 
     def resolve(self, name: str, tokenizer: Any) -> ChatFormat:
         """Put in the tokenizer's BOS and EOS.
@@ -101,6 +117,14 @@ class ChatFormat:
             return text
 
         return replace(self, opening=put(self.opening), user=put(self.user), end=put(self.end))
+
+
+def _paper(
+    user: str, separator: str = "", *, rounds: str = "first", tokens: tuple[str, ...] = ("{eos}",)
+) -> ChatFormat:
+    return ChatFormat(
+        system="", user=user, assistant="", end="{eos}", separator=separator, rounds=rounds, tokens=tokens
+    )
 
 
 # Where each format comes from stands beside its golden text in tests/text/test_templates.py.
@@ -169,8 +193,28 @@ CHAT_FORMATS = {
         strip=True,
         tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
+    # utils/dataset.py of the paper's repository: PROMPT_TEMPLATE and construct_prompt, and every answer ends with EOS.
+    "paper-codellama": _paper("[INST] {text} [/INST]", rounds="all"),
+    "paper-codegemma": _paper(
+        "<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>\n",
+        tokens=("{eos}", "<start_of_turn>", "<end_of_turn>"),
+    ),
+    "paper-deepseek": _paper("### Instruction:\n{text}\n### Response:\n", "\n"),
+    "paper-starcoder2": _paper("### Instruction:\n{text}\n### Response:\n", "\n"),
+    "paper-codeqwen": _paper(
+        "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        "\n",
+        rounds="all",
+        tokens=("{eos}", "<|im_start|>", "<|im_end|>"),
+    ),
+    "paper-llama3": _paper(
+        "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        tokens=("{eos}", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
 }
-"""Formats by name, those of the paper's ``--model_type``."""
+"""Formats by name, those of the paper's ``--model_type``; with ``paper-`` before it, as its scripts write them."""
 
 
 def _is_token(tokenizer: Any, token: str | None) -> bool:

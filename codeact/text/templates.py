@@ -16,6 +16,7 @@ from codeact.data.forms import Turn
 from codeact.data.records import Record
 from codeact.text.chat import ChatTemplate
 from codeact.text.formats import CHAT_FORMATS, Rendered
+from codeact.text.template_files import is_jinja, template_text
 
 TEMPLATES = {
     "qa": "Question:\n{question}\n\nAnswer:\n",
@@ -28,7 +29,7 @@ TEMPLATES = {
 
 
 MODEL_TYPES = ("chat", *CHAT_FORMATS)
-"""What a model can be trained on; ``chat`` is the tokenizer's own template."""
+"""What a model can be trained on, beside a Jinja template of one's own; ``chat`` is the tokenizer's."""
 
 
 class PromptBuilder:
@@ -36,7 +37,8 @@ class PromptBuilder:
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: a name in ``TEMPLATES`` or ``CHAT_FORMATS``, ``chat``, or text of your own with ``{question}``.
+        template: a name in ``TEMPLATES`` or ``CHAT_FORMATS``, ``chat``, text of your own with ``{question}``, or a file
+            with that or with a Jinja template.
 
     Raises:
         InputError: the template is unknown, or the tokenizer lacks what it needs.
@@ -44,7 +46,8 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self._conversations: ConversationTemplate | None = None
-        if template in MODEL_TYPES:
+        template = template_text(template)
+        if template in MODEL_TYPES or is_jinja(template):
             self._conversations = ConversationTemplate(tokenizer, template)
             self.text = self._conversations.text
         elif "{question}" in template:
@@ -81,7 +84,9 @@ class ConversationTemplate:
 
     Args:
         tokenizer: a transformers tokenizer.
-        model_type: one of ``MODEL_TYPES``.
+        model_type: one of ``MODEL_TYPES``, or a Jinja template or a file with one, which takes the place of "chat".
+
+    ``own``: whether it is a template that was given, not the tokenizer's.
 
     Raises:
         InputError: the type is unknown, or the tokenizer lacks its tokens or has no template.
@@ -89,10 +94,13 @@ class ConversationTemplate:
 
     def __init__(self, tokenizer: Any, model_type: str) -> None:
         self.tokenizer = tokenizer
-        self.model_type = one_of("model type", model_type, MODEL_TYPES)
-        if model_type == "chat":
-            text = tokenizer.chat_template
-            text = text.get("default") if isinstance(text, dict) else text
+        text: Any = template_text(model_type)
+        self.own = is_jinja(text)
+        self.model_type = "chat" if self.own else one_of("model type", text, MODEL_TYPES)
+        if self.model_type == "chat":
+            if not self.own:
+                text = tokenizer.chat_template
+                text = text.get("default") if isinstance(text, dict) else text
             if not isinstance(text, str):
                 others = ", ".join([*TEMPLATES, *CHAT_FORMATS])
                 raise InputError(f"this tokenizer has no chat template; choose one of: {others}")
@@ -123,8 +131,7 @@ class ConversationTemplate:
             result = "it marks no answer with {% generation %}"
         if isinstance(result, str):
             raise InputError(
-                f"the tokenizer's chat template cannot be trained on: {result}; choose a model type: "
-                f"{', '.join(CHAT_FORMATS)}"
+                f"the chat template cannot be trained on: {result}; choose a model type: {', '.join(CHAT_FORMATS)}"
             )
 
     def render(self, conversations: Sequence[Sequence[Turn]]) -> list[Rendered | str]:

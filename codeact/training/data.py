@@ -126,7 +126,10 @@ def load_trainable(name: str, data: Any, packs: Any) -> Any:
         InputError: the model has fewer positions, or its chat template cannot be trained on.
     """
     tokenizer = load_tokenizer(name)
-    ConversationTemplate(tokenizer, data.model_type).check_trainable()
+    template = ConversationTemplate(tokenizer, data.model_type)
+    template.check_trainable()
+    if template.own:
+        tokenizer.chat_template = template.text  # is saved with the model
     config = config_of(name)
     positions = config and positions_of(config)
     if positions and packs.max_length > positions:

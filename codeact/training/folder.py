@@ -116,7 +116,7 @@ def _check_claim(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
     if not changed and not overwrite:
         return
     if not overwrite:
-        before, now = known.get(changed[0], "unknown"), wanted[changed[0]]
+        before, now = (str(known.get(changed[0], "unknown"))[:100], str(wanted[changed[0]])[:100])
         raise InputError(
             f"{folder} holds a run with another {changed[0]} ({before}, now {now}); choose another --output_dir, or "
             "discard that run with --overwrite_output_dir True"

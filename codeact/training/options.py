@@ -8,6 +8,7 @@ from typing import Any
 from codeact.base.devices import DTYPES
 from codeact.base.errors import InputError, one_of
 from codeact.text.conversations import OVERFLOWS
+from codeact.text.template_files import is_jinja, template_text
 from codeact.text.templates import MODEL_TYPES
 
 # Those of the Llama family's linear layers; the paper's default.
@@ -68,7 +69,7 @@ class DataArguments:
     conversation_column: str | None = _text(None, "Column of turns, instead of question and answer.")
     split: str | None = _text(None, "Split of a folder or hub data set; default: the only one, or train.")
     config_name: str | None = _text(None, "Configuration of a folder or hub data set.")
-    model_type: str = _text("chat", f"How conversations are written: {', '.join(MODEL_TYPES)}.")
+    model_type: str = _text("chat", f"How conversations are written: {', '.join(MODEL_TYPES)}, or a Jinja file.")
     on_overflow: str = _text(
         "truncate", f"A conversation over max_length: {', '.join(OVERFLOWS)}. A cut answer gets no end of turn."
     )
@@ -76,7 +77,9 @@ class DataArguments:
     last_answer_only: bool = _text(False, "Learn the last answer of a conversation alone; earlier ones are context.")
 
     def __post_init__(self) -> None:
-        one_of("model_type", self.model_type, MODEL_TYPES)
+        object.__setattr__(self, "model_type", template_text(self.model_type))
+        if not is_jinja(self.model_type):
+            one_of("model_type", self.model_type, MODEL_TYPES)
         one_of("on_overflow", self.on_overflow, OVERFLOWS)
         if not 0 <= self.eval_ratio < 1:
             raise InputError(f"--eval_ratio {self.eval_ratio} must be at least 0 and below 1")

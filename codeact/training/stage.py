@@ -15,7 +15,9 @@ from codeact.base.files import atomic_path
 from codeact.base.ledger import Entry, changes
 from codeact.base.machine import usable_cpus
 from codeact.base.parsing import read_json
+from codeact.base.settings import flag_name
 from codeact.base.stage import Lines, Run, Stage
+from codeact.text.template_files import template_text
 
 MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
 TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
@@ -73,7 +75,11 @@ class Train(Stage):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Chosen rows, model, flags."""
-        return {**run.digest("select"), "model": run.identity(run.model), "flags": run.section("train")}
+        flags = {
+            name: template_text(str(value)) if flag_name(name) == "template" else value
+            for name, value in run.section("train").items()
+        }
+        return {**run.digest("select"), "model": run.identity(run.model), "flags": flags}
 
     def work(self, run: Run) -> Lines:
         """Train; in several processes under torchrun."""

@@ -31,6 +31,8 @@ def places(tmp_path, tiny_model_path, embedder_path):
 def test_it_runs(script, places, monkeypatch, capsys):
     text = (ROOT / "examples" / script).read_text(encoding="utf-8")
     usage = text.splitlines()[0].strip('"').partition(f"python {script}")[2].split()
+    if script == "lightning_module.py":
+        pytest.importorskip("lightning", reason="Lightning is not installed (extra dev)")
     if script == "trl_sft.py":
         data_utils = pytest.importorskip("trl.data_utils", reason="TRL is not installed (extra dev)")
         monkeypatch.setattr(data_utils, "_pack_bfd", data_utils._pack_bfd)  # its own again afterwards

@@ -227,7 +227,7 @@ def test_what_programs_say_is_harmless_in_every_file(problems, sandbox: Sandbox,
     for item in report.samples["HumanEval/0"]:
         table = replace(report, samples={"HumanEval/0": [item]}).table()
         assert len(table.splitlines()) == 3
-        assert table.count("`") == 2  # as code, HTML and links are text
+        assert table.count("`") == 4  # the input and the message: as code, HTML and links are text
 
 
 def test_the_shared_hostile_samples_reach_the_report(shared_data, shared_cases, sandbox, tmp_path, monkeypatch) -> None:
@@ -370,7 +370,7 @@ def test_the_report_is_written_beside_the_samples(problems, sandbox: Sandbox, tm
     assert content["outcomes"] == {"pass": 1, "wrong": 3}
     assert content["missing"] == ["HumanEval/1", "HumanEval/2"]
     assert content["pass_at"]["base"]["pass@1"] == pytest.approx(3 / 4 / 3)
-    assert "| HumanEval/0 | 4 | 3 | 1 | wrong, test 3 |" in page.read_text()
+    assert "| HumanEval/0 | 4 | 3 | 1 | wrong, test 3, `f0(-5)` |" in page.read_text()
 
 
 def test_every_form_of_samples_is_read(problems, tmp_path: Path) -> None:

@@ -385,3 +385,11 @@ def test_the_recipes_are_the_papers():
             "zero3",
         )
         assert (settings.select.ratio, settings.select.clusters) == (0.4, 10)
+
+
+def test_tasks_of_ones_own_are_counted(elsewhere, tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"task_id": "a", "tests": "assert f() == 1"}\n{"task_id": "b", "tests": "assert f() == 2"}\n')
+    made = forecast(changed(elsewhere, generate={"dataset": "own", "data": path}, evaluate={}))
+    rows = {step.name: step.rows for step in made.steps if step.name.startswith(("generate", "evaluate"))}
+    assert set(rows.values()) == {2}

@@ -27,6 +27,18 @@ def test_the_same_packs(seed, overflow):
     assert pack_table(table, capacity, overflow).equals(THEIRS(table, capacity, overflow))
 
 
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[8] * 9, [9], [1], [17, 16, 8, 0, 1], [4] * 7, [5, 4, 4, 3, 3, 2, 2, 1], range(9), [7, 1] * 5, [100, 1]],
+    ids=str,
+)
+def test_the_same_packs_of_awkward_lengths(lengths, overflow):
+    rows = [list(range(length)) for length in lengths]
+    table = pa.table({name: pa.array(rows, pa.list_(pa.int64())) for name in ("input_ids", "labels")})
+    assert pack_table(table, 8, overflow).to_pylist() == THEIRS(table, 8, overflow).to_pylist()
+
+
 def test_a_slice_of_a_table_and_large_lists():
     """As a batched map hands them out: their offsets do not begin at 0."""
     table = random_table(np.random.default_rng(0), 30)

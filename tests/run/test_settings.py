@@ -46,7 +46,10 @@ def complaint(tmp_path):
             "FILE, line 7: select.ratio: input should be less than or equal to 1",
         ),
         ("train: {}\ngenerate:\n  datset: mbpp\n", "FILE, line 7: generate.datset: unknown key; did you mean dataset?"),
-        ("train: {}\ngenerate: {dataset: apps}\n", "FILE, line 6: generate.dataset: input should be 'humaneval' or"),
+        (
+            "train: {}\ngenerate: {dataset: apps}\n",
+            "FILE, line 6: generate.dataset: input should be 'humaneval', 'mbpp' or",
+        ),
         (f"  max_length: {2**63}\n", "FILE, line 5: score.max_length: the number is too large"),
         ("select: {ratio: .nan}\n", "FILE, line 5: select.ratio: input should be a finite number"),
         ('  template: "a\\0"\n', "FILE, line 5: score.template: the text holds a zero byte"),

@@ -26,6 +26,8 @@ from tests.helpers.chat_tokenizers import family_tokenizer, llama2_tokenizer
 
 HISTORY = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
 
+OWN_TYPES = [name for name in MODEL_TYPES if not name.startswith("paper-")]  # the others: test_paper_formats.py
+
 
 def row(question="Add two numbers.", answer="def add(a, b):\n    return a + b", history=(), number=0):
     return Record(id=f"r{number}", row=number, question=question, answer=answer, history=tuple(history))
@@ -67,7 +69,7 @@ def check(sample, max_length=None):
     assert max_length is None or len(on) <= max_length
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", OWN_TYPES)
 class TestLabels:
     def test_answers_and_their_ends_and_nothing_else(self, tokenizer, model_type):
         made = made_for(tokenizer, model_type)
@@ -157,7 +159,7 @@ ANSWER = TEXT.filter(lambda text: bool(text.strip()))
 
 
 class TestHostile:
-    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    @pytest.mark.parametrize("model_type", OWN_TYPES)
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(data=st.data())
     def test_any_text_and_length(self, tokenizer, model_type, data):
@@ -193,7 +195,7 @@ class TestHostile:
 
 
 class TestBos:
-    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    @pytest.mark.parametrize("model_type", OWN_TYPES)
     def test_once_where_the_tokenizer_writes_one(self, tokenizer, bos_tokenizer, model_type):
         made = bos_tokenizer if model_type == "chat" else family_tokenizer(tokenizer, model_type)
         ids = encode_one(row(), made, model_type).input_ids.tolist()
