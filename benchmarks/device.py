@@ -596,9 +596,12 @@ def download_wheels(folder: Path) -> None:
 
 
 def carried_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes of the wheels in ``folder``, and of the files that git knows."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = [ROOT / name for name in names.split("\0") if name]
+    """Bytes of the wheels in ``folder``, and of the files that git knows; of all where the tree is no checkout."""
+    try:
+        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        files = [ROOT / name for name in names.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        files = [*ROOT.rglob("*")]
     return sum(w.stat().st_size for w in folder.glob("*.whl")), sum(f.stat().st_size for f in files if f.is_file())
 
 

@@ -33,7 +33,9 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 
 
 def download(monkeypatch, answer):
-    """Let ``answer(destination)`` stand in for pip."""
+    """Let ``answer(destination)`` stand in for pip, which an environment made by uv has not."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("sys") if name == "pip" else find(name))
 
     def run(command, **_):
         return answer(Path(command[command.index("--dest") + 1]))
