@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
+SCORES_FOLDER, TABLE, TURNS = "scores", "scores/scores.parquet", "scores/turns.parquet"
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -360,7 +360,7 @@ def _turn_lines(totals: dict[str, Any]) -> Lines:
     """Lines about the answers of conversations."""
     scored, answers = totals["turns"].get("ok", 0), sum(totals["turns"].values())
     others = sorted((name, count) for name, count in totals["turns"].items() if name != "ok")
-    told = f"{scored:,} of {answers:,} answers scored" + "".join(f", {count:,} {name}" for name, count in others)
+    told = f"{scored:,} of {answers:,} scored" + "".join(f", {count:,} {name}" for name, count in others)
     tokens, apart = totals["tokens"], totals["apart_tokens"]
     if apart <= tokens:
         return [("answers", told)]
@@ -466,6 +466,24 @@ class Score(Stage):
             tokens_in=int(tokens.sum()),
             tokens_out=int(tokens[scored].sum()),
             lost=_refusals(table, record & (np.asarray(table["status"]) != "ok"), tokens),
+        )
+        if not folder.by_turn:
+            return
+        from codeact.data.tables import read_table
+
+        answers = read_table(output / TURNS, "score again", columns=["status", "answer_tokens", "ifd"])
+        status, tokens = np.asarray(answers["status"]), np.asarray(answers["answer_tokens"], np.int64)
+        scored = np.asarray(pc.is_valid(answers["ifd"]))
+        others = {name: status == name for name in sorted({*status} - {"ok"})}
+        yield Entry(
+            stage="turns",
+            what="answers",
+            after=None,
+            rows_in=len(status),
+            rows_out=int(scored.sum()),
+            tokens_in=int(tokens.sum()),
+            tokens_out=int(tokens[scored].sum()),
+            lost=changes({name: (int(rows.sum()), int(tokens[rows].sum())) for name, rows in others.items()}),
         )
 
 
