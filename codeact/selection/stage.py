@@ -88,8 +88,8 @@ def select_rows(
             raise InputError(f"{settings.ratio} of {selection.rows_in:,} rows is no row; raise --ratio")
         told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise InputError(
-            f"no row of {scores} can be chosen by strategy {settings.strategy} ({told}); choose by another --strategy or "
-            "--difficulty"
+            f"no row of {scores} can be chosen by strategy {settings.strategy} ({told}); choose by another --strategy "
+            "or --difficulty"
         )
     with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
         write_selection(output, records, table, selection, labels, form)
