@@ -218,7 +218,7 @@ class IfdScorer:
         return sums, greedy, cost
 
     def _nll_sums(
-        self, sequences: list[Sequence[int]], spans: list[_Spans], progress: Callable[[float, int], object] | None
+        self, sequences: list[Sequence[int]], spans: Sequence[_Spans], progress: Callable[[float, int], object] | None
     ) -> tuple[np.ndarray, ScoreCost]:
         """Return the NLL of ``sequence[start:stop]`` in nats for every span of every sequence, summed in float64."""
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - (self._greedy is not None)
@@ -263,7 +263,7 @@ class IfdScorer:
             packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
         return packs
 
-    def _pack_sums(self, samples: list[Sequence[int]], spans: list[_Spans]) -> torch.Tensor | None:
+    def _pack_sums(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor | None:
         """Run one pack; float64 (spans,) on the model's device, or None: several samples do not fit in its memory."""
         with suppress(torch.OutOfMemoryError):
             return self._run_pack(samples, spans)
@@ -286,7 +286,7 @@ class IfdScorer:
         return None
 
     @torch.inference_mode()
-    def _run_pack(self, samples: list[Sequence[int]], spans: list[_Spans]) -> torch.Tensor:
+    def _run_pack(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor:
         fed = samples if self._greedy is None else self._padded([sample[:-1] for sample in samples])
         batch = PackedBatch.from_samples(fed)
         offset = batch.cu_seqlens[: len(samples)].tolist()

@@ -158,10 +158,8 @@ def tokenize(
         except ValueError as error:
             results[index] = TokenizedRecord(status="unreadable", reason=f"template_refused: row {row.row}: {error}")
             continue
-        left = iter(numbers)
         runs = [
-            [(at, controls.show(text, marks), controls.show(hidden[at], marks)) for text in run for at in (next(left),)]
-            for run in texts
+            [(at, controls.show(text, marks), controls.show(hidden[at], marks)) for at, text in run] for run in texts
         ]
         written.append((index, left_out, runs))
     build = {"exact": _exact, "paper": _paper}[protocol]
@@ -301,11 +299,11 @@ def _paper(tokenizer: Any, runs: Sequence[_Run], max_length: int) -> list[list[T
     results: list[list[TokenizedRecord]] = []
     if not runs:
         return results
-    prompts, answers = ([run[0][part].text for run in runs] for part in (1, 2))
+    prompts, answers = zip(*((prompt.text, answer.text) for ((_, prompt, answer),) in runs), strict=True)
     both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = zip(
         # verbose=False: a text longer than the model's limit is handled below, the tokenizer need not warn of it.
-        *(tokenizer(texts, verbose=False)["input_ids"] for texts in (prompts, both, answers)),
+        *(tokenizer(list(texts), verbose=False)["input_ids"] for texts in (prompts, both, answers)),
         strict=True,
     )
     for prompt, full, answer in encoded:

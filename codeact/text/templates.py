@@ -75,8 +75,8 @@ class PromptBuilder:
             self.text.replace("{question}", text) if role == "user" else f"{text}\n\n" for role, text in turns
         )
 
-    def runs(self, turns: Sequence[Turn], answers: Sequence[int]) -> list[list[str]]:
-        """The texts before these answers, in runs: what one pass over the conversation reads.
+    def runs(self, turns: Sequence[Turn], answers: Sequence[int]) -> list[list[tuple[int, str]]]:
+        """These answers, each with the text before it, in runs: what one pass over the conversation reads.
 
         The first text of a run is the prompt of its answer, as ``render`` would write it were this answer the last.
         Every other one is what the template writes between the answer before and its own. So a run is ``text answer
@@ -87,15 +87,15 @@ class PromptBuilder:
         Raises:
             ValueError: the template refuses a part of this conversation.
         """
-        runs: list[list[str]] = []
+        runs: list[list[tuple[int, str]]] = []
         before, answer = "", ""
         for number in answers:
             prompt = self.prompt(turns[:number])
             between = _between(prompt, before, answer) if runs else None
             if between is None:
-                runs.append([prompt])
+                runs.append([(number, prompt)])
             else:
-                runs[-1].append(between)
+                runs[-1].append((number, between))
             before, answer = prompt, turns[number][1]
         return runs
 
