@@ -145,6 +145,15 @@ class TestOnePass:
         assert turns["turn"].to_pylist() == [1] * len(single)
         assert turns.drop_columns(["turn", "reason"]).equals(every.drop_columns(["reason"]))
 
+    @pytest.mark.parametrize("turns", ["all", "last"])
+    def test_losses_without_the_answers_alone_are_those_of_the_score(self, tiny_model, tokenizer, turns):
+        rows = [*AWKWARD, BadRow(id="b", row=8, reason="broken_json", message="m"), AWKWARD[0]]
+        scorer = IfdScorer(tiny_model, tokenizer, max_length=90, turns=turns)
+        losses, tokens = scorer.answer_losses(rows)
+        table, _ = scorer.score(rows)
+        np.testing.assert_allclose(losses, np.nan_to_num(table["cond_nll_sum"].to_numpy()), rtol=1e-5)
+        assert tokens.tolist() == table["scored_tokens"].to_pylist()
+
     def test_the_last_answer_alone(self, tiny_model, tokenizer):
         table = score_ifd(tiny_model, tokenizer, AWKWARD, turns="last", max_length=512)
         for record, ifd in zip(AWKWARD, table["ifd"].to_pylist(), strict=True):
