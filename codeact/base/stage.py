@@ -33,6 +33,9 @@ class Run(Hashable, Protocol):
     def data_fingerprint(self) -> str:
         """The sha256 of the data's content."""
 
+    def data_columns(self) -> Any:
+        """``codeact.data.forms.Columns``: which columns of the data hold what."""
+
     def identity(self, model: str) -> str:
         """What tells a model from every other: the sha256 of its files, or its name and commit on the hub."""
 

@@ -33,6 +33,8 @@ _PAIRS += [(question, answer) for question in ("prompt", "question") for answer 
 _CONTEXT = ("system", "history", "tools")
 _NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
 _TOOLS = "write tools into the system text, calls and results into the texts of assistant and user"
+_TAKE = "or take the row out"
+_MEND = f"write it, {_TAKE}"
 _LEARN_KEYS = ("weight", "train", "training", "loss")
 FORMS = ("messages", "sharegpt", "alpaca")
 """What rows are written in."""
@@ -69,6 +71,11 @@ class Columns:
         names = self.names()
         if len(set(names)) < len(names):
             raise refusal(f"one column is named twice: {listing(names)}; every part needs its own column")
+
+    @property
+    def several_answers(self) -> bool:
+        """Whether a row can hold more than one."""
+        return self.conversation is not None or self.history is not None
 
     def names(self) -> list[str]:
         """The columns that are named."""
@@ -136,10 +143,10 @@ def read_talk(raw: Mapping[str, Any], columns: Columns) -> Talk:
             turns.insert(0, ("system", system, True))
     if [role for role, _, _ in turns[-2:]] != ["user", "assistant"]:
         roles = listing([role for role, _, _ in turns[-2:]]) or "no turn"
-        raise RowError("bad_conversation", f"an answer must follow a user turn; the last two here: {roles}")
+        raise RowError("bad_conversation", f"an answer must follow a user turn; the last two here: {roles}; {_MEND}")
     for (_, text, _), part in zip(turns[-2:], ("question", "answer"), strict=True):
         if not text.strip():
-            raise RowError(f"empty_{part}", f"the {part} is blank")
+            raise RowError(f"empty_{part}", f"the {part} is blank; {_MEND}")
     context = frozenset(number for number, (role, _, learn) in enumerate(turns) if role == "assistant" and not learn)
     return Talk(tuple((role, text) for role, text, _ in turns), context)
 
@@ -180,7 +187,7 @@ def _dialogue(raw: Mapping[str, Any], columns: Columns) -> list[_Heard]:
     answers = [number for number, (role, _, _) in enumerate(turns) if role == "assistant"]
     learnt = [number for number in answers if turns[number][2]]
     if answers and not learnt:
-        raise RowError("bad_conversation", "no answer is to be learnt: each has weight 0")
+        raise RowError("bad_conversation", f"no answer is to be learnt: each has weight 0; give one weight 1, {_TAKE}")
     return turns[: learnt[-1] + 1] if learnt else turns
 
 

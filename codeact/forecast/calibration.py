@@ -167,7 +167,10 @@ class _Trial:
     def score(self, begin: float) -> list[int]:
         """Score some rows; returns the tokens of one, none where no row can be scored. ``begin``: of loading."""
         score = self.settings.score
-        scorer = IfdScorer(self.model, self.tokenizer, score.template, score.max_length, None, score.protocol)
+        # The speed is that of tokens, whatever answers they are of.
+        scorer = IfdScorer(
+            self.model, self.tokenizer, score.template, score.max_length, None, score.protocol, turns="last"
+        )
         items = tokenize(self.rows, self.tokenizer, scorer.prompts, scorer.max_length, score.protocol)
         usable = [(row, item) for row, item in zip(self.rows, items, strict=True) if item.status == "ok"]
         lengths = [length for _, item in usable for length in (len(item.conditional), len(item.unconditional))]

@@ -17,7 +17,7 @@ from codeact.models.loading import config_of, load_tokenizer
 from codeact.padding.strategies import Integers
 from codeact.run.settings import ForecastSettings, RunSettings
 from codeact.scoring.ifd import default_max_length
-from codeact.scoring.tokens import tokenize
+from codeact.scoring.tokens import answers_of, passes, tokenize
 from codeact.text.conversations import IGNORE, Sample, encode_conversations
 from codeact.text.templates import PromptBuilder
 
@@ -127,9 +127,13 @@ def _counted(
     drawn = _draw(records)
     prompts = PromptBuilder(tokenizer, score.template)
     most = _most_tokens(settings)
-    items = [item for item in tokenize(drawn, tokenizer, prompts, most, score.protocol) if item.conditional]
-    both = [(len(item.conditional), len(item.unconditional)) for item in items]
-    starts = [item.conditional_start + item.unconditional_start for item in items]
+    turns = score.turns_of(records.columns)
+    items = tokenize(drawn, tokenizer, prompts, most, score.protocol, turns=turns)
+    answers = [own for item in items if (own := answers_of([item]))]
+    plans = [passes(own) for own in answers]
+    # of every row, the sequences that are run for it
+    given = [[*{id(answer.conditional): len(answer.conditional) for answer in own}.values()] for own in answers]
+    alone = [[len(answer.unconditional) for answer in own] for own in answers]
     good = [row for row in drawn if isinstance(row, Record)]
     texts = [row.question.encode("utf-8", "replace").decode("utf-8") for row in good]
     embeds, _ = _tried(load_tokenizer, embedder) if embedder else (None, "")
@@ -141,16 +145,20 @@ def _counted(
         among = drawn if conversations is None else _draw(conversations)
         results = encode_conversations(among, tokenizer, flags.model_type, flags.max_length, flags.on_overflow)
         samples = [result for result in results if isinstance(result, Sample)]
-        mean = float(np.mean([length for length, _ in both] or [0]))
+        mean = float(np.mean([sum(lengths) for lengths in given] or [0]))
         whole = settings.select.rows_of(rows, mean) if conversations is None else len(conversations)
         stands_for = whole * len(samples) / len(among)
     how = "all of them tokenized" if len(drawn) == rows else f"{len(drawn):,} of them tokenized (drawn by seed 0)"
-    scored = len(items) * rows / len(drawn)
+
+    def sampled(by_row: list[list[int]]) -> Sampled:
+        values = [value for row in by_row for value in row]
+        return Sampled(values, len(values) * rows / len(drawn))
+
     return DataFacts(
         rows=rows,
-        conditional=Sampled([conditional for conditional, _ in both], scored),
-        unconditional=Sampled([unconditional for _, unconditional in both], scored),
-        scored=Sampled([sum(lengths) - start for lengths, start in zip(both, starts, strict=True)], scored),
+        conditional=sampled(given),
+        unconditional=sampled(alone),
+        scored=sampled([[sum(stop - start for spans in plan.spans for start, stop in spans)] for plan in plans]),
         questions=Sampled([min(len(ids), embedder_length) for ids in questions], len(good) * rows / len(drawn)),
         conversations=Sampled([len(sample.input_ids) for sample in samples], stands_for),
         supervised=Sampled([np.count_nonzero(sample.labels[1:] != IGNORE) for sample in samples], stands_for),

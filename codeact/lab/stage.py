@@ -235,7 +235,7 @@ def _try(run: Run, settings: LabSettings, trial: Trial, pool: _Pool) -> dict[str
 
 
 def _losses(name: str, adapter: Path | None, chosen: TrainSettings, pool: _Pool) -> dict[str, Any]:
-    """Of every row that is tried the summed loss of its answer given its question, and its tokens; 0: too long."""
+    """Of every row that is tried the summed loss of the answers that training learns, and their tokens; 0: too long."""
     import torch
 
     from codeact.base.devices import resolve_device
@@ -249,7 +249,8 @@ def _losses(name: str, adapter: Path | None, chosen: TrainSettings, pool: _Pool)
     model, tokenizer = load_causal_lm(name, resolve_device("auto"), torch.float32)
     if adapter is not None:
         model = apply_adapter(model, adapter)
-    scorer = IfdScorer(model, tokenizer, chosen.data.model_type, chosen.packs.max_length)
+    turns = "last" if chosen.data.last_answer_only else "all"
+    scorer = IfdScorer(model, tokenizer, chosen.data.model_type, chosen.packs.max_length, turns=turns)
     losses, tokens = scorer.answer_losses(pool.held_out)
     if not tokens.any():
         raise InputError(f"lab: no held-out row fits into max_length {chosen.packs.max_length}; raise it in lab.train")

@@ -20,6 +20,7 @@ from codeact.base.settings import Settings
 from codeact.base.stage import Stage
 from codeact.base.yaml_files import located, read_yaml
 from codeact.cleaning.stage import Clean
+from codeact.data.forms import Columns
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import Embed
 from codeact.evaluation.stage import Evaluate, Generate
@@ -85,11 +86,16 @@ class Flow:
 
     def data_fingerprint(self) -> str:
         """The sha256 of the data."""
-        return self._data_fingerprint
+        return self._data_facts[0]
+
+    def data_columns(self) -> Columns:
+        """Which columns of the data hold what."""
+        return self._data_facts[1]
 
     @cached_property
-    def _data_fingerprint(self) -> str:
-        return self.data.open().fingerprint
+    def _data_facts(self) -> tuple[str, Columns]:
+        records = self.data.open()
+        return records.fingerprint, records.columns
 
     def identity(self, model: str) -> str:
         """What tells a model from every other; asked once a run."""

@@ -3,6 +3,7 @@
     DIR/manifest.json                   settings, their hash, fingerprints of model and data; totals once merged
     DIR/shards/00003-of-00012.parquet   rows 3 * shard_size and on; carries the hash of the settings it was made with
     DIR/scores.parquet                  all shards, in row order
+    DIR/turns.parquet                   of conversations, a row for every answer (a shard has it beside it, too)
 
 A shard file appears whole or not at all, so what exists is done and a rerun does the rest. Several processes or
 machines may share the folder: each takes every N-th shard, and nobody needs a lock.
@@ -33,7 +34,7 @@ from codeact.base.files import atomic_path, remove_leftovers
 from codeact.base.parsing import parse_json, read_json
 from codeact.data.records import RecordSet
 from codeact.data.tables import read_table
-from codeact.scoring.table import SCHEMA
+from codeact.scoring.table import SCHEMA, TURN_SCHEMA
 from codeact.scoring.token_losses import losses_path, read_losses, selective_ifd, write_losses
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class ScoreFolder:
         self.rows: int = settings["data"]["rows"]
         self.shard_size: int = settings["shard_size"]
         self.shards = -(-self.rows // self.shard_size)
+        self.by_turn: bool = settings.get("turns") == "all"
+        """Whether a shard has a row for every answer of its conversations beside it."""
         self.keep_token_nll = False
         """Whether a shard is done only with the losses of its tokens beside it."""
 
@@ -110,7 +113,7 @@ class ScoreFolder:
             if manifest is None or settings_hash(manifest["settings"]) == self.hash:
                 return
         try:
-            for name in ("manifest.json", "scores.parquet"):
+            for name in ("manifest.json", "scores.parquet", "turns.parquet"):
                 (self.folder / name).unlink(missing_ok=True)
             if (self.folder / "shards").exists():
                 shutil.rmtree(self.folder / "shards")
@@ -120,6 +123,10 @@ class ScoreFolder:
     def path(self, shard: int) -> Path:
         """Return the file of one shard."""
         return self.folder / "shards" / f"{shard:05d}-of-{self.shards:05d}.parquet"
+
+    def turns_path(self, shard: int) -> Path:
+        """Return the file of the answers of one shard."""
+        return self.path(shard).with_suffix(".turns.parquet")
 
     def shard_rows(self, shard: int) -> int:
         """Return how many rows a shard has."""
@@ -137,6 +144,8 @@ class ScoreFolder:
         """
         path = self.path(shard)
         if not path.exists() or (self.keep_token_nll and not losses_path(path).exists()):
+            return False
+        if self.by_turn and not self.turns_path(shard).exists():
             return False
         self._facts(path)
         return True
@@ -161,8 +170,10 @@ class ScoreFolder:
             rows = records.rows(first, first + self.shard_rows(shard))
             begin = time.perf_counter()
             step = rows_done(len(rows), progress)
-            losses: list[np.ndarray] | None = [] if self.keep_token_nll else None
-            table, cost = scorer.score(rows, step, **({} if losses is None else {"losses": losses}))
+            losses: list[np.ndarray] = []
+            turns: list[pa.Table] = []
+            more = {"losses": losses} if self.keep_token_nll else {}
+            table, cost = scorer.score(rows, step, **more, **({"turns": turns} if self.by_turn else {}))
             step(1.0, 0)  # rows that were refused pass through no forward pass
             facts = {
                 "hash": self.hash,
@@ -171,13 +182,17 @@ class ScoreFolder:
                 "tokens": cost.tokens,
                 "packs": cost.packs,
                 "capacity_tokens": cost.capacity_tokens,
+                "apart_tokens": cost.apart_tokens,
                 "tokens_per_pack": scorer.tokens_per_pack,
                 "route": scorer.route,
                 "versions": _versions(),
             }
             table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()})
-            if losses is not None:
+            if self.keep_token_nll:
                 write_losses(self.path(shard), np.concatenate([np.empty((2, 0), np.float16), *losses], axis=1))
+            for answers in turns:
+                with atomic_path(self.turns_path(shard)) as temporary:
+                    pq.write_table(answers, temporary)
             with atomic_path(self.path(shard)) as temporary:
                 pq.write_table(table, temporary)
 
@@ -220,6 +235,7 @@ class ScoreFolder:
                     totals[name] += pc.sum(table[name]).as_py()
                 for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
                     totals[name] += facts[name]
+                totals["apart_tokens"] += facts.get("apart_tokens", facts["tokens"])
         if len(routes) > 1:
             logger.warning(
                 "%s: shards were not all scored in one way, and different ways agree to rounding only: %s",
@@ -227,10 +243,26 @@ class ScoreFolder:
                 "; ".join(f"{count} by {route}" for route, count in routes.most_common()),
             )
         summary = {**totals, "status": dict(statuses), "refused": dict(refused), "routes": dict(routes)}
+        if self.by_turn:
+            summary["turns"] = self._merge_turns()
         self._write_manifest({"totals": summary})
         for folder in (self.folder, self.folder / "shards"):
             remove_leftovers(folder)
         return summary
+
+    def _merge_turns(self) -> dict[str, int]:
+        """Write ``turns.parquet``; returns how many answers have which status."""
+        statuses: Counter[str] = Counter()
+        with (
+            atomic_path(self.folder / "turns.parquet") as temporary,
+            pq.ParquetWriter(temporary, TURN_SCHEMA) as writer,
+        ):
+            for shard in range(self.shards):
+                remedy = f"delete it and {self.path(shard)}, and score again"
+                table = read_table(self.turns_path(shard), remedy, schema=TURN_SCHEMA)
+                writer.write_table(table)
+                statuses.update(table["status"].to_pylist())
+        return dict(statuses)
 
     def read(self) -> pa.Table:
         """Return the merged table.
@@ -296,7 +328,8 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
     data = {k: v for k, v in settings.get("data", {}).items() if k != "source"}
     model = {k: v for k, v in settings.get("model", {}).items() if k != "name"}
     deciding = {k: v for k, v in settings.items() if k not in ("tokens_per_pack", "device", "attention")}
-    return {**deciding, "data": data, "model": model}
+    # Older versions scored the last answer only, and said nothing of it.
+    return {"turns": "last", **deciding, "data": data, "model": model}
 
 
 def rows_done(rows: int, progress: Callable[[float, int], object] | None) -> Callable[[float, int], None]:

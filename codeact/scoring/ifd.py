@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from codeact.base.devices import default_tokens_per_pack, to_device
 from codeact.base.errors import InputError, addressed
-from codeact.base.protocols import resolve_protocol
+from codeact.base.protocols import resolve_protocol, resolve_turns
 from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
     PassRule,
@@ -36,12 +36,14 @@ from codeact.models.loading import model_and_tokenizer, positions_of
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
-from codeact.scoring.table import SCHEMA
-from codeact.scoring.tokens import TokenizedRecord, tokenize
+from codeact.scoring.table import SCHEMA, TURN_SCHEMA
+from codeact.scoring.tokens import TokenizedRecord, answers_of, passes, tokenize
 from codeact.text.templates import PromptBuilder
 
 logger = logging.getLogger(__name__)
 
+_Spans = Sequence[tuple[int, int]]
+"""Which tokens of a sequence are scored: those of every answer from its start to its stop."""
 _RIVALS = 64  # rows of a product that looks for the likeliest token: the logits that are ever held
 MAX_LENGTH = 2048
 """Tokens of a sequence, where nothing is said and the model takes so many."""
@@ -54,12 +56,16 @@ def default_max_length(config: Any) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreCost:
-    """What scoring took: sequences and tokens through the model, the packs that held them and their capacity."""
+    """What scoring took: sequences and tokens through the model, the packs that held them and their capacity.
+
+    ``apart_tokens``: what it would have been with every answer of a conversation in a pass of its own.
+    """
 
     sequences: int
     tokens: int
     packs: int
     capacity_tokens: int
+    apart_tokens: int = 0
 
 
 class IfdScorer:
@@ -75,6 +81,8 @@ class IfdScorer:
             the device's memory, the attribute of this name is halved and scoring goes on.
         attention: an implementation of transformers, or "auto" for the best one for packs that is here.
         protocol: "exact", or "paper" for the numbers of the paper's reference script.
+        turns: "all": every answer of a conversation that is to be learnt, given all before it; "last": the last one.
+            None: all, but the last under protocol paper.
 
     Raises:
         InputError: a setting is unknown or does not fit the model, or the model cannot be packed.
@@ -89,8 +97,10 @@ class IfdScorer:
         tokens_per_pack: int | None = None,
         protocol: str = "exact",
         attention: str = "auto",
+        turns: str | None = None,
     ) -> None:
         self.protocol = resolve_protocol(protocol)
+        self.turns = resolve_turns(turns, self.protocol)
         if self.protocol == "paper" and template != "qa":
             raise InputError(f"protocol paper scores the template qa only, not {template!r}")
         self.device = model.get_input_embeddings().weight.device
@@ -119,8 +129,8 @@ class IfdScorer:
         prove_isolation(model, attention, max_length, self.rule, remedy)
         self.trunk, self.head = split_head(model)
         self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
-        self._greedy: list[torch.Tensor] | None = None  # whether a sequence's tokens are the likeliest; the same
-        self._order = np.empty(0, np.int64)  # in which sequences were run, pack after pack
+        self._greedy: list[torch.Tensor] | None = None  # whether a span's tokens are the likeliest; the same
+        self._order = np.empty(0, np.int64)  # in which spans were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
         self._halved = False
 
@@ -135,45 +145,51 @@ class IfdScorer:
         rows: Sequence[Record | BadRow],
         progress: Callable[[float, int], object] | None = None,
         losses: list[np.ndarray] | None = None,
+        turns: list[pa.Table] | None = None,
     ) -> tuple[pa.Table, ScoreCost]:
         """Score rows; the table has one row for each of them, in order.
 
         Args:
             rows: records, and the rows that hold none.
             progress: called after every forward pass with the share of all tokens done so far and the pass's tokens.
-            losses: if given, it gets of every row with scored tokens an array (2, scored tokens) float16, nats: the
-                losses of the answer's tokens with the question and without it.
+            losses: if given, it gets of every scored answer an array (2, scored tokens) float16, nats: the losses of
+                its tokens with the question and without it.
+            turns: if given, and ``turns`` of the scorer is "all", it gets a table of ``TURN_SCHEMA``: a row for every
+                answer of the records.
         """
-        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
-        scored = [index for index, item in enumerate(tokenized) if item.status == "ok"]
-        sequences: list[Sequence[int]] = []
-        starts: list[int] = []
-        for index in scored:
-            item = tokenized[index]
-            sequences += [item.conditional, item.unconditional]
-            starts += [item.conditional_start, item.unconditional_start]
+        tokenized = self._tokenize(rows)
+        plan = passes(answers_of(tokenized))
         self._kept = None if losses is None else []
         with computing(self.model, self.attention):
-            sums, cost = self._nll_sums(sequences, starts, progress)
-        counts = np.array([len(s) - start for s, start in zip(sequences, starts, strict=True)], dtype=np.int64)
+            sums, cost = self._nll_sums(plan.sequences, plan.spans, progress)
+        counts = plan.lengths()
         if losses is not None and self._kept:
             pieces = np.split(torch.cat(self._kept).cpu().numpy(), np.cumsum(counts[self._order])[:-1])
-            by_sequence = [pieces[place] for place in np.argsort(self._order)]
-            losses += [np.stack(pair) for pair in zip(by_sequence[::2], by_sequence[1::2], strict=True)]
-        return self._table(rows, tokenized, scored, counts.reshape(-1, 2), sums.reshape(-1, 2)), cost
+            by_span = [pieces[place] for place in np.argsort(self._order)]
+            losses += [np.stack([by_span[place] for place in pair]) for pair in plan.places]
+        sums, counts = sums[plan.places], counts[plan.places]
+        if turns is not None and self.turns == "all":
+            owners = [row for row, item in zip(rows, tokenized, strict=True) for _ in item.turns]
+            answers = [turn for item in tokenized for turn in item.turns]
+            turns.append(self._table(owners, answers, sums, counts, TURN_SCHEMA))
+        ok = [index for index, item in enumerate(tokenized) if item.status == "ok"]
+        table = self._table(rows, tokenized, _by_row(tokenized, sums)[ok], _by_row(tokenized, counts)[ok], SCHEMA)
+        return table, replace(cost, apart_tokens=plan.apart)
+
+    def _tokenize(self, rows: Sequence[Record | BadRow]) -> list[TokenizedRecord]:
+        limits = (self.max_length, self.protocol, self.vocabulary, self.turns)
+        return tokenize(rows, self.tokenizer, self.prompts, *limits)
 
     def answer_losses(self, rows: Sequence[Record | BadRow]) -> tuple[np.ndarray, np.ndarray]:
-        """NLL of every answer given its question, (rows,) float64, nats, and of how many tokens, (rows,) int64.
+        """NLL of every row's answers given all before, (rows,) float64, nats, and of how many tokens, (rows,) int64.
 
         As ``score`` has them, for half the work; both are 0 where a row cannot be scored.
         """
-        tokenized = tokenize(rows, self.tokenizer, self.prompts, self.max_length, self.protocol, self.vocabulary)
-        scored = np.array([index for index, item in enumerate(tokenized) if item.status == "ok"], np.int64)
-        sequences, starts = [tokenized[i].conditional for i in scored], [tokenized[i].conditional_start for i in scored]
-        losses, tokens = np.zeros(len(tokenized)), np.zeros(len(tokenized), np.int64)
+        tokenized = self._tokenize(rows)
+        plan = passes(answers_of(tokenized), alone=False)
         with computing(self.model, self.attention):
-            losses[scored] = self._nll_sums(sequences, starts, None)[0]
-        tokens[scored] = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+            sums, _ = self._nll_sums(plan.sequences, plan.spans, None)
+        losses, tokens = (_by_row(tokenized, values) for values in (sums, plan.lengths()))
         there = np.isfinite(losses)
         return np.where(there, losses, 0.0), np.where(there, tokens, 0)
 
@@ -192,7 +208,8 @@ class IfdScorer:
         """
         self._greedy = []
         try:
-            sums, cost = self._nll_sums(sequences, starts, None)
+            spans = [[(start, len(sequence))] for sequence, start in zip(sequences, starts, strict=True)]
+            sums, cost = self._nll_sums(sequences, spans, None)
             greedy = np.ones(len(sequences), np.bool_)
             if self._greedy:
                 greedy[self._order] = torch.cat(self._greedy).cpu().numpy()
@@ -201,9 +218,9 @@ class IfdScorer:
         return sums, greedy, cost
 
     def _nll_sums(
-        self, sequences: list[Sequence[int]], starts: list[int], progress: Callable[[float, int], object] | None
+        self, sequences: list[Sequence[int]], spans: Sequence[_Spans], progress: Callable[[float, int], object] | None
     ) -> tuple[np.ndarray, ScoreCost]:
-        """Return the NLL of ``sequence[start:]`` in nats for every sequence, summed in float64."""
+        """Return the NLL of ``sequence[start:stop]`` in nats for every span of every sequence, summed in float64."""
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - (self._greedy is not None)
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
@@ -214,7 +231,7 @@ class IfdScorer:
         while waiting:
             indices = waiting.popleft()
             members, tokens = indices.tolist(), int(lengths[indices].sum())
-            part = self._pack_sums([sequences[i] for i in members], [starts[i] for i in members])
+            part = self._pack_sums([sequences[i] for i in members], [spans[i] for i in members])
             if part is None:  # from here on packs of half the size, in this call and those after it
                 self.tokens_per_pack = min(self.tokens_per_pack, tokens) // 2
                 rest = np.concatenate([indices, *waiting])
@@ -226,9 +243,10 @@ class IfdScorer:
             capacity += max(self.tokens_per_pack, tokens)
             if progress is not None:
                 progress(done / total, tokens)
-        sums = np.empty(len(sequences))
+        bounds = np.cumsum([0, *map(len, spans)])
+        sums = np.empty(bounds[-1])
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
-        self._order = np.concatenate(packs)
+        self._order = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in np.concatenate(packs)])
         sums[self._order] = torch.cat(parts).cpu().numpy()
         return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
 
@@ -245,10 +263,10 @@ class IfdScorer:
             packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
         return packs
 
-    def _pack_sums(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor | None:
-        """Run one pack; float64 (N,) on the model's device, or None: several samples do not fit in its memory."""
+    def _pack_sums(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor | None:
+        """Run one pack; float64 (spans,) on the model's device, or None: several samples do not fit in its memory."""
         with suppress(torch.OutOfMemoryError):
-            return self._run_pack(samples, starts)
+            return self._run_pack(samples, spans)
         tokens = sum(map(len, samples))
         if len(samples) == 1:
             raise InputError(
@@ -268,17 +286,18 @@ class IfdScorer:
         return None
 
     @torch.inference_mode()
-    def _run_pack(self, samples: list[Sequence[int]], starts: list[int]) -> torch.Tensor:
+    def _run_pack(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor:
         fed = samples if self._greedy is None else self._padded([sample[:-1] for sample in samples])
         batch = PackedBatch.from_samples(fed)
         offset = batch.cu_seqlens[: len(samples)].tolist()
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
-        spans = [np.arange(o + start, o + len(s)) - 1 for o, start, s in zip(offset, starts, samples, strict=True)]
-        bounds = torch.from_numpy(np.cumsum([0, *map(len, spans)], dtype=np.int32))
-        scored = np.concatenate([np.asarray(s[start:], np.int64) for start, s in zip(starts, samples, strict=True)])
+        placed = [(o, s, *span) for o, s, own in zip(offset, samples, spans, strict=True) for span in own]
+        before = [np.arange(o + start, o + stop) - 1 for o, _, start, stop in placed]
+        bounds = torch.from_numpy(np.cumsum([0, *map(len, before)], dtype=np.int32))
+        scored = np.concatenate([np.asarray(s[start:stop], np.int64) for _, s, start, stop in placed])
         targets = to_device(torch.from_numpy(scored), self.device)
         hidden = self.trunk(**self.rule.inputs(batch, self.device)).last_hidden_state[0]
-        hidden = hidden[to_device(torch.from_numpy(np.concatenate(spans)), self.device)]
+        hidden = hidden[to_device(torch.from_numpy(np.concatenate(before)), self.device)]
         hidden, bias = self.head.scaled(hidden)
         nll = token_nll(hidden, self.head.weight, targets, bias, self.head.softcap)
         sums = _sums(nll, to_device(bounds, self.device))
@@ -326,18 +345,20 @@ class IfdScorer:
     def _table(
         self,
         rows: Sequence[Record | BadRow],
-        tokenized: list[TokenizedRecord],
-        scored: list[int],
-        counts: np.ndarray,
+        items: Sequence[TokenizedRecord],
         sums: np.ndarray,
+        counts: np.ndarray,
+        schema: pa.Schema,
     ) -> pa.Table:
-        statuses = [item.status for item in tokenized]
-        reasons = [item.reason for item in tokenized]
-        nll = np.full((len(rows), 2), np.nan)
-        scored_tokens = np.zeros((len(rows), 2), dtype=np.int32)
+        """A row for each of ``items``; ``sums`` and ``counts`` are (N, 2), of those N that have the status ok."""
+        scored = [index for index, item in enumerate(items) if item.status == "ok"]
+        statuses = [item.status for item in items]
+        reasons = [item.reason for item in items]
+        nll = np.full((len(items), 2), np.nan)
+        scored_tokens = np.zeros((len(items), 2), dtype=np.int32)
         nll[scored], scored_tokens[scored] = sums, counts
         means = nll[scored] / counts
-        ifd = np.full(len(rows), np.nan)
+        ifd = np.full(len(items), np.nan)
         with np.errstate(over="ignore", invalid="ignore"):
             # The quotient of the perplexities: the reference script divides the two, exact takes one exponential.
             if self.protocol == "paper":
@@ -347,26 +368,33 @@ class IfdScorer:
         for index in scored:
             if not np.isfinite(ifd[index]):
                 statuses[index] = "nonfinite"
-                reasons[index] = f"nonfinite: row {rows[index].row}: NLL sums {nll[index, 0]} and {nll[index, 1]}"
+                where = f"row {rows[index].row}" + ("" if items[index].turn is None else f", turn {items[index].turn}")
+                reasons[index] = f"nonfinite: {where}: NLL sums {nll[index, 0]} and {nll[index, 1]}"
                 nll[index] = ifd[index] = np.nan
-        columns = [
-            [row.id for row in rows],
-            [row.row for row in rows],
-            statuses,
-            reasons,
-            [item.truncated for item in tokenized],
-            [item.prompt_tokens for item in tokenized],
-            [item.answer_tokens for item in tokenized],
-            scored_tokens[:, 0],
-            scored_tokens[:, 1],
+        columns = {
+            "id": [row.id for row in rows],
+            "row": [row.row for row in rows],
+            "turn": [item.turn for item in items],
+            "status": statuses,
+            "reason": reasons,
+            "truncated": [item.truncated for item in items],
+            "prompt_tokens": [item.prompt_tokens for item in items],
+            "answer_tokens": [item.answer_tokens for item in items],
+            "scored_tokens": scored_tokens[:, 0],
+            "uncond_scored_tokens": scored_tokens[:, 1],
             # from_pandas: a NaN, which stands for "no number" here, becomes null.
-            pa.array(nll[:, 0], from_pandas=True),
-            pa.array(nll[:, 1], from_pandas=True),
-            pa.array(ifd, from_pandas=True),
-        ]
-        return pa.table(
-            [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
-        )
+            "cond_nll_sum": pa.array(nll[:, 0], from_pandas=True),
+            "uncond_nll_sum": pa.array(nll[:, 1], from_pandas=True),
+            "ifd": pa.array(ifd, from_pandas=True),
+        }
+        return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _by_row(items: Sequence[TokenizedRecord], values: np.ndarray) -> np.ndarray:
+    """Add up what belongs to the answers of each row: (answers, ...) -> (rows, ...)."""
+    added = np.zeros((len(items), *values.shape[1:]), values.dtype)
+    np.add.at(added, [row for row, item in enumerate(items) for _ in answers_of([item])], values)
+    return added
 
 
 def _sums(nll: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
@@ -389,6 +417,8 @@ def score_ifd(
     dtype: str = "auto",
     device: str = "auto",
     attention: str = "auto",
+    turns: str | None = None,
+    by_turn: bool = False,
 ) -> pa.Table:
     """Score records that fit in memory; ``codeact score`` does the same for any number, in shards that survive a kill.
 
@@ -408,14 +438,22 @@ def score_ifd(
         device: of a model given by name.
         attention: an implementation of transformers; "auto" is the best one for packs that is here. A loaded model has
             its own again afterwards.
+        turns: "all": the answers of a conversation that are to be learnt, each given all before it; "last": the last
+            one. None: all, but the last under protocol paper.
+        by_turn: a row for every answer, whatever became of it, in place of one for every record.
 
     Returns:
-        A table with the columns of ``codeact.scoring.table.SCHEMA``, one row a record, in order. NLL sums are in nats.
+        A table with the columns of ``codeact.scoring.table.SCHEMA``, one row a record, in order; by turn with those of
+        ``TURN_SCHEMA`` there. NLL sums are in nats.
 
     Raises:
         InputError: a setting is unknown, or the model cannot be loaded or packed.
     """
+    if by_turn and resolve_turns(turns, resolve_protocol(protocol)) != "all":
+        raise InputError("a row for every answer wants turns all, and not protocol paper")
     call = "score_ifd(model, tokenizer, records)"
     model, tokenizer = model_and_tokenizer(model, tokenizer, dtype, device, call)
-    scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention)
-    return scorer.score(list(open_rows(records)))[0]
+    scorer = IfdScorer(model, tokenizer, template, max_length, tokens_per_pack, protocol, attention, turns)
+    tables: list[pa.Table] = []
+    table, _ = scorer.score(list(open_rows(records)), turns=tables)
+    return tables[0] if by_turn else table

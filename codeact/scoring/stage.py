@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
+from codeact.base.protocols import resolve_turns
 from codeact.base.settings import Protocol, Settings, decisive, setting
 from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
@@ -22,11 +23,12 @@ from codeact.text.template_files import Template
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from codeact.data.forms import Columns
     from codeact.data.records import RecordSet
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-SCORES_FOLDER, TABLE = "scores", "scores/scores.parquet"
+SCORES_FOLDER, TABLE, TURNS = "scores", "scores/scores.parquet", "scores/turns.parquet"
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -51,6 +53,9 @@ class ScoreSettings(Settings):
     )
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
     protocol: Protocol = setting("exact", "exact, or paper: the numbers of the paper's scripts.")
+    turns: Literal["all", "last"] | None = setting(
+        None, "Answers of a conversation that are scored; default: all, under protocol paper the last."
+    )
     keep_token_nll: bool = setting(
         False, "Keep the loss of every answer token, 4 bytes each: select --difficulty s_ifd needs it.", place=True
     )
@@ -62,10 +67,15 @@ class ScoreSettings(Settings):
     check_ratio: float = setting(0.4, "Share of the rows whose overlap is told.", place=True, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _tokens_of_both_passes(self) -> ScoreSettings:
+    def _within_the_protocol(self) -> ScoreSettings:
+        resolve_turns(self.turns, self.protocol)
         if self.keep_token_nll and self.protocol == "paper":
             raise InputError("under protocol paper the two passes score different tokens; leave out --keep-token-nll")
         return self
+
+    def turns_of(self, columns: Columns) -> str:
+        """``turns``, or what it means for data of these columns: all the same where a row has one answer."""
+        return resolve_turns(self.turns, self.protocol) if columns.several_answers else "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,8 @@ def prepare(
         for row in records:
             if isinstance(row, BadRow):
                 raise InputError(f"{row.message} ({row.reason}); mend it, or leave out --strict to go on without it")
-    model, scorer, device, dtype = _load_scorer(settings.model, settings)
+    turns = settings.turns_of(records.columns)
+    model, scorer, device, dtype = _load_scorer(settings.model, settings, turns)
     folder = ScoreFolder(
         output,
         {
@@ -109,6 +120,7 @@ def prepare(
             "device": device,
             "attention": scorer.attention,
             "protocol": settings.protocol,
+            "turns": turns,
             "shard_size": settings.shard_size,
         },
     )
@@ -117,7 +129,7 @@ def prepare(
     return ScoreJob(records, folder, scorer)
 
 
-def _load_scorer(name: str, settings: ScoreSettings) -> tuple[Any, IfdScorer, str, str]:
+def _load_scorer(name: str, settings: ScoreSettings, turns: str) -> tuple[Any, IfdScorer, str, str]:
     """A model, what scores by it in the way of the settings, and the names of its device and dtype."""
     from codeact.base.console import say
     from codeact.base.devices import resolve_device, resolve_dtype
@@ -130,7 +142,8 @@ def _load_scorer(name: str, settings: ScoreSettings) -> tuple[Any, IfdScorer, st
     shown = str(dtype).removeprefix("torch.")
     say(f"loading {name}, {shown} on {device}")
     model, tokenizer = load_causal_lm(name, device, dtype)
-    return model, IfdScorer(model, tokenizer, **settings.model_dump(include=_HOW)), str(device), shown
+    scorer = IfdScorer(model, tokenizer, **settings.model_dump(include=_HOW), turns=turns)
+    return model, scorer, str(device), shown
 
 
 def score_data(
@@ -337,11 +350,27 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
             ("padding", f"0 tokens (batches of 16 in input order would be {_batch_padding(table, 16):.1%} padding)"),
         ]
     named = table.filter(pc.is_valid(table["reason"]))["reason"]
+    if "turns" in totals:
+        lines += _turn_lines(totals)
     lines += [("refused", reason.as_py()) for reason in named[:_NAMED_REFUSALS]]
     if len(named) > _NAMED_REFUSALS:
         more = f"and {len(named) - _NAMED_REFUSALS:,} more, each with its reason in {Path(folder) / 'scores.parquet'}"
         lines.append(("", more))
     return lines
+
+
+def _turn_lines(totals: dict[str, Any]) -> Lines:
+    """Lines about the answers of conversations."""
+    scored, answers = totals["turns"].get("ok", 0), sum(totals["turns"].values())
+    others = sorted((name, count) for name, count in totals["turns"].items() if name != "ok")
+    told = f"{scored:,} of {answers:,} scored" + "".join(f", {count:,} {name}" for name, count in others)
+    tokens, apart = totals["tokens"], totals["apart_tokens"]
+    if apart <= tokens:
+        return [("answers", told)]
+    saved = (
+        f"{apart - tokens:,} of the {apart:,} tokens that turn by turn would take ({apart / tokens:.1f} times as many)"
+    )
+    return [("answers", told), ("saved", saved)]
 
 
 def check_scores(data: DataSettings, settings: ScoreSettings, output: str | Path) -> Lines:
@@ -359,8 +388,10 @@ def check_scores(data: DataSettings, settings: ScoreSettings, output: str | Path
     name = settings.check_with
     folder = ScoreFolder.open(output)
     places = sample_rows(folder.read(), settings.check_rows)
-    other = OtherModel(name=name, identity=model_identity(name), load=lambda: _load_scorer(name, settings)[1])
-    checked = check_table(folder, data.open(), places, other)
+    records = data.open()
+    turns = settings.turns_of(records.columns)
+    other = OtherModel(name=name, identity=model_identity(name), load=lambda: _load_scorer(name, settings, turns)[1])
+    checked = check_table(folder, records, places, other)
     return agreement_lines(folder, checked, settings.check_ratio)
 
 
@@ -392,7 +423,8 @@ class Score(Stage):
         return {
             "data": run.data_fingerprint(),
             "model": run.identity(settings.model),
-            **decisive(settings, "model"),
+            **decisive(settings, "model", "turns"),
+            **({"turns": "all"} if settings.turns_of(run.data_columns()) == "all" else {}),
         }
 
     def work(self, run: Run) -> Lines:
@@ -437,6 +469,24 @@ class Score(Stage):
             tokens_in=int(tokens.sum()),
             tokens_out=int(tokens[scored].sum()),
             lost=_refusals(table, record & (np.asarray(table["status"]) != "ok"), tokens),
+        )
+        if not folder.by_turn:
+            return
+        from codeact.data.tables import read_table
+
+        answers = read_table(output / TURNS, "score again", columns=["status", "answer_tokens", "ifd"])
+        status, tokens = np.asarray(answers["status"]), np.asarray(answers["answer_tokens"], np.int64)
+        scored = np.asarray(pc.is_valid(answers["ifd"]))
+        others = {name: status == name for name in sorted({*status} - {"ok"})}
+        yield Entry(
+            stage="turns",
+            what="answers",
+            after=None,
+            rows_in=len(status),
+            rows_out=int(scored.sum()),
+            tokens_in=int(tokens.sum()),
+            tokens_out=int(tokens[scored].sum()),
+            lost=changes({name: (int(rows.sum()), int(tokens[rows].sum())) for name, rows in others.items()}),
         )
 
 

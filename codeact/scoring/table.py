@@ -29,6 +29,9 @@ SCHEMA = pa.schema(
 )
 """The score table: one row for each row of the data set, whatever became of it."""
 
+TURN_SCHEMA = SCHEMA.insert(2, pa.field("turn", pa.int32(), nullable=False))
+"""A row for each answer of the conversations, whatever became of it; ``turn`` is its place among the turns."""
+
 
 def write_paper_json(path: str | Path, table: pa.Table, records: RecordSet) -> tuple[int, int]:
     """Write the reference script's JSON, a list of {question, answer, IFD}, in the order of the rows.

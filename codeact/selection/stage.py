@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,14 @@ def select_rows(
         choice["left_out"] = marked_rows(table, folder, marks)
     selection = plan_selection(table, labels, settings.ratio, settings.strategy, **choice)
     if not len(selection.positions):
-        raise InputError(f"no row of {scores} is eligible for strategy {settings.strategy}: none can be chosen")
+        reasons = Counter(selection.reasons)
+        if reasons["below_budget"]:
+            raise InputError(f"{settings.ratio} of {selection.rows_in:,} rows is no row; raise --ratio")
+        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise InputError(
+            f"no row of {scores} can be chosen by strategy {settings.strategy} ({told}); choose by another --strategy "
+            "or --difficulty"
+        )
     with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
         write_selection(output, records, table, selection, labels, form)
         write_audit(output, table, selection, labels)
@@ -213,6 +221,14 @@ def selection_lines(selection: Selection, settings: SelectSettings) -> Lines:
         lines.append(
             ("failed scores", f"{selection.failed_chosen:,} chosen, as the paper's script does: it has them as 0")
         )
+    shared = settings.strategy in BY_CLUSTER and settings.protocol == "exact" and not selection.shortfall
+    clustered = sum(c.size for c in selection.clusters) if shared else 0
+    full = [c for c in selection.clusters if c.eligible == c.chosen < selection.budget * c.size // max(1, clustered)]
+    if clustered and full:
+        lines.append(
+            ("small clusters", f"{len(full):,} of {len(selection.clusters):,} have fewer eligible rows than their "
+                               "share, which others gave; a smaller budget or fewer --clusters keep the shares")
+        )  # fmt: skip
     lines += [
         (f"cluster {c.label}", f"{c.chosen:,} chosen of {c.size:,} ({c.eligible:,} eligible)")
         for c in (selection.clusters if len(selection.clusters) > 1 else ())

@@ -95,13 +95,16 @@ class SpanEncoder:
         self.heads = {head: self._ids(head) for head in ("\n", "a")}
         self.adds_space = self._ids("\na") != self.heads["\n"] + self._ids("a")
 
-    def encode(self, items: Sequence[SpannedText]) -> list[tuple[Ints, NDArray[np.bool_]]]:
-        """Return ids int32 (L,) of every text, and which of them are labelled, bool (L,)."""
+    def encode(self, items: Sequence[SpannedText], inner: bool = False) -> list[tuple[Ints, NDArray[np.bool_]]]:
+        """Return ids int32 (L,) of every text, and which of them are labelled, bool (L,).
+
+        ``inner``: the texts go on behind others, so that nothing is put before them.
+        """
         results: list[tuple[Ints, NDArray[np.bool_]] | None] = [None] * len(items)
         cuts = [self._cuts(item) for item in items]
         pending = list(range(len(items)))
         while pending:
-            tokens = self._tokens([items[index] for index in pending], [cuts[index] for index in pending])
+            tokens = self._tokens([items[index] for index in pending], [cuts[index] for index in pending], inner)
             again = []
             for index, (ids, starts, ends) in zip(pending, tokens, strict=True):
                 labelled, crossed = self._label(items[index], ids, starts, ends)
@@ -109,7 +112,7 @@ class SpanEncoder:
                     cuts[index] |= crossed
                     again.append(index)
                     continue
-                bos = self.bos if ids[:1].tolist() != self.bos else []
+                bos = self.bos if not inner and ids[:1].tolist() != self.bos else []
                 results[index] = (
                     np.concatenate([np.array(bos, dtype=np.int32), ids]),
                     np.concatenate([np.zeros(len(bos), dtype=np.bool_), labelled]),
@@ -147,7 +150,9 @@ class SpanEncoder:
                 labelled |= (starts >= start) & (starts < end)
         return labelled, crossed
 
-    def _tokens(self, items: Sequence[SpannedText], cuts: Sequence[set[int]]) -> list[tuple[Ints, Ints, Ints]]:
+    def _tokens(
+        self, items: Sequence[SpannedText], cuts: Sequence[set[int]], inner: bool
+    ) -> list[tuple[Ints, Ints, Ints]]:
         """Ids, and the characters [start, end) of each: every item is tokenized in the pieces between its cuts."""
         pieces = []
         for number, (item, own) in enumerate(zip(items, cuts, strict=True)):
@@ -159,8 +164,8 @@ class SpanEncoder:
         for plain in (False, True):
             chosen = [place for place, piece in enumerate(pieces) if piece[3] == plain]
             texts = [items[pieces[place][0]].text[pieces[place][1] : pieces[place][2]] for place in chosen]
-            inner = [pieces[place][1] > 0 for place in chosen]
-            encoded.update(zip(chosen, self._pieces(texts, inner, plain), strict=True))
+            within = [inner or pieces[place][1] > 0 for place in chosen]
+            encoded.update(zip(chosen, self._pieces(texts, within, plain), strict=True))
         for place, (number, start, _, _) in enumerate(pieces):
             piece_ids, piece_offsets = encoded[place]
             ids[number].append(piece_ids)

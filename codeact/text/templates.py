@@ -67,13 +67,51 @@ class PromptBuilder:
         Raises:
             ValueError: the template refuses this conversation.
         """
+        return self.prompt(record.turns[:-1])
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """Return the text that stands before an answer to these turns; errors as of ``render``."""
         if self._conversations is not None:
-            return self._conversations.prompt((*record.history, ("user", record.question)))
+            return self._conversations.prompt(turns)
         # Not str.format: questions and templates may hold braces of their own.
-        parts = []
-        for role, text in record.history:
-            parts.append(self.text.replace("{question}", text) if role == "user" else f"{text}\n\n")
-        return "".join(parts) + self.text.replace("{question}", record.question)
+        return "".join(
+            self.text.replace("{question}", text) if role == "user" else f"{text}\n\n" for role, text in turns
+        )
+
+    def runs(self, turns: Sequence[Turn], answers: Sequence[int]) -> list[list[tuple[int, str]]]:
+        """These answers, each with the text before it, in runs: what one pass over the conversation reads.
+
+        The first text of a run is the prompt of its answer, as ``render`` would write it were this answer the last.
+        Every other one is what the template writes between the answer before and its own. So a run is ``text answer
+        text answer ...`` with the answers as they are in the data; the template may write other white space around
+        them. Where it writes a past answer otherwise (without its reasoning), or what came before it, another run
+        begins.
+
+        Raises:
+            ValueError: the template refuses a part of this conversation.
+        """
+        runs: list[list[tuple[int, str]]] = []
+        before, answer = "", ""
+        for number in answers:
+            prompt = self.prompt(turns[:number])
+            between = _between(prompt, before, answer) if runs else None
+            if between is None:
+                runs.append([(number, prompt)])
+            else:
+                runs[-1].append((number, between))
+            before, answer = prompt, turns[number][1]
+        return runs
+
+
+def _between(prompt: str, before: str, answer: str) -> str | None:
+    """What follows ``before`` and the answer in a prompt; None: it does not begin with them, but for white space."""
+    if not prompt.startswith(before):
+        return None
+    rest = prompt[len(before) :]
+    if rest.startswith(answer):
+        return rest[len(answer) :]
+    rest, core = rest.lstrip(), answer.strip()
+    return rest[len(core) :].removeprefix(answer[len(answer.rstrip()) :]) if rest.startswith(core) else None
 
 
 class ConversationTemplate:

@@ -191,6 +191,21 @@ def test_tokens_are_those_that_the_stages_take(local, tokenizer):
     assert facts.conversations.error == 0
 
 
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_tokens_of_conversations_are_those_that_scoring_takes(local, tmp_path, tiny_model, tokenizer, turns):
+    from codeact.scoring.ifd import IfdScorer
+
+    path = tmp_path / "talks.jsonl"
+    turn = [{"role": "user", "content": "why so?"}, {"role": "assistant", "content": "since it is so\n" * 9}]
+    path.write_text("".join(json.dumps({"messages": turn * n}) + "\n" for n in range(1, 9)))
+    settings = changed(local, data={"source": str(path)}, score={**local.score.model_dump(), "turns": turns})
+    facts = data_facts(settings, None, "", 256)
+    scorer = IfdScorer(tiny_model, tokenizer, max_length=256, turns=turns)
+    _, cost = scorer.score(list(settings.data.open()))
+    assert facts.conditional.total + facts.unconditional.total == pytest.approx(cost.tokens)
+    assert max(facts.conditional.values) == 256
+
+
 def test_a_large_data_set_is_sampled_the_same_every_time(local, tmp_path):
     path = tmp_path / "many.jsonl"
     lines = ({"instruction": f"question {n}", "output": "x = 1\n" * (1 + n % 50)} for n in range(3000))

@@ -35,7 +35,7 @@ def most(model) -> int:
 
 def sums(scorer: IfdScorer, sequences: list[list[int]]) -> np.ndarray:
     with computing(scorer.model, scorer.attention):
-        return scorer._nll_sums(sequences, [1] * len(sequences), None)[0]
+        return scorer._nll_sums(sequences, [[(1, len(sequence))] for sequence in sequences], None)[0]
 
 
 class TestScores:

@@ -26,7 +26,7 @@ pytestmark = [
 
 VOCABULARY = 97
 SAMPLES = [list(range(5, 25)), [3, 4], list(range(40, 70)), [90, 91, 92]]
-STARTS = [11, 1, 1, 2]
+SPANS = [[(11, 20)], [(1, 2)], [(1, 30)], [(2, 3)]]
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def mock(monkeypatch):
 
 
 def test_a_pack_has_the_sums_of_the_cpu(make_scorer, monkeypatch):
-    expected = make_scorer("cpu")._run_pack(SAMPLES, STARTS)
+    expected = make_scorer("cpu")._run_pack(SAMPLES, SPANS)
     with MockCuda(monkeypatch) as mode:
         scorer = make_scorer("cuda")
         assert scorer.device == CUDA
         assert scorer.trunk.config._attn_implementation == ATTENTION
         mode.seen.clear()
-        sums = scorer._run_pack(SAMPLES, STARTS)
+        sums = scorer._run_pack(SAMPLES, SPANS)
         assert isinstance(sums, OnDevice)
         assert (sums.dtype, sums.shape) == (torch.float64, (4,))
     # bfloat16 trunks that add up in another order; the CPU's own attention and loss.
@@ -94,7 +94,7 @@ def test_the_loss_gets_bfloat16_operands_and_gives_float32(make_scorer, mock, mo
 
     scorer = make_scorer("cuda")
     monkeypatch.setattr(ifd, "token_nll", watched)
-    scorer._run_pack(SAMPLES, STARTS)
+    scorer._run_pack(SAMPLES, SPANS)
     (((hidden, weight, targets, _, _), result),) = calls
     assert [t.dtype for t in (hidden, weight, targets, result)] == [
         torch.bfloat16,
@@ -107,15 +107,15 @@ def test_the_loss_gets_bfloat16_operands_and_gives_float32(make_scorer, mock, mo
 
 def test_all_packs_take_one_transfer_to_the_host(make_scorer, mock):
     scorer = make_scorer("cuda")
-    sequences, starts = SAMPLES * 3, STARTS * 3
+    sequences, spans = SAMPLES * 3, SPANS * 3
     mock.transfers_allowed = 1
-    sums, cost = scorer._nll_sums(sequences, starts, None)
+    sums, cost = scorer._nll_sums(sequences, spans, None)
     assert cost.packs > 2
     assert mock.transfers_allowed == 0
     assert np.isfinite(sums).all()
     assert sums[:4] == pytest.approx(sums[4:8], rel=0.02)
     with pytest.raises(HiddenSyncError, match="to the host"):
-        scorer._nll_sums(sequences, starts, None)
+        scorer._nll_sums(sequences, spans, None)
 
 
 @pytest.mark.parametrize(("place", "call"), [(ifd, 0), (ifd, 1), (ifd, 2), (varlen, 0), (varlen, 1), (varlen, 2)])
@@ -130,7 +130,7 @@ def test_a_tensor_left_on_the_cpu_is_caught(make_scorer, mock, monkeypatch, plac
 
     monkeypatch.setattr(place, "to_device", forgetful)
     with pytest.raises((WrongDeviceError, ValueError)):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
     assert len(calls) > call
 
 
@@ -139,7 +139,7 @@ def test_a_copy_from_pageable_memory_is_caught(make_scorer, mock, monkeypatch):
     scorer = make_scorer("cuda")
     monkeypatch.setattr(ifd, "to_device", lambda tensor, device: tensor.to(device, non_blocking=True))
     with pytest.raises(HiddenSyncError, match="not pinned"):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_look_at_a_value_is_caught(make_scorer, mock, monkeypatch, look, messa
 
     monkeypatch.setattr(ifd, "token_nll", looking)
     with pytest.raises(HiddenSyncError, match=message):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -176,7 +176,7 @@ def test_a_wrong_dtype_is_caught(make_scorer, mock, dtype):
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = torch.nn.Parameter(OnDevice(parameter.inner.to(dtype)), requires_grad=False)
     with pytest.raises(ValueError, match="bfloat16 and float16"):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
 
 
 def test_a_head_of_another_dtype_is_caught(make_scorer, mock):
@@ -184,7 +184,7 @@ def test_a_head_of_another_dtype_is_caught(make_scorer, mock):
     wide = OnDevice(scorer.head.weight.inner.float())
     scorer.head = type(scorer.head)(weight=wide, bias=None, softcap=None)
     with pytest.raises(ValueError, match="one floating-point dtype"):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
 
 
 def test_boundaries_of_another_dtype_are_caught(make_scorer, mock, monkeypatch):
@@ -199,7 +199,7 @@ def test_boundaries_of_another_dtype_are_caught(make_scorer, mock, monkeypatch):
     monkeypatch.setattr(PackedBatch, "from_samples", classmethod(wide))
     scorer = make_scorer("cuda")
     with pytest.raises(AssertionError):
-        scorer._run_pack(SAMPLES, STARTS)
+        scorer._run_pack(SAMPLES, SPANS)
 
 
 @pytest.mark.parametrize("extra", [{}, {"bias": True}, {"softcap": 5.0}, {"backend": "torch"}])

@@ -23,7 +23,7 @@ from codeact.selection.choose import plan_selection
 from codeact.selection.difficulty import difficulty_scores
 from codeact.selection.facility import facility_location
 from codeact.selection.settings import SelectSettings
-from codeact.selection.stage import Select
+from codeact.selection.stage import Select, selection_lines
 from tests.helpers.scored import make_scored, score_table
 
 NAN, INF = float("nan"), float("inf")
@@ -452,6 +452,30 @@ def test_what_does_not_go_together_is_refused_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_clusters_that_are_smaller_than_their_share_are_told():
+    """Two of ten rows are cluster 0, whose share of five is one; neither of them may be chosen."""
+    table = score_table([1.2, 1.3, *np.linspace(0.1, 0.9, 8)], answer_tokens=[5] * 10)
+    labels = [0, 0, *[1] * 8]
+    settings = SelectSettings(ratio=0.5, clusters=2)
+    lines = dict(selection_lines(plan_selection(table, labels, 0.5), settings))
+    assert lines["small clusters"].startswith("1 of 2 have fewer eligible rows than their share, which others gave; ")
+    assert "fewer --clusters" in lines["small clusters"]
+    for strategy, ratio in (("cdas", 0.1), ("top_ifd", 0.5), ("cdas", 1.0)):
+        selection = plan_selection(table, labels, ratio, strategy)
+        told = dict(selection_lines(selection, SelectSettings(ratio=ratio, strategy=strategy)))
+        assert "small clusters" not in told, "it has its share, there are no shares, or nothing is left to give"
+
+
+def test_no_eligible_row_is_one_line_with_the_remedy(tmp_path, codeact):
+    data = [{"id": f"r{row}", "instruction": "q", "output": "a"} for row in range(3)]
+    table = score_table([1.5, 1.2, 1.1], id=[row["id"] for row in data])
+    _, scores, embeddings = make_scored(tmp_path, data, table, np.eye(3))
+    files = ("--scores", scores, "--embeddings", embeddings, "--clusters", 1, "--output", tmp_path / "out.jsonl")
+    code, _, err = codeact("select", *files)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "can be chosen by strategy cdas (3 ifd_at_least_1); choose by another --strategy or --difficulty" in err
+
+
 def test_a_forecast_knows_about_how_many_rows_a_budget_is():
     assert SelectSettings().rows_of(100, 50.0) == 40
     assert SelectSettings(budget_rows=7).rows_of(100, 50.0) == 7
@@ -547,6 +571,7 @@ def test_selective_ifd_comes_from_the_kept_losses(scored, tmp_path, codeact):
             "k must be a whole number from 1 to the number of vectors (40), not 41; change --clusters",
         ),
         (("--protocol", "paper", "--strategy", "facility_location"), "the paper's script knows no --strategy facility"),
+        (("--ratio", 0.001), "0.001 of 40 rows is no row; raise --ratio"),
     ],
 )
 def test_the_command_refuses_in_one_line(scored, tmp_path, codeact, arguments, message):
