@@ -112,7 +112,8 @@ class HuggingFaceGenerator:
         """See ``Generator``."""
         from codeact.evaluation.decoding import Sampling, decode_batches, exact_manner
 
-        self._manner = self._manner or exact_manner(self._model)
+        longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
+        self._manner = self._manner or exact_manner(self._model, longest)  # the first batch has the longest
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
         finished = decode_batches(
             self._model,

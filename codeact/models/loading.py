@@ -18,7 +18,6 @@ from transformers.utils.hub import extract_commit_hash
 
 from codeact.base.devices import resolve_device, resolve_dtype
 from codeact.base.errors import InputError, NotHereError
-from codeact.models.isolation import packing_attention, set_attention
 
 
 def quiet_transformers() -> None:
@@ -35,8 +34,7 @@ def load_causal_lm(
 
     Args:
         name: folder or hub name.
-        device: where it goes, with the attention for packs there. None, for training: where transformers puts it, with
-            the attention that it chooses; a Trainer moves and shards.
+        device: where it goes. None, for training: where transformers puts it; a Trainer moves and shards.
         dtype: of the weights.
         quantization: a configuration of transformers to hold them in fewer bits.
 
@@ -59,11 +57,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     check_weights(f"model {name!r}", model, report)
-    if device is None:
-        return model.eval(), tokenizer
-    with suppress(InputError):  # one that takes no other attention keeps its own, and whoever packs refuses it
-        set_attention(model, packing_attention(model, device))
-    return model.eval().to(device), tokenizer
+    return model.eval() if device is None else model.eval().to(device), tokenizer
 
 
 def model_and_tokenizer(

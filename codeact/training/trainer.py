@@ -94,7 +94,11 @@ class PackTrainer(Trainer):  # type: ignore[misc]
                 attention = packing_attention(causal_lm, arguments.device)
             stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
             if _has_weights(causal_lm):
-                prove_isolation(causal_lm, stand_in, options.max_length, otherwise="say --pad_mode dynamic_pad")
+                tokens = sum(len(sample.input_ids) for sample in samples)
+                tokens = min(tokens, arguments.train_batch_size * options.max_length)
+                if next(causal_lm.parameters()).device != arguments.device:
+                    tokens = 0  # on a CPU, before it goes to its device, more than a sample would take long
+                prove_isolation(causal_lm, stand_in, options.max_length, None, "say --pad_mode dynamic_pad", tokens)
             set_attention(causal_lm, attention)
         elif options.attention != "auto":
             set_attention(causal_lm, options.attention)
