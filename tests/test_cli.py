@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,39 @@ def test_one_clear_line(codeact, data, tiny_model_path, tmp_path, monkeypatch, a
     (line,) = [line for line in err.splitlines() if line.startswith("codeact: error: ")]
     assert message in line
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", "PIPE", "--model", "MODEL", "--output", "O"),
+        ("embed", "PIPE", "--output", "o.npy"),
+        ("ppl", "PIPE", "--model", "MODEL"),
+        ("ppl", "PIPE.txt", "--model", "MODEL"),
+        ("pack-stats", "PIPE.jsonl", "--tokenizer", "MODEL", "--max-length", "9"),
+        ("train", "--model", "MODEL", "--data_path", "PIPE", "--output_dir", "o", "--bf16", "False"),
+        ("run", "PIPE"),
+        ("train", "PIPE.yaml"),
+        ("sanitize", "PIPE"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "PIPE", "--data", "PROBLEMS"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "PIPE", "--data", "PIPE"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "folder", "--data", "PROBLEMS"),
+    ],
+)
+def test_a_pipe_is_refused_with_the_remedy(codeact, tiny_model_path, tmp_path, monkeypatch, arguments):
+    """As of ``--samples <(zcat samples.jsonl.gz)``: it cannot be read twice, and nothing lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "HumanEval_0").mkdir(parents=True)
+    for name in ("PIPE", "PIPE.txt", "PIPE.jsonl", "PIPE.yaml", "folder/HumanEval_0/0.py"):
+        os.mkfifo(tmp_path / name)
+    task = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": " return x",
+            "base_input": [[1]], "plus_input": [], "atol": 0}  # fmt: skip
+    (tmp_path / "PROBLEMS").write_text(json.dumps(task))
+    places = {"MODEL": tiny_model_path}
+    code, out, err = codeact(*(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("codeact: error: ")]
+    assert "is a pipe or a device, not a file: save what it gives" in line
 
 
 def test_unknown_option_names_the_closest(codeact):

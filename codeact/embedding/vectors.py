@@ -122,12 +122,12 @@ def load_embedder(
     from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
-    from codeact.models.loading import check_layers_of_folder, check_weights, existing_model, refused
+    from codeact.models.loading import check_config_of_folder, check_weights, existing_model, refused
 
     torch_device = resolve_device(device)
     name = existing_model(os.fspath(model))
     what = f"embedding model {name!r}"
-    check_layers_of_folder(what, name)
+    check_config_of_folder(what, name)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
     with refused(f"cannot load the {what}", "give a folder with safetensors weights or a hub name as the model"):
         encoder = SentenceTransformer(
