@@ -92,6 +92,16 @@ def import_extra(library: str, extra: str, purpose: str) -> Any:
         raise MissingExtraError(library, extra, purpose) from None
 
 
+def require(what: str, value: Any, has: str, kind: str) -> None:
+    """Refuse an argument of another kind, known by an attribute that it lacks.
+
+    Raises:
+        InputError: it does.
+    """
+    if not hasattr(value, has):
+        raise InputError(f"{what} must be {kind}, not {type(value).__name__}")
+
+
 def one_of(what: str, name: str, choices: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``choices``; else raise an InputError that lists them, the closest first."""
     choices = list(choices)

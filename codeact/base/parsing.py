@@ -59,7 +59,9 @@ def refuse_pipes(path: Path) -> None:
     if path.is_dir():
         raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file: save what it gives, and name that", str(path))
+        raise OSError(
+            errno.EINVAL, "it is a pipe or a device, not a file: save what it gives, and name that", str(path)
+        )
 
 
 def read_file(path: Path) -> bytes:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.console import Progress
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.base.files import atomic_path, locked_folder
 from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
@@ -117,6 +117,7 @@ def load_embedder(
     if not isinstance(model, str | os.PathLike):
         if (device, dtype) != ("auto", "auto"):
             raise InputError("a loaded model keeps its device and dtype; pass its name or folder to choose them")
+        require("model", model, "tokenizer", "a SentenceTransformer, or the name or folder of one")
         return model
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.base.parsing import UNPARSABLE, parse_python
 from codeact.evaluation.judge import TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import Problem
@@ -143,7 +143,10 @@ def pass_share(completions: Sequence[Any], tests: Sequence[Tests], **columns: An
         tests: the column ``tests`` of the data set, as of ``run_program``.
         columns: what else TRL hands over; ``limits`` and ``parallel`` are read, by ``functools.partial``.
     """
-    texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in completions]
+    try:
+        texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in completions]
+    except (TypeError, LookupError):
+        raise InputError("completions must be texts, or lists of messages with a content") from None
     more = {name: columns[name] for name in ("limits", "parallel") if name in columns}
     results = run_programs([last_block(text) for text in texts], tests, own_tests=True, **more)
     return [result.passed / result.tests for result in results]
@@ -159,9 +162,13 @@ _sandbox = functools.cache(lambda limits, unsafe: Sandbox(limits, unsafe=unsafe)
 
 
 def _key(tests: Tests) -> str | tuple[str | tuple[str, str], ...]:
-    return (
-        tests if isinstance(tests, str) else tuple(one if isinstance(one, str) else (one[0], one[1]) for one in tests)
-    )
+    if isinstance(tests, str):
+        return tests
+    require("tests", tests, "__iter__", "asserts, or pairs of input and output")
+    for one in tests:
+        if not isinstance(one, str) and [*map(type, one if isinstance(one, list | tuple) else ())] != [str, str]:
+            raise InputError(f"test {str(one)[:100]!r} is neither an assert nor a pair of input and output")
+    return tuple(one if isinstance(one, str) else (one[0], one[1]) for one in tests)
 
 
 @functools.lru_cache(maxsize=1024)

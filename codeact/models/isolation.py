@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from codeact.base.devices import to_device
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
 
 _SHORT = (5, 9, 7)  # tokens of the samples that every proof runs
@@ -285,6 +285,7 @@ def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
     Raises:
         InputError: samples of a pack are not apart under it; the message names the attention that helps, if one does.
     """
+    require("model", model, "get_input_embeddings", "a causal model of transformers")
     device = model.get_input_embeddings().weight.device
     attention = packing_attention(model, device) if attention == "auto" else attention
     prove_isolation(model, attention, max_length, otherwise="its architecture looks across samples: do not pack")

@@ -18,7 +18,7 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from codeact.base.devices import resolve_device, resolve_dtype
-from codeact.base.errors import InputError, NotHereError
+from codeact.base.errors import InputError, NotHereError, require
 
 
 def quiet_transformers() -> None:
@@ -102,12 +102,10 @@ def model_and_tokenizer(
         place = resolve_device(device)
         model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
         tokenizer = tokenizer or loaded
-    if not hasattr(model, "get_input_embeddings"):
-        raise InputError(f"{type(model).__name__} is no model of transformers, and no name of one; call {call}")
+    require(f"the first argument of {call}", model, "get_input_embeddings", "a causal model of transformers, or a name")
     if tokenizer is None:
         raise InputError(f"a loaded model needs its tokenizer: {call}")
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise InputError(f"{type(tokenizer).__name__} is no tokenizer of transformers; call {call}")
+    require(f"the second argument of {call}", tokenizer, "convert_ids_to_tokens", "a tokenizer of transformers")
     return model, tokenizer
 
 
@@ -194,6 +192,8 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     # One wait for the device, not one a tensor.
     finite = [torch.stack(tensor.detach().aminmax()).isfinite().all() for _, tensor in named]
     bad = [name for (name, _), good in zip(named, finite, strict=True) if not good] if finite else []
+    if bad and bad[0] not in model.state_dict():  # not of the file: made from the configuration
+        raise InputError(f"{what} makes NaN or infinity in {bad[0]}: a number of its config.json cannot be right")
     if bad:
         raise InputError(
             f"{what} holds NaN or infinity in {len(bad)} of {len(named)} weights, such as {bad[0]}: it was damaged, or "

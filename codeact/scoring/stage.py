@@ -156,12 +156,15 @@ def score_data(
         The totals of the merged table, or None where another process has shards to do.
 
     Raises:
-        InputError: see the stages.
+        InputError: see the stages; or a launcher started several processes, and each was told to share once more.
     """
-    if shard is None and processes > 1:
-        return _score_in_processes(data, settings, output, processes)
-    if shard is None and (share := _launched_share()) is not None:
+    if (share := launched_share()) is not None:
+        if shard is not None or processes > 1:
+            asked = "--shard" if shard is not None else "--processes"
+            raise InputError(f"a launcher started {share[1]} processes, which share the shards; leave out {asked}")
         shard, settings = share, _on_own_gpu(settings, share[0])
+    elif shard is None and processes > 1:
+        return _score_in_processes(data, settings, output, processes)
     from codeact.base.console import Progress
 
     if settings.check_with is not None:
@@ -189,7 +192,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _launched_share() -> tuple[int, int] | None:
+def launched_share() -> tuple[int, int] | None:
     """Which of how many processes this is under torchrun, accelerate or srun; they all were given the same command."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if int(os.environ.get(size, "1")) > 1 and rank in os.environ:

@@ -193,7 +193,9 @@ def _check_clusters(clusters: int, data: DataSettings) -> None:
     if clusters <= questions <= _COUNTED_ROWS:
         questions = sum(isinstance(row, Record) for row in records)
     if clusters > questions:
-        raise InputError(f"--clusters {clusters} is more than the {questions:,} questions in {records.source}; lower it")
+        raise InputError(
+            f"--clusters {clusters} is more than the {questions:,} questions in {records.source}; lower it"
+        )
 
 
 def open_scored_data(folder: ScoreFolder, source: str | None = None) -> RecordSet:

@@ -233,8 +233,6 @@ def _parts(parser: Any, argv: Sequence[str], flags: argparse.Namespace, **change
         raise InputError(f"transformers refuses these flags: {' '.join(str(error).split())[:300]}") from None
 
 
-
-
 _ABOVE_ZERO: tuple[str, ...] = ("learning_rate", "gradient_accumulation_steps", "save_steps", "logging_steps")
 _ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size")
 _LARGEST_BATCH = 2**20

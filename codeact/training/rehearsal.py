@@ -47,7 +47,9 @@ def rehearse(parts: Callable[..., Sequence[Any]]) -> None:
     # transformers checks them as they are; what shards is set up by the processes of the training itself
     used = parts(output_dir="output", deepspeed=None, fsdp=None, fsdp_config=None)[3]
     changes = {name: value for name, value in _LEFT_OUT.items() if hasattr(used, name)}
-    own = {name: 1 for name in _STEPS if getattr(used, name)} | {"dataloader_num_workers": min(1, used.dataloader_num_workers)}
+    own = {name: 1 for name in _STEPS if getattr(used, name)} | {
+        "dataloader_num_workers": min(1, used.dataloader_num_workers)
+    }
 
     def plain(**more: Any) -> Sequence[Any]:
         return None, DataArguments(), PackOptions(), TrainerArguments(use_cpu=used.use_cpu, bf16=used.bf16, **more)

@@ -97,10 +97,17 @@ def test_they_are_looked_for_in_files_and_in_half_precision(folder):
         ({"rms_norm_eps": math.inf}, r"rms_norm_eps in config\.json is inf"),
         ({"rms_norm_eps": -1.0}, r"rms_norm_eps in config\.json is -1\.0"),
         ({"rms_norm_eps": 1e30}, r"rms_norm_eps in config\.json is 1e\+30"),
-        ({"initializer_range": math.nan}, "initializer_range .* is nan"),
+        ({"initializer_range": math.nan}, "initializer_range.*nan"),
         ({"rope_parameters": {"rope_type": "linear", "factor": math.nan, "rope_theta": 1e4}}, "factor .* is nan"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "computes NaN or infinity from finite"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}}, "computes NaN or infinity"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
+            "makes NaN or infinity in model.rotary_emb.inv_freq: a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}},
+            "makes NaN or infinity in model.rotary",
+        ),
+        ({"attention_bias": True}, "lacks"),
         ({"hidden_act": "bogus"}, "cannot load model|does not run"),
     ],
 )
@@ -134,12 +141,20 @@ def test_limits_that_are_infinite_and_other_families_load(name, tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("model", "tokenizer", "message"),
     [
-        ([{"instruction": "q", "output": "a"}], None, "list is no model of transformers, and no name of one; call f"),
-        (None, None, "NoneType is no model"),
-        (7, None, "int is no model"),
-        (torch.nn.Linear(2, 2), None, "Linear is no model"),
-        ("llama", [{"instruction": "q", "output": "a"}], "list is no tokenizer of transformers; call f"),
-        ("llama", "a name", "str is no tokenizer"),
+        (
+            [{"instruction": "q", "output": "a"}],
+            None,
+            r"the first argument of f.* must be a causal model of transformers, or a name, not li",
+        ),
+        (None, None, "not NoneType"),
+        (7, None, "not int"),
+        (torch.nn.Linear(2, 2), None, "not Linear"),
+        (
+            "llama",
+            [{"instruction": "q", "output": "a"}],
+            "second argument of f.* must be a tokenizer of transformers, not list",
+        ),
+        ("llama", "a name", "not str"),
         ("llama", None, "a loaded model needs its tokenizer: f"),
     ],
 )
