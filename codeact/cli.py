@@ -352,6 +352,7 @@ def run(
 ) -> None:
     """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
     flow = open_flow(config, changes=changes or ())
+    say("codeact run: checking the settings; libraries load ...")
     if dry_run:
         from codeact.forecast import forecast
 
@@ -369,7 +370,9 @@ def lab(
     """Train on the choices of several strategies and compare them on held-out rows; a rerun does what is missing."""
     from codeact.lab.stage import lab_flow
 
-    lab_flow(config).run(None, "lab")
+    flow = lab_flow(config)
+    say("codeact lab: checking the settings; libraries load ...")
+    flow.run(None, "lab")
 
 
 @command()

@@ -171,7 +171,6 @@ class Flow:
         """
         begin = time.perf_counter()
         planned = self.between(first, last)
-        say("checking the settings of all stages; libraries load ...")
         self.check()
         with self.folder.locked():
             self.folder.describe(self.settings.model_dump(mode="json"))

@@ -184,7 +184,7 @@ def test_a_process_of_a_launcher_does_its_share(data_path, tiny_model_path, tmp_
     assert sorted(stamps(tmp_path / "scores")) == ["00001-of-00003.parquet"]
     for again in ({"shard": (0, 2)}, {"processes": 2}):
         with pytest.raises(InputError, match=f"2 processes, which share the shards; leave out {next(iter(again))}"):
-            score(data_path, tiny_model_path, tmp_path / "scores", shard_size=40, **{"shard": None, **again})
+            score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", **again)
 
 
 @pytest.mark.parametrize("environment", LAUNCHERS)
