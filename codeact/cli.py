@@ -459,7 +459,9 @@ def _refuse_launchers() -> None:
     """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     if launched_share() is not None and command not in (None, "score", "train", "doctor"):
-        raise InputError(f"codeact {command} is the work of one process, and a launcher started several; leave that out")
+        raise InputError(
+            f"codeact {command} is the work of one process, and a launcher started several; leave that out"
+        )
 
 
 def _stop(message: str) -> None:

@@ -194,6 +194,24 @@ def test_a_pipe_is_refused_with_the_remedy(codeact, tiny_model_path, tmp_path, m
     assert "is a pipe or a device, not a file: save what it gives" in line
 
 
+@pytest.mark.parametrize("blank", [" ", "\t\n", "\u00a0", "\u3000 ", ""])
+def test_a_blank_question_is_counted_and_named_by_every_command(codeact, tiny_model_path, tmp_path, monkeypatch, blank):
+    """It is no question: nothing is measured against it or learnt from it, and none of that is silent."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": record.question, "output": record.answer} for record in make_records(6)]
+    rows[2]["instruction"] = blank
+    write_jsonl(Path("d.jsonl"), rows)
+    code, out, err = codeact("score", "d.jsonl", "--model", tiny_model_path, "--output", "s")
+    assert code == 0, err
+    assert "1 (1 empty_question)" in out
+    assert "d.jsonl row 2 (line 3): the question is blank" in out
+    code, out, err = codeact("pack-stats", "d.jsonl", "--tokenizer", tiny_model_path, "--max-length", 256)
+    assert "5 samples of 6 rows (0 truncated; refused: 1 empty_question)" in out
+    code, out, err = codeact("clean", "d.jsonl", "--output", "c.jsonl")
+    assert code == 0, err
+    assert "1 hold no record" in out
+
+
 def test_unknown_option_names_the_closest(codeact):
     code, _, err = codeact("score", "DATA", "--model", "M", "--output", "O", "--max-lenght", 5)
     assert code == 2

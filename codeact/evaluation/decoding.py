@@ -224,9 +224,9 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
     """Find the fastest manner in which a row gets the logits that it gets alone and without a cache, by trying it.
 
     Three prompts of different lengths get three tokens more, and one of them leaves in between; then, on a few layers,
-    one prompt of nearly ``longest`` tokens and one of a third of it, which leaves, as a model may choose among the keys of long
-    rows in another way, or lose tokens when a pass holds many. An architecture without a cache, or one whose recurrent
-    state runs over padding, is decoded in a slower manner.
+    one prompt of nearly ``longest`` tokens and one of a third of it, which leaves: a model may choose among the keys of
+    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, or one whose
+    recurrent state runs over padding, is decoded in a slower manner.
 
     Args:
         model: a causal language model in evaluation mode.

@@ -10,6 +10,7 @@ from codeact.base.protocols import resolve_protocol
 from codeact.data.records import BadRow, Record
 from codeact.text.spans import ControlTexts, SpanEncoder, SpannedText
 from codeact.text.templates import PromptBuilder, special_tokens
+from codeact.text.tokenizers import beyond
 
 STATUSES = (
     "ok",
@@ -96,10 +97,8 @@ def tokenize(
 
 def _within(item: TokenizedRecord, tokenizer: Any, vocabulary: int) -> TokenizedRecord:
     """The same, or without its tokens if the model does not know one of them."""
-    largest = max(*item.conditional, *item.unconditional)
-    if largest < vocabulary:
+    if (reason := beyond([*item.conditional, *item.unconditional], tokenizer, vocabulary)) is None:
         return item
-    reason = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the {vocabulary} of the model"
     return TokenizedRecord(
         status="token_beyond_model",
         reason=reason,

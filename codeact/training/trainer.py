@@ -88,6 +88,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         self.options = options = options or PackOptions()
         _refuse_inexact(arguments, options)
         causal_lm = _causal_lm(model)
+        _refuse_beyond([*samples, *(eval_samples or ())], causal_lm)
         if options.packs:
             attention = options.attention
             if attention == "auto":
@@ -281,6 +282,14 @@ def _refuse_inexact(arguments: TrainingArguments, options: PackOptions) -> None:
     if arguments.world_size > 1 and not arguments.average_tokens_across_devices:
         raise InputError("average_tokens_across_devices=False weighs ranks, not tokens; leave it True")
     refuse_inexact(arguments, options.pad_mode)
+
+
+def _refuse_beyond(samples: Sequence[TokenizedSample], causal_lm: Any) -> None:
+    vocabulary = getattr(causal_lm.config.get_text_config(), "vocab_size", None)
+    for number, sample in enumerate(samples if vocabulary else ()):
+        largest = max(np.max(sample.input_ids), np.max(sample.labels)) if len(sample.input_ids) else 0
+        if largest >= vocabulary:
+            raise InputError(f"sample {number}: token {largest} is beyond the {vocabulary} of the model; leave it out")
 
 
 def _causal_lm(model: Any) -> Any:

@@ -12,10 +12,10 @@ from tests.helpers.zoo import LONGEST, SWITCH, WINDOW, known, logits_alone, make
 
 CACHED = (
     "llama", "llama dynamic", "phi3 longrope", "mistral sliding", "gemma2", "gpt_neo", "llama4_text", "mixtral", "lfm2",
-    "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "bloom",
+    "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "bloom", "mamba2", "bamba",
 )  # fmt: skip
 SWITCHING = ("llama dynamic", "phi3 longrope")
-WHOLE = ("recurrent_gemma", "xlstm")
+WHOLE = ("recurrent_gemma", "xlstm", "minimax")
 # The second and the fourth row come to the switch while they grow, the third begins beyond it, the first ends below.
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate((3, SWITCH - 5, SWITCH + 4, SWITCH - 2, WINDOW - 1))]
 TOKENS = (4, 9, 6, 9, 7)

@@ -54,6 +54,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         **_MAMBA, "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 32,
         "layer_types": ["mamba", "attention"],
     },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "minimax": {
+        "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": WINDOW},
     "xlstm": {"num_heads": 4, "num_blocks": 2},
     # Beyond 2 blocks of 32 keys it chooses among them; beyond 24 keys the next one among all.

@@ -101,7 +101,7 @@ def test_they_are_looked_for_in_files_and_in_half_precision(folder):
         ({"rope_parameters": {"rope_type": "linear", "factor": math.nan, "rope_theta": 1e4}}, "factor .* is nan"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
-            "makes NaN or infinity in model.rotary_emb.inv_freq: a number",
+            r"makes NaN or infinity in model\.rotary_emb\.inv_freq: a number",
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}},
@@ -126,7 +126,7 @@ def test_numbers_too_large_for_a_dtype(folder):
     (folder / "model.safetensors").unlink()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     load_causal_lm(str(folder), CPU, torch.bfloat16)
-    with pytest.raises(InputError, match="too large for torch.float16: say dtype float32"):
+    with pytest.raises(InputError, match=r"too large for torch\.float16: say dtype float32"):
         load_causal_lm(str(folder), CPU, torch.float16)
 
 

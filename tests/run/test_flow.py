@@ -247,16 +247,33 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
         ({"train": {"torch_compile": True}}, "train: torch_compile True cannot compile codeact_varlen; add attention"),
         ({"train": {"torch_compile_backend": "inductor"}}, "train: torch_compile True cannot compile codeact_varlen"),
         ({"train": {"logging_steps": -1}}, "train: logging_steps is -1.0; it must be above 0"),
-        ({"train": {"logging_steps": 2.5}}, "train: transformers refuses these flags: logging_steps must be an integer"),
+        (
+            {"train": {"logging_steps": 2.5}},
+            "train: transformers refuses these flags: logging_steps must be an integer",
+        ),
         ({"train": {"warmup_steps": -1}}, "train: transformers refuses these flags: Got warmup_steps = -1"),
         (
-            {"train": {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps",
-                       "save_steps": 0.3, "eval_steps": 0.2}},
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "steps",
+                    "eval_strategy": "steps",
+                    "save_steps": 0.3,
+                    "eval_steps": 0.2,
+                }
+            },
             "saving steps to be a multiple of the evaluation steps",
         ),
         (
-            {"train": {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps",
-                       "save_steps": 3, "eval_steps": 2}},
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "steps",
+                    "eval_strategy": "steps",
+                    "save_steps": 3,
+                    "eval_steps": 2,
+                }
+            },
             "a round multiple of 2",
         ),
         ({"train": {"adam_beta1": 1.5}}, "a step with these flags fails on a tiny model: ValueError: Invalid beta"),
@@ -264,8 +281,14 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
         ({"train": {"lr_scheduler_kwargs": {"bogus": 1}}}, "fails on a tiny model: TypeError: "),
         ({"train": {"save_strategy": "best"}}, "fails on a tiny model: ValueError: "),
         (
-            {"train": {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch",
-                       "metric_for_best_model": "accuracy"}},
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "epoch",
+                    "eval_strategy": "epoch",
+                    "metric_for_best_model": "accuracy",
+                }
+            },
             "fails on a tiny model: KeyError: ",
         ),
         ({"train": {"per_device_train_batch_size": 10**12}}, "batch_size is 1000000000000; more than 1,048,576"),
@@ -307,6 +330,7 @@ def test_what_a_stage_says_names_keys(codeact, config, monkeypatch, capsys):
         errors.MissingExtraError: (("peft", "train", "--lora True"), 'lora True needs peft: pip install "codeact[tr'),
     }
     for kind, (words, expected) in said.items():
+
         def work(self, run, kind=kind, words=words):
             print(errors.addressed("--tokens-per-pack starts lower"))
             raise kind(*([words] if isinstance(words, str) else words))
