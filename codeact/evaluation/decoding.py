@@ -247,9 +247,9 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
 
 
 def _agrees(model: PreTrainedModel, lengths: Sequence[int], manner: Manner) -> bool:
-    ids = torch.Generator().manual_seed(0)
+    drawn = torch.Generator().manual_seed(0)
     count = model.get_input_embeddings().weight.shape[0]
-    prompts = [torch.randint(count, (length,), generator=ids).tolist() for length in lengths]
+    prompts = [torch.randint(count, (length,), generator=drawn).tolist() for length in lengths]
     run = _Run(model, PassRule(), lambda *_: False, _STEPS, _Chooser(Sampling(), []), 0, manner)
     groups = [prompts] if manner.batched else [[prompt] for prompt in prompts]
     for group in groups:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, ProgressCallback
 
 from codeact.base.errors import InputError
@@ -64,13 +63,12 @@ def _failure(parts: Callable[..., Sequence[Any]], **changes: Any) -> str | None:
             _train(*parts(output_dir=folder, **changes)[1:])
         except Exception as error:  # whatever the libraries raise
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
     return None
 
 
 def _train(data: DataArguments, packs: PackOptions, arguments: TrainerArguments) -> None:
     torch.manual_seed(0)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a launcher gives every process one
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=16,

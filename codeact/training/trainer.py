@@ -285,9 +285,9 @@ def _refuse_inexact(arguments: TrainingArguments, options: PackOptions) -> None:
 
 
 def _refuse_beyond(samples: Sequence[TokenizedSample], causal_lm: Any) -> None:
-    vocabulary = getattr(causal_lm.config.get_text_config(), "vocab_size", None)
-    for number, sample in enumerate(samples if vocabulary else ()):
-        largest = max(np.max(sample.input_ids), np.max(sample.labels)) if len(sample.input_ids) else 0
+    vocabulary: int = getattr(causal_lm.config.get_text_config(), "vocab_size", None) or 2**63
+    for number, sample in enumerate(samples):
+        largest = max(int(np.max(sample.input_ids)), int(np.max(sample.labels))) if len(sample.input_ids) else 0
         if largest >= vocabulary:
             raise InputError(f"sample {number}: token {largest} is beyond the {vocabulary} of the model; leave it out")
 

@@ -470,6 +470,63 @@ def test_kill_9_and_the_same_command_again(codeact, config):
     assert Path("other/selected.jsonl").read_bytes() == interrupted
 
 
+KILLS = {"embed": 1, "train": 2, "evaluate.after": 2}
+"""In the work of which stages a run is killed, and at which of the files that they put in place."""
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from codeact.__main__ import main
+from codeact.run import flow
+marks, kills = Path(sys.argv[1]), eval(sys.argv[2])
+for stage in flow.STAGES:
+    def work(run, name=stage.name, plain=stage.work):
+        if name in kills and not (marks / name).exists():
+            (marks / name).touch()
+            count, replace = [0], os.replace
+            def counted(*names):
+                count[0] += 1
+                if count[0] == kills[name]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(*names)
+            os.replace = counted
+        return plain(run)
+    stage.work = work
+sys.argv = ["codeact", "run", sys.argv[3]]
+main()
+"""
+
+
+def test_kill_9_in_several_stages_and_the_same_command_again(codeact, training, tmp_path):
+    """Each time as it puts a file in place; what is done stays, and the end is that of a run that nobody killed."""
+    change(training, generate={"before": False})
+    (tmp_path / "marks").mkdir()
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "marks"), repr(KILLS), str(training)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done: list[str] = []
+    for name in KILLS:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert did(result.stderr)[-1] == name
+        assert not set(did(result.stderr)) & set(done)
+        done += did(result.stderr)[:-1]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert did(result.stderr) == ["evaluate.after", "report"]
+    assert Ledger.read(Path("run/ledger.json")) == ledger_of(Path("run"))
+    change(training, output="other")
+    code, _, err = codeact("run", training)
+    assert code == 0, err
+    for name in (
+        "selected.jsonl",
+        "embeddings.npy",
+        "model/adapter_model.safetensors",
+        "programs/after/humaneval.jsonl",
+    ):
+        assert Path("run", name).read_bytes() == Path("other", name).read_bytes(), name
+    assert Ledger.read(Path("run/ledger.json")) == Ledger.read(Path("other/ledger.json"))
+
+
 def test_several_processes_give_the_same_scores(codeact, config):
     assert codeact("run", config, "--until", "score")[0] == 0
     change(config, output="two", processes=2)
