@@ -90,6 +90,8 @@ def test_the_whole_flow_and_again(codeact, training):
     assert code == 0, err
     parts = [f"{stage}.{part}" for stage in ("generate", "evaluate") for part in ("before", "after")]
     assert did(err) == ["score", "embed", "select", "padding", "train", *parts, "report"]
+    assert "\r" not in err + out  # no bar of any library is drawn into a log
+    assert "%|" not in err + out
     folder = Path("run")
     for name in ("ledger.json", "report.html", "selected.rows.parquet", "pack_stats.json", "pack_lengths.npy"):
         assert (folder / name).is_file()
