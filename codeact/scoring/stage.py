@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,8 +226,10 @@ def _score_in_processes(
     from codeact.base.console import Progress
     from codeact.scoring.folder import ScoreFolder
 
-    rows = len(data.open())
-    shards = -(-rows // settings.shard_size)
+    rows, size = len(data.open()), settings.shard_size
+    with suppress(InputError):  # nothing is there yet
+        size = ScoreFolder.open(output).shard_size
+    shards = -(-rows // size)
     begin = (data, settings, str(output), processes)
     try:
         workers = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, begin)

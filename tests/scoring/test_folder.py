@@ -95,6 +95,22 @@ def test_shard_size_and_pack_size_do_not_change_scores(data_path, tiny_model_pat
     assert_same_table(tmp_path / "s", uninterrupted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_with_another_shard_size(data_path, tiny_model_path, tmp_path, uninterrupted, processes):
+    """What was begun in shards of 5 rows ends so: in ``codeact run`` there is no other folder to choose."""
+    folder = tmp_path / "s"
+    assert score(data_path, tiny_model_path, folder, shard=(1, 3)) is None
+    before = stamps(folder)
+    data, other = DataSettings(source=str(data_path)), settings(tiny_model_path, shard_size=50)
+    totals = score_data(data, other, folder, processes=processes)
+    assert totals is not None
+    assert {name: stamps(folder)[name] for name in before} == before
+    assert len(stamps(folder)) == 24
+    assert_same_table(folder, uninterrupted)
+    with pytest.raises(InputError, match="max_length 256 there, 128 here"):
+        score_data(data, settings(tiny_model_path, shard_size=50, max_length=128), folder)
+
+
 def command(data_path, tiny_model_path, folder, *more: str) -> list[str]:
     options = ["--model", str(tiny_model_path), "--max-length", "256", "--shard-size", "5", "--output", str(folder)]
     return [sys.executable, "-m", "codeact", "score", str(data_path), *options, *more]
