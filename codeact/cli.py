@@ -26,7 +26,7 @@ from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
 from codeact.run.flow import LedgerError, open_flow
-from codeact.scoring.stage import ScoreSettings
+from codeact.scoring.stage import ScoreSettings, launched_share
 from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
@@ -399,6 +399,7 @@ def run(
 ) -> None:
     """Run the whole flow from one YAML file; what is done already for the same settings is kept."""
     flow = open_flow(config, changes=changes or ())
+    say("codeact run: checking the settings; libraries load ...")
     if dry_run:
         from codeact.forecast import forecast
 
@@ -416,7 +417,9 @@ def lab(
     """Train on the choices of several strategies and compare them on held-out rows; a rerun does what is missing."""
     from codeact.lab.stage import lab_flow
 
-    lab_flow(config).run(None, "lab")
+    flow = lab_flow(config)
+    say("codeact lab: checking the settings; libraries load ...")
+    flow.run(None, "lab")
 
 
 @command()
@@ -481,6 +484,7 @@ def _run() -> None:
         for word in sys.argv:
             if not is_text(word):
                 raise InputError(f"{word!r} is no UTF-8 text, which not all libraries bear; rename the file or folder")
+        _refuse_launchers()
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == 128 + signal.SIGINT:  # newer typers' word for it
             raise KeyboardInterrupt
@@ -496,6 +500,15 @@ def _run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         end_as_stopped()
     raise SystemExit(code or 0)
+
+
+def _refuse_launchers() -> None:
+    """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    if launched_share() is not None and command not in (None, "score", "train", "doctor"):
+        raise InputError(
+            f"codeact {command} is the work of one process, and a launcher started several; leave that out"
+        )
 
 
 def _stop(message: str) -> None:

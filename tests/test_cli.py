@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,57 @@ def test_one_clear_line(codeact, data, tiny_model_path, tmp_path, monkeypatch, a
     (line,) = [line for line in err.splitlines() if line.startswith("codeact: error: ")]
     assert message in line
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", "PIPE", "--model", "MODEL", "--output", "O"),
+        ("embed", "PIPE", "--output", "o.npy"),
+        ("ppl", "PIPE", "--model", "MODEL"),
+        ("ppl", "PIPE.txt", "--model", "MODEL"),
+        ("pack-stats", "PIPE.jsonl", "--tokenizer", "MODEL", "--max-length", "9"),
+        ("train", "--model", "MODEL", "--data_path", "PIPE", "--output_dir", "o", "--bf16", "False"),
+        ("run", "PIPE"),
+        ("train", "PIPE.yaml"),
+        ("sanitize", "PIPE"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "PIPE", "--data", "PROBLEMS"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "PIPE", "--data", "PIPE"),
+        ("evaluate", "--dataset", "humaneval", "--samples", "folder", "--data", "PROBLEMS"),
+    ],
+)
+def test_a_pipe_is_refused_with_the_remedy(codeact, tiny_model_path, tmp_path, monkeypatch, arguments):
+    """As of ``--samples <(zcat samples.jsonl.gz)``: it cannot be read twice, and nothing lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "HumanEval_0").mkdir(parents=True)
+    for name in ("PIPE", "PIPE.txt", "PIPE.jsonl", "PIPE.yaml", "folder/HumanEval_0/0.py"):
+        os.mkfifo(tmp_path / name)
+    task = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": " return x",
+            "base_input": [[1]], "plus_input": [], "atol": 0}  # fmt: skip
+    (tmp_path / "PROBLEMS").write_text(json.dumps(task))
+    places = {"MODEL": tiny_model_path}
+    code, out, err = codeact(*(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("codeact: error: ")]
+    assert "is a pipe or a device, not a file: save what it gives" in line
+
+
+@pytest.mark.parametrize("blank", [" ", "\t\n", "\u00a0", "\u3000 ", ""])
+def test_a_blank_question_is_counted_and_named_by_every_command(codeact, tiny_model_path, tmp_path, monkeypatch, blank):
+    """It is no question: nothing is measured against it or learnt from it, and none of that is silent."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": record.question, "output": record.answer} for record in make_records(6)]
+    rows[2]["instruction"] = blank
+    write_jsonl(Path("d.jsonl"), rows)
+    code, out, err = codeact("score", "d.jsonl", "--model", tiny_model_path, "--output", "s")
+    assert code == 0, err
+    assert "1 (1 empty_question)" in out
+    assert "d.jsonl row 2 (line 3): the question is blank" in out
+    code, out, err = codeact("pack-stats", "d.jsonl", "--tokenizer", tiny_model_path, "--max-length", 256)
+    assert "5 samples of 6 rows (0 truncated; refused: 1 empty_question)" in out
+    code, out, err = codeact("clean", "d.jsonl", "--output", "c.jsonl")
+    assert code == 0, err
+    assert "1 hold no record" in out
 
 
 def test_unknown_option_names_the_closest(codeact):

@@ -28,6 +28,20 @@ def in_command() -> Iterator[None]:
         _in_command = False
 
 
+@contextmanager
+def in_file() -> Iterator[None]:
+    """Within it messages name the keys of a file of settings; so do the errors that leave it, whoever reads them."""
+    global _in_command  # noqa: PLW0603 - as above
+    before, _in_command = _in_command, False
+    try:
+        yield
+    except (InputError, MissingExtraError) as error:
+        error.of_file = True
+        raise
+    finally:
+        _in_command = before
+
+
 def in_arguments(text: str) -> str:
     """A message with arguments for flags; commands in it stay."""
     return _FLAG.sub(lambda match: match[1].replace("-", "_") if match[1] else match[0], text)
@@ -39,10 +53,15 @@ def addressed(text: str) -> str:
 
 
 class InputError(ValueError):
-    """Bad input or a bad setting. The message is one line: the file, the row where there is one, and the remedy."""
+    """Bad input or a bad setting. The message is one line: the file, the row where there is one, and the remedy.
+
+    ``of_file``: it is about a file of settings, and names its keys.
+    """
+
+    of_file = False
 
     def __str__(self) -> str:
-        return addressed(super().__str__())
+        return in_arguments(super().__str__()) if self.of_file else addressed(super().__str__())
 
 
 class NotHereError(InputError):
@@ -50,13 +69,15 @@ class NotHereError(InputError):
 
 
 class MissingExtraError(ImportError):
-    """An optional library is absent."""
+    """An optional library is absent. ``of_file``: as of an InputError."""
+
+    of_file = False
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f'{purpose} needs {library}: pip install "codeact[{extra}]"', name=library)
 
     def __str__(self) -> str:
-        return addressed(super().__str__())
+        return in_arguments(super().__str__()) if self.of_file else addressed(super().__str__())
 
 
 def import_extra(library: str, extra: str, purpose: str) -> Any:
@@ -69,6 +90,16 @@ def import_extra(library: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(library)
     except ImportError:
         raise MissingExtraError(library, extra, purpose) from None
+
+
+def require(what: str, value: Any, has: str, kind: str) -> None:
+    """Refuse an argument of another kind, known by an attribute that it lacks.
+
+    Raises:
+        InputError: it does.
+    """
+    if not hasattr(value, has):
+        raise InputError(f"{what} must be {kind}, not {type(value).__name__}")
 
 
 def one_of(what: str, name: str, choices: Iterable[str]) -> str:

@@ -50,14 +50,27 @@ def read_json(path: Path) -> Any:
     return parse_json(read_file(path))
 
 
+def refuse_pipes(path: Path) -> None:
+    """Refuse what may not end, or would wait for ever, and cannot be read twice.
+
+    Raises:
+        OSError: it is a pipe, as of ``<(...)``, a socket, a device or a folder.
+    """
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(
+            errno.EINVAL, "it is a pipe or a device, not a file: save what it gives, and name that", str(path)
+        )
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a file that anyone may have put there.
 
     Raises:
-        OSError: it cannot be read, or is a pipe, which would wait for ever, or a device, which may never end.
+        OSError: it cannot be read, or ``refuse_pipes`` refuses it.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+    refuse_pipes(path)
     return path.read_bytes()
 
 

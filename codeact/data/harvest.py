@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
-from codeact.base.parsing import UNPARSABLE, parse_python
+from codeact.base.parsing import UNPARSABLE, parse_python, refuse_pipes
 from codeact.data.records import write_jsonl
 from codeact.data.sources import walk
 
@@ -187,8 +187,7 @@ def _scan(files: list[tuple[Path, str, str]], limits: HarvestLimits, summary: Ha
     for file, relative, module in files:
         summary.files += 1
         try:
-            if not file.is_file():  # opening a pipe would wait for ever
-                raise OSError("no regular file")
+            refuse_pipes(file)
             with tokenize.open(file) as handle:  # honours a coding comment, as Python does
                 source = handle.read()
             tree = parse_python(source)

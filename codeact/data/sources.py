@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
-from codeact.base.parsing import TooDeepError, check_depth, json_depths, parse_json, safe_recursion
+from codeact.base.parsing import TooDeepError, check_depth, json_depths, parse_json, refuse_pipes, safe_recursion
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
@@ -118,6 +118,7 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
         hidden = {file.name for file in path.iterdir() if file.name.startswith(".") and _suffix(file) in _SUFFIXES}
         unread = sorted({*files, *hidden} - set(names))
     else:
+        refuse_pipes(path)
         files, names = {path.name: path}, [path.name]
         if _suffix(path) not in _SUFFIXES:
             raise refusal(f"{path} is of no kind that is read; convert it to one of {', '.join(_SUFFIXES)}")
@@ -229,9 +230,9 @@ def _open_saved(folder: Path, split: str | None) -> Source:
 
 def _unpacked(file: Path) -> Path:
     """The file, or what it packs: in the cache of `datasets`, known by its content."""
-    if not file.is_file():
-        problem = "is gone or a link to nothing" if not file.exists() else "is no regular file"
-        raise refusal(f"cannot read {file}: it {problem}; take it away, or save the data there")
+    if not file.exists():
+        raise refusal(f"cannot read {file}: it is gone or a link to nothing; take it away, or save the data there")
+    refuse_pipes(file)
     with file.open("rb") as handle:
         head = handle.read(64)
     if head.startswith(_LFS_POINTER):

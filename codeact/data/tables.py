@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
+from codeact.base.parsing import refuse_pipes
 
 
 def read_table(path: Path, remedy: str, **options: Any) -> pa.Table:
@@ -23,8 +24,7 @@ def read_table(path: Path, remedy: str, **options: Any) -> pa.Table:
         InputError: it is cut, is no file, or has not these columns.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
+        refuse_pipes(path)
         return pq.read_table(path, **options)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

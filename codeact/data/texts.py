@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from codeact.base.parsing import read_file
 from codeact.data.sources import (
     Part,
     Raw,
@@ -34,7 +35,7 @@ def read_texts(
     path = Path(os.path.expanduser(data))
     try:
         if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
+            yield read_file(path).decode()
             return
         if not path.exists():
             refuse_missing_path(data)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from codeact.base.console import Progress
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.base.files import atomic_path, locked_folder
 from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
@@ -117,17 +117,18 @@ def load_embedder(
     if not isinstance(model, str | os.PathLike):
         if (device, dtype) != ("auto", "auto"):
             raise InputError("a loaded model keeps its device and dtype; pass its name or folder to choose them")
+        require("model", model, "tokenizer", "a SentenceTransformer, or the name or folder of one")
         return model
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
 
     from codeact.base.devices import resolve_device, resolve_dtype
-    from codeact.models.loading import check_layers_of_folder, check_weights, existing_model, refused
+    from codeact.models.loading import check_config_of_folder, check_weights, existing_model, refused
 
     torch_device = resolve_device(device)
     name = existing_model(os.fspath(model))
     what = f"embedding model {name!r}"
-    check_layers_of_folder(what, name)
+    check_config_of_folder(what, name)
     model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
     with refused(f"cannot load the {what}", "give a folder with safetensors weights or a hub name as the model"):
         encoder = SentenceTransformer(

@@ -21,9 +21,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from codeact.base.errors import InputError
-from codeact.models.isolation import PassRule, forget_longest, refusals_of, round_row_by_row
+from codeact.models.isolation import PassRule, few_layers, forget_longest, only_layers, refusals_of, round_row_by_row
 
 _GROWTH = 64  # tokens that the cache grows by
+_STEPS = 3  # of a trial
 _KEEP = 0.875  # a smaller share of unfinished rows is worth copying the cache
 
 
@@ -64,6 +65,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no 
         return buffer
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.is_initialized:  # of a layer that is left out
+            return
         length = self.get_seq_length()
         self._key_buffer, self._value_buffer = self._key_buffer[beam_idx], self._value_buffer[beam_idx]
         self.keys, self.values = self._key_buffer[..., :length, :], self._value_buffer[..., :length, :]
@@ -109,15 +112,8 @@ def decode_batches(
     """
     forget_longest(model)
     round_row_by_row(model)
-    run = _Run(
-        model,
-        PassRule.of(model),
-        ends,
-        max_new_tokens,
-        _Chooser(sampling, seeds),
-        pad_id,
-        manner or exact_manner(model),
-    )
+    manner = manner or exact_manner(model, max(map(len, prompts), default=0) + max_new_tokens)
+    run = _Run(model, PassRule.of(model), ends, max_new_tokens, _Chooser(sampling, seeds), pad_id, manner)
     texts = [list(prompt) for prompt in prompts]
     starts = [len(prompt) for prompt in prompts]
     waiting = list(range(len(texts)))
@@ -224,30 +220,43 @@ def next_logits(
 
 
 @torch.inference_mode()
-def exact_manner(model: PreTrainedModel) -> Manner:
+def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
     """Find the fastest manner in which a row gets the logits that it gets alone and without a cache, by trying it.
 
-    Three prompts of different lengths get three tokens more, and one of them leaves in between. An architecture without
-    a cache, or one whose recurrent state runs over padding, is decoded in a slower manner.
+    Three prompts of different lengths get three tokens more, and one of them leaves in between; then, on a few layers,
+    one prompt of nearly ``longest`` tokens and one of a third of it, which leaves: a model may choose among the keys of
+    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, or one whose
+    recurrent state runs over padding, is decoded in a slower manner.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        longest: tokens of the longest row that there will be.
     """
-    ids = torch.Generator().manual_seed(0)
-    count = model.get_input_embeddings().weight.shape[0]
-    prompts = [torch.randint(count, (length,), generator=ids).tolist() for length in (3, 11, 6)]
+    rule = PassRule.of(model)
+    width = min(longest, *rule.switches, rule.shared or longest) - _STEPS  # rows beyond never share a pass
+    layers = few_layers(model)
     for manner in (Manner(), Manner(batched=False)):
         with suppress(InputError), refusals_of(model):
-            if _agrees(model, prompts, manner):
-                return manner
+            if _agrees(model, (3, 11, 6), manner):
+                if width <= 11 or layers is None:
+                    return manner
+                with only_layers(model, layers):
+                    if _agrees(model, (max(1, width // 3), width), manner):
+                        return manner
     return Manner(batched=False, cached=False)
 
 
-def _agrees(model: PreTrainedModel, prompts: list[list[int]], manner: Manner) -> bool:
-    run = _Run(model, PassRule(), lambda *_: False, 3, _Chooser(Sampling(), []), 0, manner)
+def _agrees(model: PreTrainedModel, lengths: Sequence[int], manner: Manner) -> bool:
+    drawn = torch.Generator().manual_seed(0)
+    count = model.get_input_embeddings().weight.shape[0]
+    prompts = [torch.randint(count, (length,), generator=drawn).tolist() for length in lengths]
+    run = _Run(model, PassRule(), lambda *_: False, _STEPS, _Chooser(Sampling(), []), 0, manner)
     groups = [prompts] if manner.batched else [[prompt] for prompt in prompts]
     for group in groups:
         texts = [list(text) for text in group]
         cache = growing_cache(model)
         ids, mask, positions = run._inputs(texts)
-        for _ in range(3):
+        for _ in range(_STEPS):
             got = next_logits(model, ids, mask, positions, cache).float()
             true = torch.cat([_logits_alone(model, text) for text in texts])
             tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(true.abs().max())

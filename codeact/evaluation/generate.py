@@ -22,6 +22,7 @@ from codeact.evaluation.problems import ProblemSet
 from codeact.evaluation.programs import SampleLog, discard_samples
 from codeact.evaluation.prompts import Prompt, PromptWriter
 from codeact.evaluation.settings import GenerationSettings
+from codeact.text.tokenizers import beyond
 
 if TYPE_CHECKING:
     from codeact.evaluation.decoding import Manner
@@ -112,7 +113,12 @@ class HuggingFaceGenerator:
         """See ``Generator``."""
         from codeact.evaluation.decoding import Sampling, decode_batches, exact_manner
 
-        self._manner = self._manner or exact_manner(self._model)
+        longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
+        self._manner = self._manner or exact_manner(self._model, longest)  # the first batch has the longest
+        vocabulary = len(self._model.get_input_embeddings().weight)
+        for request in requests:
+            if reason := beyond(request.prompt.ids, self.tokenizer, vocabulary):
+                raise InputError(f"{request.task_id}: its prompt cannot be given to the model: {reason}")
         watches = [StopWatch(self.tokenizer, request.prompt, ends) for request in requests]
         finished = decode_batches(
             self._model,
@@ -121,7 +127,7 @@ class HuggingFaceGenerator:
             settings.max_new_tokens,
             Sampling(temperature=settings.temperature, top_p=settings.top_p),
             [request.seed(settings.seed) for request in requests],
-            pad_id=next(iter(ends), 0),
+            pad_id=min(ends | {vocabulary - 1}),  # any that the model knows
             manner=self._manner,
         )
         for row, ids in finished:
@@ -269,16 +275,17 @@ def _claim(
                 "or --overwrite"
             ) from None
         differ = [key for key in {*identity, *known} - {"batch_size"} if identity.get(key) != known.get(key)]
-        if wanted is not None and wanted != known.get("batch_size"):
-            differ.append("batch_size")
         if differ:
             raise InputError(
                 f"{output} was made with other settings ({', '.join(sorted(differ))}); choose another --output, or "
                 "--overwrite"
             )
-        return int(known["batch_size"])
-    size = wanted or by_memory()
-    discard_samples(output)
+        if wanted in (None, known["batch_size"]):
+            return int(known["batch_size"])
+        size = int(wanted or 0)  # from here on; what is there stays
+    else:
+        size = wanted or by_memory()
+        discard_samples(output)
     with atomic_path(notes) as temporary:
         temporary.write_text(json.dumps({**identity, "batch_size": size}, indent=1) + "\n", encoding="utf-8")
     return size

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.base.parsing import UNPARSABLE, parse_python
 from codeact.evaluation.judge import TaskTests
 from codeact.evaluation.problems import Problem
@@ -122,8 +122,13 @@ def read_tests(tests: Tests, beside: bool = False) -> OwnTests:
     Raises:
         InputError: there is none, one is no Python, or cannot be taken apart without ``beside``; it is named.
     """
-    key = tests if isinstance(tests, str) else tuple(one if isinstance(one, str) else (one[0], one[1]) for one in tests)
-    return _read(key, beside)
+    if isinstance(tests, str):
+        return _read(tests, beside)
+    require("tests", tests, "__iter__", "asserts, or pairs of input and output")
+    for one in tests:
+        if not isinstance(one, str) and [*map(type, one if isinstance(one, list | tuple) else ())] != [str, str]:
+            raise InputError(f"test {str(one)[:100]!r} is neither an assert nor a pair of input and output")
+    return _read(tuple(one if isinstance(one, str) else (one[0], one[1]) for one in tests), beside)
 
 
 @functools.lru_cache(maxsize=1024)

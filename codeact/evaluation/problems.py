@@ -103,7 +103,8 @@ def load_problems(
         raw = read_file(path)
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {error}; {remedy_for(dataset)}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}; {remedy_for(dataset)}") from None
     problems = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

@@ -121,7 +121,10 @@ def _once(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _folder_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(folder.glob("*/*.py"), key=lambda p: (p.parent.name, len(p.name), p.name)):
-        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = read_file(path).decode(errors="replace")
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; take it away") from None
         yield str(path), {"task_id": path.parent.name.replace("_", "/"), "solution": text}
 
 

@@ -97,7 +97,10 @@ def pass_share(completions: Sequence[Any], tests: Sequence[Tests], **columns: An
         tests: the column ``tests`` of the data set, as of ``run_program``.
         columns: what else TRL hands over; ``limits`` and ``parallel`` are read, by ``functools.partial``.
     """
-    texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in completions]
+    try:
+        texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in completions]
+    except (TypeError, LookupError):
+        raise InputError("completions must be texts, or lists of messages with a content") from None
     more = {name: columns[name] for name in ("limits", "parallel") if name in columns}
     results = run_programs([last_block(text) for text in texts], tests, own_tests=True, **more)
     return [result.passed / result.tests for result in results]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from codeact.base.console import aligned, duration, if_known, short, size
-from codeact.base.errors import InputError, MissingExtraError, NotHereError
+from codeact.base.errors import InputError, MissingExtraError, NotHereError, in_file
 from codeact.base.machine import GIB
 from codeact.base.stage import Stage
 from codeact.forecast.models import hub_if_reached, weight_bytes
@@ -145,7 +145,8 @@ def _obstacles(flow: Flow, stages: list[Stage], here: bool) -> Iterator[str]:
     """What would stop one of these stages, here or on another machine."""
     for stage in stages:
         try:
-            stage.check(flow)
+            with in_file():
+                stage.check(flow)
         except (InputError, MissingExtraError) as error:
             if here or not isinstance(error, NotHereError | MissingExtraError):
                 yield f"will stop: {error}"

@@ -78,13 +78,12 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, targets: str, ch
     return peft.get_peft_model(model, config)
 
 
-def apply_adapter(model: Any, folder: str | Path, exact: bool = False) -> Any:
+def apply_adapter(model: Any, folder: str | Path) -> Any:
     """Return the model with the adapter in a folder added to its weights; it costs nothing while computing.
 
     Args:
         model: a causal model of transformers; it is changed.
         folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as peft saves them.
-        exact: look for NaN in the sums as well.
 
     Raises:
         InputError: it does not fit the model: it names other layers, lacks weights, has more or of other shapes, or
@@ -103,7 +102,8 @@ def apply_adapter(model: Any, folder: str | Path, exact: bool = False) -> Any:
         peft.set_peft_model_state_dict(adapted, weights)
     report = {"missing_keys": expected - set(weights), "unexpected_keys": set(weights) - expected}
     check_weights(f"adapter {folder}", adapted, report)
-    return adapted.merge_and_unload(safe_merge=exact).eval()
+    with refused(f"adapter {folder} does not fit the model", "its numbers, or those of its configuration, cannot be"):
+        return adapted.merge_and_unload(safe_merge=True).eval()  # which looks for NaN
 
 
 def merge_adapters(base: str, adapters: str | Path, output: str | Path, dtype: torch.dtype) -> None:
@@ -124,7 +124,7 @@ def merge_adapters(base: str, adapters: str | Path, output: str | Path, dtype: t
 
     model, _ = load_causal_lm(base, None, torch.float32)
     generation = Path(adapters) / "generation_config.json"
-    merged = apply_adapter(model, adapters, exact=True)
+    merged = apply_adapter(model, adapters)
     if generation.exists():
         merged.generation_config = type(merged.generation_config).from_pretrained(adapters)
     merged.to(dtype).save_pretrained(output)

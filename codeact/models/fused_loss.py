@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from codeact.base.errors import require
 from codeact.models.isolation import read_head, trunk_of
 from codeact.ops.cross_entropy import linear_cross_entropy
 from codeact.text.conversations import IGNORE
@@ -29,6 +30,7 @@ def fuse_loss(model: Any) -> bool:
         False where it cannot be done: the head is no plain linear layer (a LoRA is on it, say), or the model adds a
         loss of its own.
     """
+    require("model", model, "get_output_embeddings", "a causal model of transformers")
     trunk, head = trunk_of(model), model.get_output_embeddings()
     config = model.config.get_text_config()
     if type(head) is not torch.nn.Linear or trunk is None or getattr(config, "output_router_logits", False):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from codeact.base.devices import to_device
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, require
 from codeact.models.fused_layers import fused_layers
 from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
 
@@ -91,14 +91,14 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [part for part in rope.values() if isinstance(part, dict)] or [rope]
 
 
-def _passes(rule: PassRule, lengths: Sequence[int]) -> list[list[int]]:
-    """Put samples into as few passes as the rule allows; returns their numbers."""
+def _passes(rule: PassRule, lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Put samples into as few passes, of ``most`` tokens, as the rule allows; returns their numbers."""
     keys = rule.keys(lengths)
     passes: list[list[int]] = []
     for number, length in enumerate(lengths):
         for members in passes:
             tokens = sum(lengths[member] for member in members) + length
-            if keys[members[0]] == keys[number] and tokens <= rule.capacity(length, tokens):
+            if keys[members[0]] == keys[number] and tokens <= rule.capacity(length, most):
                 members.append(number)
                 break
         else:
@@ -277,7 +277,7 @@ def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
 
     Args:
         model: a causal transformers model, on the device and in the dtype that it will compute in.
-        max_length: tokens of the longest sample that there will be.
+        max_length: tokens of the longest sample, and of the fullest pass, that there will be.
         attention: a name that transformers knows; "auto": the best one for packs on the model's device.
 
     Returns:
@@ -286,6 +286,7 @@ def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
     Raises:
         InputError: samples of a pack are not apart under it; the message names the attention that helps, if one does.
     """
+    require("model", model, "get_input_embeddings", "a causal model of transformers")
     device = model.get_input_embeddings().weight.device
     attention = packing_attention(model, device) if attention == "auto" else attention
     prove_isolation(model, attention, max_length, otherwise="its architecture looks across samples: do not pack")
@@ -294,14 +295,21 @@ def isolate(model: Any, max_length: int, attention: str = "auto") -> str:
 
 
 def prove_isolation(
-    model: PreTrainedModel, attention: str, longest: int, rule: PassRule | None = None, otherwise: str = ""
+    model: PreTrainedModel,
+    attention: str,
+    longest: int,
+    rule: PassRule | None = None,
+    otherwise: str = "",
+    tokens: int = 0,
 ) -> None:
     """Prove that a sample gets the same logits in a pass with others as by itself.
 
     Samples are run through the whole model in the passes that ``rule`` allows, with ``attention``, and one by one with
     PyTorch's. This catches an attention that lets samples see each other or that forgets a window, a recurrent state
-    carried from one to the next, and whatever follows from the number or the length of the samples of a pass. Besides
-    short samples there is one of either side of every length that the configuration names and ``longest`` reaches.
+    carried from one to the next, and whatever follows from the number or the length of the samples of a pass: experts
+    that take so many tokens and no more, keys that are chosen among all of the pass. Besides short samples there is
+    one of either side of every length that the configuration names and ``longest`` reaches, the longest one, and a
+    pass as full as any that there will be, as nothing says where a model begins to compute in another way.
 
     Args:
         model: a causal model; its attention and its mode stay what they are.
@@ -309,6 +317,7 @@ def prove_isolation(
         longest: tokens of the longest sample that there will be.
         rule: by default ``PassRule.of(model)``.
         otherwise: what the user can do where no attention helps; the end of the message.
+        tokens: of the fullest pass that there will be; a longer sample has a pass of its own.
 
     Raises:
         InputError: they do not agree. The message names the attention that does, if there is one.
@@ -316,34 +325,53 @@ def prove_isolation(
     forget_longest(model)
     round_row_by_row(model)
     rule = rule or PassRule.of(model)
-    reason = _leak(model, attention, longest, rule)
+    reason = _leak(model, attention, longest, rule, tokens)
     if reason is None:
         return
     others = [name for name in ("sdpa", "eager", ATTENTION) if name != attention]
-    helping = [name for name in others if _leak(model, name, longest, rule) is None]
+    helping = [name for name in others if _leak(model, name, longest, rule, tokens) is None]
     remedy = f"say --attention {helping[0]}, which keeps them apart" if helping else otherwise
     raise InputError(f"{type(model).__name__} cannot be packed with {attention}: {reason}{'; ' * bool(remedy)}{remedy}")
 
 
-def _leak(model: PreTrainedModel, attention: str, longest: int, rule: PassRule) -> str | None:
+def _leak(model: PreTrainedModel, attention: str, longest: int, rule: PassRule, tokens: int) -> str | None:
     """Why samples of a pass are not apart, or None: they are."""
-    longer = _long_samples(model, longest, rule)
-    return _difference_of_passes(model, attention, rule, list(_SHORT), None) or (
-        # A few layers show a leak as well as all; but not every model can be cut, so what they say is tried on all.
-        _difference_of_passes(model, attention, rule, longer, _few_layers(model))
-        and _difference_of_passes(model, attention, rule, longer, None)
-    )
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and not any("dynamic" in rope.values() for rope in _ropes(config)):  # a table may have no more
+        longest = min(longest, positions)
+    most = max(tokens, longest)
+
+    def differ(lengths: list[int], layers: int | None) -> str | None:
+        return _difference_of_passes(model, attention, rule, lengths, most, layers)
+
+    if reason := differ(list(_SHORT), None):
+        return reason
+    few = few_layers(model)
+    # A few layers show a leak as well as all; but not every model can be cut, so what they say is tried on all.
+    edges = _edge_samples(model, longest, rule)
+    if edges and differ(edges, few) and (reason := differ(edges, None)):
+        return reason
+    while True:
+        full = _full_pass(longest, most, rule)
+        try:
+            return differ(full, None) if full and differ(full, few) else None
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            most //= 2  # whoever packs makes smaller packs as well, or says that even one sample is too long
+            if most < longest:
+                return None
 
 
 def _difference_of_passes(
-    model: PreTrainedModel, attention: str, rule: PassRule, lengths: list[int], layers: int | None
+    model: PreTrainedModel, attention: str, rule: PassRule, lengths: list[int], most: int, layers: int | None
 ) -> str | None:
     """How samples of these lengths differ between the passes that the rule allows and one by one, or None."""
     samples = [_sample(model, length, seed) for seed, length in enumerate(lengths)]
-    passes = _passes(rule, lengths)
+    passes = _passes(rule, lengths, most)
     order = list(itertools.chain.from_iterable(passes))
     try:
-        with refusals_of(model), _layers(model, layers):
+        with refusals_of(model), only_layers(model, layers):
             with computing(model, plain_attention(model)):
                 plain = torch.cat([_logits(model, [samples[number]]) for number in order])
             with computing(model, attention):
@@ -362,18 +390,25 @@ def _difference_of_passes(
     return None
 
 
-def _long_samples(model: Any, longest: int, rule: PassRule) -> list[int]:
+def _edge_samples(model: Any, longest: int, rule: PassRule) -> list[int]:
     """One sample of either side of every length that the configuration names, beside short ones."""
     config = model.config.get_text_config()
-    ropes = _ropes(config)
-    named = [rope.get(name) for rope in ropes for name in _EDGES]
+    named = [rope.get(name) for rope in _ropes(config) for name in _EDGES]
     named += [*(getattr(config, name, None) for name in _EDGES), *rule.switches, rule.shared]
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and not any("dynamic" in rope.values() for rope in ropes):  # a table of positions may have no more
-        longest = min(longest, positions)
     # The short samples have seen to the lengths below theirs.
     edges = sorted({edge for edge in named if isinstance(edge, int) and max(_SHORT) <= edge < longest})
-    return [*_SHORT[:2], *(length for edge in edges for length in (edge + 1, min(edge + 2, longest)))]
+    return [*_SHORT[:2], *(length for edge in edges for length in (edge + 1, min(edge + 2, longest)))] if edges else []
+
+
+def _full_pass(longest: int, most: int, rule: PassRule) -> list[int]:
+    """Samples that fill a pass, each half of what is left; and the longest, where it leaves no room for others."""
+    if rule.shared == 1 or longest <= max(_SHORT):
+        return []
+    lengths, left = [longest] * (longest > most // 2), most
+    while left > 2 * max(_SHORT):
+        lengths.append(min(longest, left // 2))
+        left -= lengths[-1]
+    return [*lengths, left]
 
 
 def _sample(model: Any, length: int, seed: int = 0) -> Tensor:
@@ -394,30 +429,42 @@ def _logits(model: Any, samples: list[Tensor], rule: PassRule = PassRule(shared=
     return model(**inputs).logits[0, to_device(kept, device)]  # type: ignore[no-any-return]
 
 
-def _few_layers(model: Any) -> int:
-    """So many layers hold one of every kind; two where there is one kind only."""
-    named = (getattr(model.config.get_text_config(), name, None) or [] for name in _KINDS)
-    return max([2, *(kinds.index(kind) + 1 for kinds in map(list, named) for kind in set(kinds))])
+def few_layers(model: Any) -> int | None:
+    """So many layers hold one of every kind, by its modules and what the configuration calls it; None: all of them."""
+    if (stack := _stack(model)) is None:
+        return None
+    config = model.config.get_text_config()
+    named = [list(kinds) for name in _KINDS if (kinds := getattr(config, name, None))]
+    kinds = [
+        (*(type(part) for part in layer.modules()), *(names[number % len(names)] for names in named))
+        for number, layer in enumerate(stack[2])
+    ]
+    return max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
+
+
+def _stack(model: Any) -> tuple[torch.nn.Module, str, torch.nn.ModuleList] | None:
+    """The list of a model's layers, with what holds it and under which name."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    stacks = ((part, name, child) for part in model.modules() for name, child in part.named_children())
+    return next((s for s in stacks if isinstance(s[2], torch.nn.ModuleList) and len(s[2]) == depth), None)
 
 
 @contextmanager
-def _layers(model: Any, count: int | None) -> Iterator[None]:
+def only_layers(model: Any, count: int | None) -> Iterator[None]:
     """Let a model run its first few layers only; None: all."""
-    config = model.config.get_text_config()
-    depth = getattr(config, "num_hidden_layers", 0)
-    stacks = ((part, name, child) for part in model.modules() for name, child in part.named_children())
-    stack = next((s for s in stacks if isinstance(s[2], torch.nn.ModuleList) and len(s[2]) == depth), None)
-    if count is None or stack is None or count >= depth:
+    stack = _stack(model)
+    if count is None or stack is None or count >= len(stack[2]):
         yield
         return
     part, name, layers = stack
     setattr(part, name, layers[:count])
+    config = model.config.get_text_config()
     config.num_hidden_layers = count
     try:
         yield
     finally:
         setattr(part, name, layers)
-        config.num_hidden_layers = depth
+        config.num_hidden_layers = len(layers)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -17,8 +18,7 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from codeact.base.devices import resolve_device, resolve_dtype
-from codeact.base.errors import InputError, NotHereError
-from codeact.models.isolation import packing_attention, set_attention
+from codeact.base.errors import InputError, NotHereError, require
 
 
 def quiet_transformers() -> None:
@@ -35,8 +35,7 @@ def load_causal_lm(
 
     Args:
         name: folder or hub name.
-        device: where it goes, with the attention for packs there. None, for training: where transformers puts it, with
-            the attention that it chooses; a Trainer moves and shards.
+        device: where it goes. None, for training: where transformers puts it; a Trainer moves and shards.
         dtype: of the weights.
         quantization: a configuration of transformers to hold them in fewer bits.
 
@@ -49,7 +48,7 @@ def load_causal_lm(
         "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
     ):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        check_layers(f"model {name!r}", AutoConfig.from_pretrained(name, trust_remote_code=False))
+        check_config(f"model {name!r}", AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -59,11 +58,30 @@ def load_causal_lm(
             output_loading_info=True,
         )
     check_weights(f"model {name!r}", model, report)
-    if device is None:
-        return model.eval(), tokenizer
-    with suppress(InputError):  # one that takes no other attention keeps its own, and whoever packs refuses it
-        set_attention(model, packing_attention(model, device))
-    return model.eval().to(device), tokenizer
+    model = model.eval() if device is None else model.eval().to(device)
+    _check_computes(f"model {name!r}", model)
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def _check_computes(what: str, model: PreTrainedModel) -> None:
+    """Refuse a model that makes NaN or infinity of finite weights, as by a number of its configuration.
+
+    Raises:
+        InputError: it does.
+    """
+    if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):  # they come later
+        return
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(_TRIAL, device=embedding.device)[None] % len(embedding)
+    with refused(f"{what} does not run", "is its config.json that of its weights?"):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        wider = "" if model.dtype == torch.float32 else f", or its numbers are too large for {model.dtype}: "
+        raise InputError(
+            f"{what} computes NaN or infinity from finite weights: a number of its config.json cannot be right"
+            + (f"{wider}say --dtype float32" if wider else "")
+        )
 
 
 def model_and_tokenizer(
@@ -84,16 +102,20 @@ def model_and_tokenizer(
         place = resolve_device(device)
         model, loaded = load_causal_lm(os.fspath(model), place, resolve_dtype(dtype, place))
         tokenizer = tokenizer or loaded
+    require(f"the first argument of {call}", model, "get_input_embeddings", "a causal model of transformers, or a name")
     if tokenizer is None:
         raise InputError(f"a loaded model needs its tokenizer: {call}")
+    require(f"the second argument of {call}", tokenizer, "convert_ids_to_tokens", "a tokenizer of transformers")
     return model, tokenizer
 
 
 _LARGEST_DEPTH = 1000  # layers; the deepest models have some 130
+_LARGEST_EPSILON = 0.1  # added before a division by what is about 1; models have 1e-3 and less
+_TRIAL = 8  # tokens
 
 
-def check_layers(what: str, config: Any) -> None:
-    """Refuse a configuration without layers, or with so many that making them would not end.
+def check_config(what: str, config: Any) -> None:
+    """Refuse a configuration without layers, with so many that making them would not end, or with impossible numbers.
 
     Raises:
         InputError: it is one; ``what`` names the model.
@@ -101,13 +123,27 @@ def check_layers(what: str, config: Any) -> None:
     depth = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(depth, int) or not 1 <= depth <= _LARGEST_DEPTH:
         raise InputError(f"{what}: num_hidden_layers in config.json is {depth!r}, not 1 to {_LARGEST_DEPTH}; mend it")
+    for name, number in _numbers(config.to_dict()):
+        nan = isinstance(number, float) and math.isnan(number)  # infinity is a limit of Mamba's
+        if nan or (name.endswith(("eps", "epsilon")) and not 0 <= number <= _LARGEST_EPSILON):
+            raise InputError(f"{what}: {name} in config.json is {number}, which cannot be; mend it")
 
 
-def check_layers_of_folder(what: str, name: str) -> None:
-    """``check_layers`` of every model in a folder, or of the hub's; for libraries that load by themselves.
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in what JSON holds, with the key above it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from _numbers(item, str(key))
+    for item in value if isinstance(value, list | tuple) else ():
+        yield from _numbers(item, name)
+
+
+def check_config_of_folder(what: str, name: str) -> None:
+    """``check_config`` of every model in a folder, or of the hub's; for libraries that load by themselves.
 
     Raises:
-        InputError: one has none, or too many.
+        InputError: one is refused.
     """
     folders = [str(path.parent) for path in sorted(Path(name).rglob("config.json"))] if Path(name).is_dir() else [name]
     for folder in folders:
@@ -115,7 +151,7 @@ def check_layers_of_folder(what: str, name: str) -> None:
         with suppress(Exception):  # of a pooling layer, say; what is no configuration of a model is refused later
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config is not None:
-            check_layers(what, config)
+            check_config(what, config)
 
 
 def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collection[Any]] | None = None) -> None:
@@ -132,7 +168,7 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     """
     kind = type(model).__name__
     if hasattr(config := getattr(model, "config", None), "get_text_config"):
-        check_layers(what, config)
+        check_config(what, config)
     report = report or {}
     lacking = sorted(map(str, {*report.get("missing_keys", ()), *map(_first, report.get("mismatched_keys", ()))}))
     if lacking:
@@ -156,6 +192,8 @@ def check_weights(what: str, model: torch.nn.Module, report: Mapping[str, Collec
     # One wait for the device, not one a tensor.
     finite = [torch.stack(tensor.detach().aminmax()).isfinite().all() for _, tensor in named]
     bad = [name for (name, _), good in zip(named, finite, strict=True) if not good] if finite else []
+    if bad and bad[0] not in model.state_dict():  # not of the file: made from the configuration
+        raise InputError(f"{what} makes NaN or infinity in {bad[0]}: a number of its config.json cannot be right")
     if bad:
         raise InputError(
             f"{what} holds NaN or infinity in {len(bad)} of {len(named)} weights, such as {bad[0]}: it was damaged, or "

@@ -141,7 +141,7 @@ def varlen_attention(
     Raises:
         ValueError: the model wants something that this attention does not compute.
     """
-    for name in ("position_bias", "head_mask"):
+    for name in ("position_bias", "head_mask", "block_indices"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{ATTENTION} does not compute {name}, which {type(module).__name__} wants; use eager")
     if s_aux is not None and softcap is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import codeact._native as _native
-from codeact.base.errors import one_of
+from codeact.base.errors import one_of, require
 from codeact.ops import native
 from codeact.ops.nll import check_operands, nll_backend
 
@@ -67,6 +67,7 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes, devices or targets do not fit together, or the reduction is unknown.
     """
     one_of("reduction", reduction, REDUCTIONS)
+    require("hidden", hidden, "is_floating_point", "a tensor of PyTorch")
     device_type = hidden.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     # As autocast treats a linear layer: float64 stays what it is.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import codeact._native as _native
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError, one_of, require
 from codeact.ops import native
 
 NLL_BACKENDS = ("triton", "native", "torch")
@@ -143,8 +143,10 @@ def check_operands(
     """Check the operands that every loss over an LM head takes; ``mixed`` lets hidden and weight differ in dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or targets do not fit together.
+        ValueError: one is no tensor, or shapes, dtypes, devices or targets do not fit together.
     """
+    for name, operand in {"hidden": hidden, "weight": weight, "targets": targets}.items():
+        require(name, operand, "is_floating_point", "a tensor of PyTorch")
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)}"
         raise ValueError(f"hidden (T, D) or (B, T, D) and weight (V, D) do not fit: {shapes}")

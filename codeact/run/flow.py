@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from codeact.base.console import aligned, duration, say
-from codeact.base.errors import InputError, in_arguments, one_of
+from codeact.base.errors import InputError, in_file, one_of
 from codeact.base.ledger import Entry, Ledger
 from codeact.base.settings import Settings
 from codeact.base.stage import Stage
@@ -152,13 +152,14 @@ class Flow:
     @contextmanager
     def naming_the_line(self, section: str) -> Iterator[None]:
         """Begin an InputError about a section with the file and the line that it is about."""
-        try:
-            yield
-        except InputError as error:
-            if self.source is None:
-                raise
-            path = shipped(Path(self.source))
-            raise InputError(in_arguments(located(error.args[0], path, read_yaml(path)[1], section))) from None
+        with in_file():
+            try:
+                yield
+            except InputError as error:
+                if self.source is None:
+                    raise
+                path = shipped(Path(self.source))
+                raise InputError(located(error.args[0], path, read_yaml(path)[1], section)) from None
 
     def run(self, first: str | None = None, last: str | None = None) -> Ledger:
         """Do the stages; what is there already for the same inputs and settings is kept.
@@ -184,12 +185,13 @@ class Flow:
                     if not self.folder.finished(stage):
                         raise InputError(f"step {stage.name} is not done in {self.output}; leave out --from {first}")
                     continue
-                key = self.key(stage)
-                if self.folder.reusable(stage, key):
-                    say(f"{stage.name}: done already")
-                    continue
-                say(f"{stage.name} ...")
-                lines = self.folder.do(stage, key, self)
+                with in_file():
+                    key = self.key(stage)
+                    if self.folder.reusable(stage, key):
+                        say(f"{stage.name}: done already")
+                        continue
+                    say(f"{stage.name} ...")
+                    lines = self.folder.do(stage, key, self)
                 if stage.told:
                     print(aligned(lines))
             ledger = self.ledger()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path
+from codeact.base.files import atomic_path, remove_leftovers
 from codeact.base.machine import machine_facts, peak_memory, reset_peaks, versions
 from codeact.base.parsing import read_json
 from codeact.base.stage import Lines, Run, Stage
@@ -142,6 +142,10 @@ class RunFolder:
     def do(self, stage: Stage, key: str, run: Run) -> Lines:
         """Do the step; what a killed run did for the same key is gone on from."""
         self._switch(stage, key)
+        for place in (self.folder / name for name in stage.outputs):  # half a file of a killed run is nobody's result
+            for folder in (place.parent, place, *place.rglob("*")):
+                if folder.is_dir():
+                    remove_leftovers(folder)
         begin = time.perf_counter()
         took = {need: self._stamps(need) for need in (*stage.needs, *stage.takes)}
         record: dict[str, Any] = {"stage": stage.section, "key": key, "started": _now(), "took": took}

@@ -52,7 +52,8 @@ class ScoreFolder:
         folder: where it lives.
         settings: everything that changes a score, JSON values only: data and model with their fingerprints, template,
             length, dtype, protocol, shard size. Their hash guards the folder; ``tokens_per_pack``, ``device`` and
-            ``attention`` may be noted in them, but decide nothing, so that a run can go on with others.
+            ``attention`` may be noted in them, but decide nothing, so that a run can go on with others. Where the
+            folder has shards of another size, that size stays.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
@@ -60,12 +61,21 @@ class ScoreFolder:
         self.settings = settings
         self.hash = settings_hash(settings)
         self.rows: int = settings["data"]["rows"]
-        self.shard_size: int = settings["shard_size"]
-        self.shards = -(-self.rows // self.shard_size)
         self.by_turn: bool = settings.get("turns") == "all"
         """Whether a shard has a row for every answer of its conversations beside it."""
         self.keep_token_nll = False
         """Whether a shard is done only with the losses of its tokens beside it."""
+
+    @property
+    def shard_size(self) -> int:
+        """Rows of a shard."""
+        size: int = self.settings["shard_size"]
+        return size
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.rows // self.shard_size)
 
     @classmethod
     def open(cls, folder: str | Path) -> ScoreFolder:
@@ -93,6 +103,9 @@ class ScoreFolder:
         # Read what is there now: another process may have claimed the folder in the meantime.
         manifest = _read_manifest(self.folder)
         theirs = manifest["settings"] if manifest else {}
+        if settings_hash({**theirs, "shard_size": self.shard_size}) == self.hash:  # shards are as they were begun
+            self.settings = {**self.settings, "shard_size": theirs["shard_size"]}
+            self.hash = settings_hash(self.settings)
         if manifest is None or settings_hash(theirs) != self.hash:
             differences = "; ".join(_differences(_without_places(theirs), _without_places(self.settings)))
             raise InputError(

@@ -126,7 +126,7 @@ class IfdScorer:
             attention = plain_attention(model) if alone else packing_attention(model, self.device)
         self.attention = attention
         remedy = "" if alone else "say --tokens-per-pack 1: every sequence gets a pass of its own"
-        prove_isolation(model, attention, max_length, self.rule, remedy)
+        prove_isolation(model, attention, max_length, self.rule, remedy, self.tokens_per_pack)
         self.trunk, self.head = split_head(model)
         self._kept: list[torch.Tensor] | None = None  # the losses of every pack's tokens, while they are asked for
         self._greedy: list[torch.Tensor] | None = None  # whether a span's tokens are the likeliest; the same

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -172,12 +173,15 @@ def score_data(
         The totals of the merged table, or None where another process has shards to do.
 
     Raises:
-        InputError: see the stages.
+        InputError: see the stages; or a launcher started several processes, and each was told to share once more.
     """
-    if shard is None and processes > 1:
-        return _score_in_processes(data, settings, output, processes)
-    if shard is None and (share := _launched_share()) is not None:
+    if (share := launched_share()) is not None:
+        if shard is not None or processes > 1:
+            asked = "--shard" if shard is not None else "--processes"
+            raise InputError(f"a launcher started {share[1]} processes, which share the shards; leave out {asked}")
         shard, settings = share, _on_own_gpu(settings, share[0])
+    elif shard is None and processes > 1:
+        return _score_in_processes(data, settings, output, processes)
     from codeact.base.console import Progress
 
     if settings.check_with is not None:
@@ -205,7 +209,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _launched_share() -> tuple[int, int] | None:
+def launched_share() -> tuple[int, int] | None:
     """Which of how many processes this is under torchrun, accelerate or srun; they all were given the same command."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
@@ -238,8 +242,10 @@ def _score_in_processes(
     from codeact.base.console import Progress
     from codeact.scoring.folder import ScoreFolder
 
-    rows = len(data.open())
-    shards = -(-rows // settings.shard_size)
+    rows, size = len(data.open()), settings.shard_size
+    with suppress(InputError):  # nothing is there yet
+        size = ScoreFolder.open(output).shard_size
+    shards = -(-rows // size)
     begin = (data, settings, str(output), processes)
     try:
         workers = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, begin)

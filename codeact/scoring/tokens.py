@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from codeact.base.protocols import resolve_protocol, resolve_turns
 from codeact.data.records import BadRow, Record
 from codeact.text.spans import ControlTexts, SpanEncoder, SpannedText
 from codeact.text.templates import PromptBuilder, special_tokens
+from codeact.text.tokenizers import beyond
 
 STATUSES = (
     "ok",
@@ -203,12 +204,12 @@ def _conversation(left_out: dict[int, TokenizedRecord], runs: list[list[Tokenize
     scored = [item for run in runs for item in run]
     places = sorted([*left_out.values(), *scored], key=lambda item: item.turn or 0)
     fit = [item for item in scored if item.status == "ok"]
-    beyond = any(item.status == "prompt_too_long" for item in scored)
+    fell_out = any(item.status == "prompt_too_long" for item in scored)
     first = fit[0] if fit else scored[0]
     return TokenizedRecord(
         status=first.status,
         reason=_reason(first, f"row {row}"),
-        truncated=bool(fit) and (beyond or any(item.truncated for item in fit)),
+        truncated=bool(fit) and (fell_out or any(item.truncated for item in fit)),
         # the last answer of a run stands behind all its other tokens
         prompt_tokens=sum(run[-1].prompt_tokens - sum(item.answer_tokens for item in run[:-1]) for run in runs),
         answer_tokens=sum(item.answer_tokens for item in scored),
@@ -222,11 +223,9 @@ def _reason(item: TokenizedRecord, where: str) -> str | None:
 
 def _within(item: TokenizedRecord, tokenizer: Any, vocabulary: int, row: int) -> TokenizedRecord:
     """The same, or without its tokens if the model does not know one of them."""
-    largest = max((max(ids) for ids in passes(answers_of([item])).sequences), default=0)
-    if largest < vocabulary:
+    reason = beyond(chain.from_iterable(passes(answers_of([item])).sequences), tokenizer, vocabulary)
+    if reason is None:
         return item
-    name = tokenizer.convert_ids_to_tokens(largest)
-    reason = f"token {largest} ({name!r}) is beyond the {vocabulary} of the model"
 
     def refused(item: TokenizedRecord, where: str) -> TokenizedRecord:
         if item.status != "ok":

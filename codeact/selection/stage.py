@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from codeact.selection.choose import Selection
 
 SELECTED_FILE = "selected.jsonl"
+_COUNTED_ROWS = 20_000  # read in a second, before the first stage
 
 
 def select_rows(
@@ -188,6 +189,23 @@ def check_kept(run: Run, section: str, difficulties: Collection[str]) -> None:
         raise InputError(f"{section}: difficulty s_ifd needs score: keep_token_nll: true")
 
 
+def _check_clusters(clusters: int, data: DataSettings) -> None:
+    """Refuse more clusters than there are questions; those of a large set are not counted."""
+    from codeact.data.records import Record
+
+    try:
+        records = data.open()
+    except InputError:
+        return  # the first stage says so, or a plan is for where the data is
+    questions = len(records)
+    if clusters <= questions <= _COUNTED_ROWS:
+        questions = sum(isinstance(row, Record) for row in records)
+    if clusters > questions:
+        raise InputError(
+            f"--clusters {clusters} is more than the {questions:,} questions in {records.source}; lower it"
+        )
+
+
 def open_scored_data(folder: ScoreFolder, source: str | None = None) -> RecordSet:
     """Open the data that a score folder was made from, and check that it is still the same.
 
@@ -245,12 +263,14 @@ class Select(Stage):
     outputs, products = (SELECTED_FILE, "selected.rows.parquet"), (SELECTED_FILE,)
 
     def check(self, run: Run) -> None:
-        """The scoring of this run keeps the numbers of the difficulty, and the backend is installed."""
+        """The scoring of this run keeps the numbers of the difficulty, the backend is here, the rows suffice."""
         from codeact.selection.clustering import check_kmeans
 
         settings = run.of(SelectSettings)
         check_kept(run, self.section, [settings.difficulty])
         check_kmeans(settings.backend)
+        if settings.strategy in BY_CLUSTER:
+            _check_clusters(settings.clusters, run.data)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, and what to choose."""

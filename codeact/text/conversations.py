@@ -19,6 +19,7 @@ from codeact.base.errors import InputError, one_of
 from codeact.data.records import BadRow, Record, open_rows
 from codeact.text.spans import ControlTexts, Ints, SpanEncoder, SpannedText
 from codeact.text.templates import ConversationTemplate, special_tokens
+from codeact.text.tokenizers import beyond
 
 IGNORE = -100
 """The label of a token that is not learned."""
@@ -54,7 +55,7 @@ class Refused:
     """A row that gives no sample.
 
     ``reason`` is a code: one of `codeact.data.records.BadRow`, or template_refused, empty_answer, invalid_utf8,
-    no_label_left, too_long. ``message`` is one line that names the row.
+    no_label_left, too_long, token_beyond_model. ``message`` is one line that names the row.
     """
 
     id: str
@@ -85,6 +86,7 @@ def encode_conversations(
     on_overflow: str = "truncate",
     progress: Callable[[int], object] | None = None,
     last_answer_only: bool = False,
+    vocabulary: int | None = None,
 ) -> list[Sample | Refused]:
     """Tokenize conversations for training; one result a row, in order.
 
@@ -100,6 +102,8 @@ def encode_conversations(
             that was cut has no end of turn; "drop" refuses the row; "error" stops.
         progress: called with the number of rows of every block that is done.
         last_answer_only: what came before the last question is context, its answers are not labelled.
+        vocabulary: how many tokens the model knows, if it may be fewer than the tokenizer's; a row with another one is
+            refused.
 
     Raises:
         InputError: a setting is unknown, the tokenizer does not fit the model type, or, with "error", the first row
@@ -123,10 +127,18 @@ def encode_conversations(
             else:
                 assert isinstance(row, Record)
                 ids, labelled = _rounds(row, item, template) if apart else next(encoded)
-                results.append(_sample(row, ids, labelled, item.changed, max_length, on_overflow))
+                sample = _sample(row, ids, labelled, item.changed, max_length, on_overflow)
+                results.append(_within(row, sample, tokenizer, vocabulary))
         if progress is not None:
             progress(len(block))
     return results
+
+
+def _within(row: Record | BadRow, sample: Sample | Refused, tokenizer: Any, vocabulary: int | None) -> Sample | Refused:
+    """The same, or a refusal if the model does not know one of its tokens."""
+    if isinstance(sample, Refused) or (reason := beyond(sample.input_ids, tokenizer, vocabulary)) is None:
+        return sample
+    return _refuse(row, "token_beyond_model", f"row {row.row} (id {row.id}): {reason}")
 
 
 def count_conversations(results: Sequence[Sample | Refused]) -> EncodingCounts:

@@ -166,6 +166,7 @@ def _encode(
 ) -> tuple[list[Sample | Refused], list[Sample], list[Refused]]:
     """What became of every row, and the two kinds of it."""
     quiet = not settings.trainer.should_log or settings.trainer.disable_tqdm
+    config = config_of(settings.model.model_name_or_path or "")
     with Progress(len(records), "rows", f"tokenizing {records.source}", show=not quiet) as step:
         results = encode_conversations(
             records,
@@ -175,6 +176,7 @@ def _encode(
             settings.data.on_overflow,
             progress=step,
             last_answer_only=settings.data.last_answer_only,
+            vocabulary=config and getattr(config.get_text_config(), "vocab_size", None),
         )
     samples = [result for result in results if isinstance(result, Sample)]
     return results, samples, [result for result in results if isinstance(result, Refused)]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from codeact.base.errors import InputError, one_of
+from codeact.base.errors import InputError, one_of, require
 from codeact.ops.attention import PackedBatch
 from codeact.packing.packs import pack
 from codeact.text.conversations import IGNORE
@@ -101,6 +101,7 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         shared: int | None = None,
     ) -> None:
         self.scope = one_of("pack scope", scope, SCOPES)
+        self.lengths = _checked_lengths(samples, capacity)
         self.samples = samples
         self.capacity = capacity
         self.seed = seed
@@ -111,7 +112,6 @@ class PackDataset(Dataset[list[TokenizedSample]]):
         self.shuffle = shuffle
         self.apart = np.zeros(len(samples), dtype=np.int64) if apart is None else apart
         self.shared = capacity if shared is None else min(shared, capacity)
-        self.lengths = _checked_lengths(samples, capacity)
         self.costs = self.lengths + square_cost * self.lengths.astype(np.float64) ** 2
         self.epoch = 0
         self._planned: tuple[int, _Plan] | None = None
@@ -211,6 +211,9 @@ class PackDataset(Dataset[list[TokenizedSample]]):
 
 
 def _checked_lengths(samples: Sequence[TokenizedSample], capacity: int) -> npt.NDArray[np.int64]:
+    require("samples", samples, "__len__", "a list of samples")
+    for number, sample in enumerate(samples):
+        require(f"sample {number}", sample, "input_ids", "a sample with input_ids and labels")
     if len(samples) == 0:
         raise InputError("there is no sample to train on or to evaluate")
     lengths = np.fromiter((len(sample.input_ids) for sample in samples), dtype=np.int64, count=len(samples))

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,9 +109,12 @@ def parse(argv: Sequence[str]) -> TrainSettings | str:
     parser = flag_parser()
     if {"--help_all", "--help-all"} & set(argv):
         return str(parser.format_help())
-    if Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        return _settings_of_file(parser, *argv)
-    return _settings(parser, argv)
+    return _settings_of_file(parser, *argv) if is_file_of_flags(argv) else _settings(parser, argv)
+
+
+def is_file_of_flags(argv: Sequence[str]) -> bool:
+    """Whether a command line begins with a file."""
+    return bool(argv) and Path(argv[0]).suffix in (".yaml", ".yml", ".json")
 
 
 def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
@@ -121,7 +125,7 @@ def parse_mapping(values: Mapping[str, Any], where: str) -> TrainSettings:
     """
     parser = flag_parser()
     with told_of(where):
-        return _settings(parser, _flags(parser, values))
+        return _settings(parser, _flags(parser, values), trial=False)  # ``check_flags`` came before
 
 
 def check_flags(
@@ -130,6 +134,7 @@ def check_flags(
     taken: Collection[str] | Mapping[str, Any] = (),
     here: bool = True,
     model: str | None = None,
+    trial: bool = False,
 ) -> argparse.Namespace:
     """Check what can be checked before there is data or a model: names, values, and what they need.
 
@@ -139,6 +144,7 @@ def check_flags(
         taken: flags that the caller sets, refused in ``values``; with what it sets them to, if that is known by now.
         here: whether this machine will train; False: libraries, device and disk are of another one.
         model: what is trained, where the flags do not say it.
+        trial: train a tiny model for a step with them.
 
     Returns:
         Every flag by its name, defaults filled in.
@@ -157,6 +163,8 @@ def check_flags(
         known.model_name_or_path = known.model_name_or_path or model
         flags = _filled(known, argv)
         _check_together(flags, here)
+        if trial:
+            _rehearse(parser, argv, flags)
     return flags
 
 
@@ -179,7 +187,7 @@ def _settings_of_file(parser: Any, path: str, *argv: str) -> TrainSettings:
         raise InputError(located(error.args[0], path, tree)) from None
 
 
-def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
+def _settings(parser: Any, argv: Sequence[str], trial: bool = True) -> TrainSettings:
     _check_known(parser, argv)
     # Needed ones first: TrainingArguments may start processes' communication, which is slow and prints.
     known, stray = parser.parse_known_args(list(argv))
@@ -190,18 +198,44 @@ def _settings(parser: Any, argv: Sequence[str]) -> TrainSettings:
             raise InputError(f"--{name} is missing: {meaning}")
     flags = _filled(known, argv)
     _check_together(flags, here=True)
-    sizes = (f"--{name}={getattr(flags, name)}" for name in _SIZES)
+    if trial:
+        _rehearse(parser, argv, flags)
+    return TrainSettings(**dict(zip(("model", "data", "packs", "trainer"), _parts(parser, argv, flags), strict=True)))
+
+
+def _rehearse(parser: Any, argv: Sequence[str], flags: argparse.Namespace) -> None:
+    """See ``codeact.training.rehearsal``; not among processes that a launcher has started."""
+    from codeact.training.rehearsal import rehearse
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    before = dict(os.environ)  # TrainingArguments tells other libraries by it, and this is no training yet
     try:
-        parts = parser.parse_args_into_dataclasses([*argv, *sizes], look_for_args_file=False)
+        rehearse(lambda **changes: _parts(parser, argv, flags, **changes))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _parts(parser: Any, argv: Sequence[str], flags: argparse.Namespace, **changes: Any) -> Sequence[Any]:
+    """The four classes of settings, filled; ``changes`` to the values of flags.
+
+    Raises:
+        InputError: transformers refuses them.
+    """
+    sizes = [f"--{name}={getattr(flags, name)}" for name in _SIZES]
+    namespace, _ = parser.parse_known_args([*argv, *sizes])
+    try:
+        return parser.parse_dict({**vars(namespace), **changes})  # type: ignore[no-any-return]
     except InputError:
         raise
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, NotImplementedError) as error:
         raise InputError(f"transformers refuses these flags: {' '.join(str(error).split())[:300]}") from None
-    return TrainSettings(**dict(zip(("model", "data", "packs", "trainer"), parts, strict=True)))
 
 
 _ABOVE_ZERO: tuple[str, ...] = ("learning_rate", "gradient_accumulation_steps", "save_steps", "logging_steps")
 _ABOVE_ZERO += ("per_device_train_batch_size", "per_device_eval_batch_size")
+_LARGEST_BATCH = 2**20
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_length")
 
 
@@ -241,8 +275,12 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
         raise InputError("--load_best_model_at_end needs an --eval_strategy that is the --save_strategy")
     if not here:
         return
+    checkpoint = str(flags.resume_from_checkpoint or "")
+    if checkpoint.lower() not in ("", "true", "false") and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is no checkpoint folder of a Trainer")
     _check_dtype(flags)
     _check_attention(flags.attention)
+    _check_compiled(flags)
     optimizer = str(getattr(flags.optim, "value", flags.optim))
     for needed, module, install, purpose in (
         (flags.lora, "peft", '"codeact[train]"', "--lora True"),
@@ -264,6 +302,9 @@ def _check_numbers(flags: argparse.Namespace) -> None:
     for name in _ABOVE_ZERO:
         if getattr(flags, name) <= 0:
             raise InputError(f"--{name} is {getattr(flags, name)}; it must be above 0")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(flags, name) > _LARGEST_BATCH:
+            raise InputError(f"--{name} is {getattr(flags, name)}; more than {_LARGEST_BATCH:,} is no batch")
     if flags.num_train_epochs <= 0 and flags.max_steps <= 0:
         raise InputError(f"--num_train_epochs is {flags.num_train_epochs} and no --max_steps is given; raise one")
     if not 0 <= flags.seed < 2**32:
@@ -282,6 +323,18 @@ def _check_attention(name: str) -> None:
     there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
     if name in there and not there[name]():
         raise InputError(f"--attention {name} needs flash-attn, which does not work here; leave it out")
+
+
+def _check_compiled(flags: argparse.Namespace) -> None:
+    if flags.pad_mode != "dynamic_pack" or not (
+        flags.torch_compile or flags.torch_compile_backend or flags.torch_compile_mode
+    ):
+        return
+    from codeact.ops.attention import ATTENTION, isolating_attention
+
+    attention = isolating_attention(_device(flags)) if flags.attention == "auto" else flags.attention
+    if attention == ATTENTION:
+        raise InputError(f"--torch_compile True cannot compile {ATTENTION}; add --attention sdpa, or leave it out")
 
 
 def _is_set(flags: argparse.Namespace, name: str) -> bool:
@@ -303,18 +356,21 @@ def _check_trackers(asked: Any) -> None:
 
 
 def _check_dtype(flags: argparse.Namespace) -> None:
-    import torch
-
     from codeact.ops.attention import ATTENTION, computes_16_bits_only
 
-    device = torch.device("cpu" if flags.use_cpu or not torch.cuda.is_available() else "cuda")
     wide = not (flags.bf16 or flags.fp16) and flags.dtype in ("auto", "float32")
     attention = ATTENTION if flags.attention == "auto" else flags.attention
-    if wide and flags.pad_mode == "dynamic_pack" and computes_16_bits_only(attention, device):
+    if wide and flags.pad_mode == "dynamic_pack" and computes_16_bits_only(attention, _device(flags)):
         raise InputError(
             "attention that keeps the samples of a pack apart computes in 16 bits on a GPU: add --bf16 True (weights "
             "stay float32), or for float32 say --attention sdpa"
         )
+
+
+def _device(flags: argparse.Namespace) -> Any:
+    import torch
+
+    return torch.device("cpu" if flags.use_cpu or not torch.cuda.is_available() else "cuda")
 
 
 def _check_known(parser: Any, argv: Sequence[str]) -> None:

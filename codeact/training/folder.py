@@ -77,8 +77,6 @@ def claim(settings: TrainSettings, data: TrainingData) -> str | None:
     folder = Path(arguments.output_dir)
     explicit = arguments.resume_from_checkpoint
     if explicit and str(explicit).lower() not in ("true", "false"):
-        if not (Path(explicit) / "trainer_state.json").is_file():
-            raise InputError(f"--resume_from_checkpoint {explicit} is no checkpoint folder of a Trainer")
         return str(explicit)
     with arguments.main_process_first(local=False):
         if arguments.should_save:

@@ -17,6 +17,7 @@ from codeact.base.machine import GIB
 from codeact.base.parsing import parse_json, read_json
 from codeact.ops.flops import Memory, ModelFacts, ModelShape, ParameterCounts
 
+_EVALUATION = "activations of an evaluation"
 FUSED_LOSS_BYTES = 4 * 4 * 2**25
 """The fused loss holds blocks of 2^25 logits: four arrays of that size at most, in float32."""
 
@@ -79,9 +80,12 @@ def check_memory(needs: Memory, free: float, tokens: int, where: str) -> None:
         return
     largest = needs.largest()
     states = "--lora True, or --optim adafactor"
-    lower = {"gradients": states, "optimizer": states, "logits": "--fused_loss True, or a lower --max_length"}.get(
-        largest, "lower --per_device_train_batch_size or --max_length, or add --activation_checkpointing True"
-    )
+    lower = {
+        "gradients": states,
+        "optimizer": states,
+        "logits": "--fused_loss True, or a lower --max_length",
+        _EVALUATION: "lower --per_device_eval_batch_size",
+    }.get(largest, "lower --per_device_train_batch_size or --max_length, or add --activation_checkpointing True")
     raise InputError(
         f"a step of {tokens:,} tokens needs about {needs.total / GIB:.1f} GiB beside the model, most of it for "
         f"{largest}; {free / GIB:.1f} GiB are left on {where}: {lower}"
@@ -242,12 +246,22 @@ class PlannedTraining:
         of_pass = pass_memory(
             model.shape,
             tokens,
-            element_bytes=2 if self.autocast or self.weight_bytes == 2 else 4,
+            element_bytes=self._element_bytes,
             checkpointing=self.checkpointing,
             fused_loss=flags.fused_loss,
             adapted_inputs=model.adapted_inputs(flags.lora_target_modules) if flags.lora else 0,
         )
         return Memory({**parts, **{name: size for name, size in of_pass.items() if size}})
+
+    def evaluation_memory(self, model: ModelFacts, tokens: int) -> Memory:
+        """What a pass of an evaluation takes beside the model: one layer after the other, and what a step left."""
+        kept = self.step_memory(model, 1).parts["optimizer"]
+        activations = model.shape.activation_bytes(tokens, self._element_bytes) / model.shape.layers
+        return Memory({"optimizer": kept, _EVALUATION: activations})
+
+    @property
+    def _element_bytes(self) -> int:
+        return 2 if self.autocast or self.weight_bytes == 2 else 4
 
 
 def sharding(flags: Any, processes: int) -> str:

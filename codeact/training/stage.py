@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, in_file
 from codeact.base.files import atomic_path
 from codeact.base.ledger import Entry, changes
 from codeact.base.machine import usable_cpus
@@ -20,8 +21,10 @@ from codeact.base.stage import Lines, Run, Stage
 from codeact.text.template_files import template_text
 
 MODEL_FOLDER, SELECTED, SCORE_TABLE = "model", "selected.jsonl", "scores/scores.parquet"
-TAKEN_FLAGS = ("model_name_or_path", "data_path", "output_dir")
-"""Flags that follow from the rest of a run's settings."""
+_FROM_THE_RUN = ("model_name_or_path", "data_path", "output_dir")
+_COLUMNS = ("question_column", "answer_column", "input_column", "conversation_column", "split", "config_name")
+TAKEN_FLAGS = (*_FROM_THE_RUN, *_COLUMNS)
+"""Flags that follow from the rest of a run's settings: the chosen rows are a file of messages."""
 
 
 def train_command(argv: Sequence[str]) -> None:
@@ -30,21 +33,22 @@ def train_command(argv: Sequence[str]) -> None:
     Raises:
         InputError: see ``codeact.training.flags.parse`` and ``codeact.training.train.train_from_settings``.
     """
-    from codeact.training.flags import parse
+    from codeact.training.flags import is_file_of_flags, parse
 
-    settings = parse(argv)
-    if isinstance(settings, str):
-        print(settings)
-        return
-    import torch
+    with in_file() if is_file_of_flags(argv) else nullcontext():
+        settings = parse(argv)
+        if isinstance(settings, str):
+            print(settings)
+            return
+        import torch
 
-    from codeact.training.train import train_from_settings
+        from codeact.training.train import train_from_settings
 
-    try:
-        train_from_settings(settings)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        try:
+            train_from_settings(settings)
+        finally:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def check_training(
@@ -54,7 +58,7 @@ def check_training(
     from codeact.training.data import check_data_and_adapters, load_trainable
     from codeact.training.flags import check_flags, told_of
 
-    flags = check_flags(values, where, taken=taken, model=model)
+    flags = check_flags(values, where, taken=taken, model=model, trial=True)
     with told_of(where):
         load_trainable(model, flags, flags)
         check_data_and_adapters(model, flags)
@@ -107,10 +111,10 @@ class Train(Stage):
             lines.append(("held-out loss", ("" if before is None else f"{before:.4f} before, ") + f"{after:.4f} after"))
         return lines
 
-    def _taken(self, run: Run) -> dict[str, str]:
+    def _taken(self, run: Run) -> dict[str, str | None]:
         """Flags that follow from the rest of the run's settings."""
         values = (run.model, str(run.output / SELECTED), str(run.output / MODEL_FOLDER))
-        return dict(zip(TAKEN_FLAGS, values, strict=True))
+        return {**dict.fromkeys(TAKEN_FLAGS), **dict(zip(_FROM_THE_RUN, values, strict=True))}
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Chosen rows -> samples. Writing them in the model's format adds tokens; what is cut or held out is lost."""

@@ -77,11 +77,12 @@ def _train(settings: TrainSettings) -> TrainResult:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Shown(bar=not arguments.disable_tqdm))
     needs, tokens = Memory({}), trainer.largest_pass()
+    evaluation, held_out_tokens = Memory({}), trainer.eval_dataset.largest_pass() if data.held_out else 0
     if facts is not None and not sharding_asked_for(arguments):  # else DeepSpeed or FSDP decides what a rank holds
-        flags = settings.flags(fused_loss=trainer.fused)
-        needs = PlannedTraining(flags, arguments.world_size).step_memory(facts, tokens)
+        planned = PlannedTraining(settings.flags(fused_loss=trainer.fused), arguments.world_size)
+        needs, evaluation = planned.step_memory(facts, tokens), planned.evaluation_memory(facts, held_out_tokens)
     _say(arguments, aligned([*data.lines(), *_plan_lines(trainer, needs, tokens)]))
-    _check_fits(trainer, needs, tokens)
+    _check_fits(trainer, {tokens: needs, held_out_tokens: evaluation} if held_out_tokens > tokens else {tokens: needs})
     if resume:
         _say(arguments, f"going on from {resume}")
     with written_to(arguments.output_dir):
@@ -142,11 +143,12 @@ def _weight_dtype(settings: TrainSettings) -> torch.dtype:
     return _autocast_dtype(settings.trainer) if settings.model.lora else torch.float32
 
 
-def _check_fits(trainer: PackTrainer, needs: Memory, tokens: int) -> None:
+def _check_fits(trainer: PackTrainer, passes: dict[int, Memory]) -> None:
     arguments = trainer.args
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if arguments.device.type == "cpu" else 1
     place = "this machine" if arguments.device.type == "cpu" else str(arguments.device)
-    check_memory(needs, free_memory(arguments.device) / sharing, tokens, place)
+    for tokens, needs in passes.items():
+        check_memory(needs, free_memory(arguments.device) / sharing, tokens, place)
     steps = arguments.max_steps
     if steps <= 0:
         packs = len(trainer.train_dataset) / (trainer.train_dataset.items_per_batch * arguments.world_size)

@@ -88,13 +88,18 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         self.options = options = options or PackOptions()
         _refuse_inexact(arguments, options)
         causal_lm = _causal_lm(model)
+        _refuse_beyond([*samples, *(eval_samples or ())], causal_lm)
         if options.packs:
             attention = options.attention
             if attention == "auto":
                 attention = packing_attention(causal_lm, arguments.device)
             stand_in = _stand_in(attention, arguments.device, next(causal_lm.parameters()))
             if _has_weights(causal_lm):
-                prove_isolation(causal_lm, stand_in, options.max_length, otherwise="say --pad_mode dynamic_pad")
+                tokens = sum(len(sample.input_ids) for sample in samples)
+                tokens = min(tokens, arguments.train_batch_size * options.max_length)
+                if next(causal_lm.parameters()).device != arguments.device:
+                    tokens = 0  # on a CPU, before it goes to its device, more than a sample would take long
+                prove_isolation(causal_lm, stand_in, options.max_length, None, "say --pad_mode dynamic_pad", tokens)
             set_attention(causal_lm, attention)
         elif options.attention != "auto":
             set_attention(causal_lm, options.attention)
@@ -277,6 +282,14 @@ def _refuse_inexact(arguments: TrainingArguments, options: PackOptions) -> None:
     if arguments.world_size > 1 and not arguments.average_tokens_across_devices:
         raise InputError("average_tokens_across_devices=False weighs ranks, not tokens; leave it True")
     refuse_inexact(arguments, options.pad_mode)
+
+
+def _refuse_beyond(samples: Sequence[TokenizedSample], causal_lm: Any) -> None:
+    vocabulary: int = getattr(causal_lm.config.get_text_config(), "vocab_size", None) or 2**63
+    for number, sample in enumerate(samples):
+        largest = max(int(np.max(sample.input_ids)), int(np.max(sample.labels))) if len(sample.input_ids) else 0
+        if largest >= vocabulary:
+            raise InputError(f"sample {number}: token {largest} is beyond the {vocabulary} of the model; leave it out")
 
 
 def _causal_lm(model: Any) -> Any:

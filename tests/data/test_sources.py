@@ -174,10 +174,10 @@ def test_what_cannot_be_read_is_an_error_that_names_the_file(
 def test_pipes_and_dead_links_in_a_folder(tmp_path: Path) -> None:
     save(tmp_path / "a.jsonl", LINES)
     os.mkfifo(tmp_path / "b.jsonl")
-    assert "b.jsonl: it is no regular file" in refused(tmp_path)
+    assert "b.jsonl: it is a pipe or a device, not a file" in refused(tmp_path)
     (tmp_path / "b.jsonl").unlink()
     (tmp_path / "b.parquet").symlink_to("/dev/zero")
-    assert "b.parquet: it is no regular file" in refused(tmp_path)
+    assert "b.parquet: it is a pipe or a device, not a file" in refused(tmp_path)
     (tmp_path / "b.parquet").unlink()
     (tmp_path / "b.csv").symlink_to(tmp_path / "nowhere")
     assert "b.csv: it is gone or a link to nothing" in refused(tmp_path)

@@ -123,6 +123,16 @@ RESOURCES = {
     "folders without end": "import os\nn = 0\nwhile True:\n os.mkdir(f'/tmp/{{n}}'); n += 1",
     "links without end": "import os\nn = 0\nwhile True:\n os.symlink('y' * 120, f'/tmp/{{n}}'); n += 1",
     "files without end": "import os\nos.mkdir('/tmp/a')\nn = 0\nwhile True:\n os.mknod(f'/tmp/a/{{n}}'); n += 1",
+    "timers without end": _RAW + "n, t = 0, ctypes.c_int()\n"
+    "while libc.syscall(222, 1, None, ctypes.byref(t)) == 0: n += 1\nreturn 'escaped' if n > 20000 else 'held'",
+    "signals without end": "import os, signal\nsignal.pthread_sigmask(0, [40])\n" + _RAW + "n = 0\n"
+    "while libc.sigqueue(os.getpid(), 40, None) == 0: n += 1\nreturn 'escaped' if n > 20000 else 'held'",
+    "filters without end": _RAW + "import struct\ni = struct.pack('=HBBI', 6, 0, 0, 0x7fff0000) * 4096\n"
+    "b = ctypes.create_string_buffer(i); p = ctypes.create_string_buffer(struct.pack('=HxxxxxxQ', 4096, ctypes.addressof(b)))\n"
+    "n = 0\nwhile n < 200 and libc.prctl(22, 2, p) == 0: n += 1\nreturn 'escaped' if n == 200 else 'held'",
+    "pipes that are full": "import fcntl, os\nn = 0\nwhile True:\n try:\n  r, w = os.pipe(); os.set_blocking(w, False)\n"
+    "  fcntl.fcntl(w, 1031, 1 << 20)\n  while True: n += os.write(w, bytes(1 << 16))\n except BlockingIOError: continue\n"
+    " except OSError: return 'escaped' if n > 1 << 28 else 'held'",
     "memory file": _RAW + "return 'escaped' if libc.memfd_create(b'a', 0) >= 0 else 'held'",
     "shared memory": _RAW + "return 'escaped' if libc.shmget(0, 1 << 30, 0o1600) >= 0 else 'held'",
     "swallow MemoryError": "a = []\nwhile True:\n try: a.append(bytearray(1 << 24))\n except MemoryError: pass",

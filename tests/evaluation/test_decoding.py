@@ -8,14 +8,14 @@ import pytest
 
 from codeact.evaluation.decoding import Manner, Sampling, decode_batches, exact_manner
 from codeact.evaluation.generate import HuggingFaceGenerator
-from tests.helpers.zoo import SWITCH, WINDOW, logits_alone, make_model, random_ids
+from tests.helpers.zoo import LONGEST, SWITCH, WINDOW, known, logits_alone, make_model, random_ids, share_the_pass
 
 CACHED = (
     "llama", "llama dynamic", "phi3 longrope", "mistral sliding", "gemma2", "gpt_neo", "llama4_text", "mixtral", "lfm2",
-    "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "bloom",
+    "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "bloom", "mamba2", "bamba",
 )  # fmt: skip
 SWITCHING = ("llama dynamic", "phi3 longrope")
-WHOLE = ("recurrent_gemma", "xlstm")
+WHOLE = ("recurrent_gemma", "xlstm", "minimax")
 # The second and the fourth row come to the switch while they grow, the third begins beyond it, the first ends below.
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate((3, SWITCH - 5, SWITCH + 4, SWITCH - 2, WINDOW - 1))]
 TOKENS = (4, 9, 6, 9, 7)
@@ -46,7 +46,7 @@ def run(model, prompts=PROMPTS, manner=None) -> dict[int, list[int]]:
 def test_rows_are_what_they_are_alone(name, manner):
     """Rows that end at different steps and leave the batch, over windows, chunks and both sides of a switch of RoPE."""
     model = make_model(name)
-    assert exact_manner(model) == manner
+    assert exact_manner(model, LONGEST) == manner
     rows = run(model)
     assert [len(rows[row]) for row in range(len(PROMPTS))] == list(TOKENS)
     for row, prompt in enumerate(PROMPTS):
@@ -76,7 +76,30 @@ def test_a_model_that_is_wrong_in_a_batch_or_with_a_cache_is_found_out(broken, m
 
     forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "forward", forward)
-    assert exact_manner(model) == manner
+    assert exact_manner(model, LONGEST) == manner
+
+
+@pytest.mark.parametrize("room", [0, 60])
+@pytest.mark.parametrize("how", ["capacity", "statistics", "mean"])
+def test_what_the_tokens_of_a_pass_share_is_found_out(how, room):
+    """Also where no short batch shows it: then rows are decoded one by one, and right."""
+    model = share_the_pass(make_model("llama"), how, room)
+    assert exact_manner(model, LONGEST) == Manner(batched=False, cached=False)
+    prompts = [random_ids(length, length) for length in (50, 64, 70)]
+    rows = dict(decode_batches(model, prompts, lambda *_: False, 4, Sampling(), range(3)))
+    for row, prompt in enumerate(prompts):
+        assert greedy_alone(model, prompt, rows[row], switches=True) == rows[row]
+
+
+@pytest.mark.skipif(not known("minimax_m3_vl_text"), reason="this transformers has no MiniMax M3")
+def test_keys_that_are_chosen_by_blocks_of_the_batch():
+    """Its blocks are counted from the padding on; transformers says so."""
+    model = make_model("minimax_m3_vl_text")
+    assert not exact_manner(model, LONGEST).batched
+    prompts = [random_ids(length, length) for length in (5, 110, 75)]
+    rows = dict(decode_batches(model, prompts, lambda *_: False, 6, Sampling(), range(3)))
+    for row, prompt in enumerate(prompts):
+        assert greedy_alone(model, prompt, rows[row], switches=True) == rows[row]
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "xlstm", "gpt_neo", "bloom"])

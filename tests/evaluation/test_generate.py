@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -225,7 +226,6 @@ def test_samples_of_other_settings_are_not_mixed(tiny_model, tokenizer, problems
     for settings, options, name in (
         (GenerationSettings(max_new_tokens=13, instruct=False), {}, "max_new_tokens"),
         (GenerationSettings(max_new_tokens=12, template="chat"), {}, "prompts, template"),
-        (SHORT, {"batch_size": 2}, "batch_size"),
     ):
         with pytest.raises(InputError, match=rf"other settings \({name}\).*overwrite"):
             generate(problems, generator, path, settings, **options)
@@ -235,6 +235,40 @@ def test_samples_of_other_settings_are_not_mixed(tiny_model, tokenizer, problems
     path.with_name("s.jsonl.settings.json").unlink()
     with pytest.raises(InputError, match="not the settings it was made with"):
         generate(problems, generator, path, SHORT)
+
+
+def test_a_run_goes_on_with_smaller_batches(tiny_model, tokenizer, problems, tmp_path: Path) -> None:
+    """As is advised where memory was too small: what is there stays, the rest is made in batches of the new size."""
+    generator, path = tiny_generator(tiny_model, tokenizer), tmp_path / "s.jsonl"
+
+    def stop(samples: int, tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(problems, generator, path, SHORT, batch_size=4, progress=stop)
+    first = path.read_bytes()
+    for size in (2, None, 1, 6):
+        with pytest.raises(KeyboardInterrupt):
+            generate(problems, generator, path, SHORT, batch_size=size, progress=stop)
+        known = json.loads(path.with_name("s.jsonl.settings.json").read_text())
+        assert known["batch_size"] == (size or 2)
+    assert generate(problems, generator, path, SHORT) == 1
+    assert path.read_bytes().startswith(first)
+    assert len(read_rows(path)) == 6
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_a_prompt_with_a_token_beyond_the_model_is_named(
+    tiny_model, tokenizer, problems, tmp_path: Path, instruct
+) -> None:
+    """Words that were added to a tokenizer, here those of the task or of the chat's template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=20 if instruct else 200, hidden_size=8, intermediate_size=8,
+                                         num_hidden_layers=1, num_attention_heads=1))  # fmt: skip
+    settings = GenerationSettings(max_new_tokens=2, instruct=instruct)
+    with pytest.raises(InputError, match=r"HumanEval/\d: its prompt cannot be given to the model: token \d+ .* beyond"):
+        generate(problems, tiny_generator(small.eval(), tokenizer), tmp_path / "s.jsonl", settings)
 
 
 def test_several_samples_of_a_task_differ(tiny_model, tokenizer, problems, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from codeact.evaluation.problems import load_problems
 from codeact.evaluation.programs import Program, SampleLog, discard_samples, read_rows, read_samples, write_samples
 from codeact.evaluation.results import evaluate, pass_at_k, results_path, write_results
 from codeact.evaluation.sandbox.sandbox import Limits, Sandbox
+from codeact.evaluation.sanitize import sanitize
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,33 @@ def test_programs_are_judged_as_scripts_are(shared_data: Path, shared_cases: Pat
         tests = truth.tests(problems.by_id()[row["task_id"]])
         verdict = judge_program(row["solution"], tests, usual, base_only=True)
         assert (verdict.base == "pass") == (row["right"] == "pass"), row["case"]
+
+
+FORGED = {"eq_always", "eq_object"}
+MORE = {"sys_modules_name", "doctest_call", "setrecursion_100k", "pickle_own_class", "modules_main"}
+
+
+def test_verdicts_are_as_right_as_those_of_evalplus(shared_data: Path, tmp_path: Path) -> None:
+    """62 programs and answers beside what evalplus 0.3.1 said of them: it passes two forgeries, and fails five modules.
+
+    Answers were sanitized by codeact for both; ``benchmarks/evalplus_verdicts.py`` makes the column anew.
+    """
+    tasks = [f"HumanEval/{number}" for number in (34, 53, 55)]
+    problems = load_problems("humaneval", shared_data / "HumanEvalPlus.jsonl.gz", tasks=tasks)
+    patient, hasty = Sandbox(Limits(min_seconds=60.0, total_seconds=300.0)), Sandbox(Limits(min_seconds=0.5))
+    truth, by_id = GroundTruth(problems, patient), problems.by_id()
+    rows = read_rows(Path(__file__).with_name("evalplus_verdicts.jsonl"))
+    differ = set()
+    for row in rows:
+        problem = by_id[row["task_id"]]
+        program = row.get("program") or sanitize(row["answer"], problem.entry_point)
+        sandbox = hasty if "time" in row["codeact"] else patient
+        verdict = judge_program(program, truth.tests(problem), sandbox)
+        assert [verdict.base, verdict.plus] == row["codeact"], row["case"]
+        if [kind == "pass" for kind in row["codeact"]] != [kind == "pass" for kind in row["evalplus"]]:
+            differ.add(row["case"])
+            assert ("pass" in row["codeact"]) == (row["case"] in MORE)
+    assert differ == FORGED | MORE
 
 
 # Each defines f(x), which returns x + 1, by something that only a module of its own in sys.modules can do.

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 97
 SWITCH, WINDOW, LONGEST = 32, 16, 128  # where RoPE changes, what a sliding window spans, and positions of a model
@@ -54,8 +54,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         **_MAMBA, "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 32,
         "layer_types": ["mamba", "attention"],
     },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "minimax": {
+        "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": WINDOW},
     "xlstm": {"num_heads": 4, "num_blocks": 2},
+    # Beyond 2 blocks of 32 keys it chooses among them; beyond 24 keys the next one among all.
+    "minimax_m3_vl_text": {
+        "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "index_block_size": 32, "index_topk_blocks": 2,
+        "index_n_heads": 2, "index_head_dim": 8, "layer_types": ["full_attention", "minimax_m3_sparse"],
+    },
+    "deepseek_v32": {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1,
+        "topk_group": 1, "n_shared_experts": 1, "index_topk": 24, "index_n_heads": 2, "index_head_dim": 16,
+    },
 }  # fmt: skip
 
 
@@ -69,6 +85,36 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(3)
+    return model
+
+
+def known(name: str) -> bool:
+    """Whether the installed transformers has that architecture."""
+    return name.partition(" ")[0] in CONFIG_MAPPING
+
+
+def share_the_pass(model: Any, how: str, room: int = 0) -> Any:
+    """Make a model compute something of all tokens of a pass, once there are more than ``room``.
+
+    ``capacity``: the feed-forward network takes half of the tokens, the first ones, as experts do that drop what is too
+    many; ``statistics``: it divides by the largest number of the pass, as dynamic quantization of activations does;
+    ``mean``: it takes the mean of the pass away, as a batch norm does in training.
+    """
+    for layer in model.model.layers:
+        plain = layer.mlp.forward
+
+        def forward(hidden: torch.Tensor, plain: Any = plain) -> torch.Tensor:
+            tokens = hidden.shape[0] * hidden.shape[1]
+            if tokens <= room:
+                return plain(hidden)
+            if how == "statistics":
+                return plain(hidden / hidden.abs().max())
+            if how == "mean":
+                return plain(hidden - hidden.mean((0, 1)))
+            kept = torch.arange(tokens).view(hidden.shape[:2]) < max(room, tokens // 2)
+            return plain(hidden) * kept[..., None]
+
+        layer.mlp.forward = forward
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,10 +11,29 @@ import torch
 
 from codeact.base.errors import InputError
 from codeact.data.records import Record
-from codeact.models.isolation import PassRule, computing, prove_isolation, read_head, split_head
+from codeact.models import isolation
+from codeact.models.isolation import (
+    PassRule,
+    computing,
+    few_layers,
+    only_layers,
+    prove_isolation,
+    read_head,
+    split_head,
+)
 from codeact.ops.attention import ATTENTION
 from codeact.scoring.ifd import IfdScorer
-from tests.helpers.zoo import LONGEST, SWITCH, WINDOW, logits_alone, make_model, nll_alone, random_ids
+from tests.helpers.zoo import (
+    LONGEST,
+    SWITCH,
+    WINDOW,
+    known,
+    logits_alone,
+    make_model,
+    nll_alone,
+    random_ids,
+    share_the_pass,
+)
 
 LENGTHS = (4, WINDOW, SWITCH, SWITCH + 1, 9, 90, WINDOW + 1, 70, 5)
 PACKED = (
@@ -99,6 +119,81 @@ class TestProof:
         monkeypatch.setattr(attention, "_sample_attention", lambda *a: plain(*a[:5], None, *a[6:]))
         with pytest.raises(InputError, match="get other logits than with sdpa"):
             prove_isolation(make_model("mistral sliding"), ATTENTION, LONGEST)
+
+    @pytest.mark.parametrize("room", [0, 60, 150])  # a floor under which nothing shows, longer than any short sample
+    @pytest.mark.parametrize("how", ["capacity", "statistics", "mean"])
+    def test_what_the_tokens_of_a_pass_share_is_found_out(self, how, room, tokenizer):
+        """And such a model is scored one by one."""
+        model = share_the_pass(make_model("llama"), how, room)
+        with pytest.raises(InputError, match=r"get other logits than alone .*say tokens_per_pack 1"):
+            scorer(model, tokenizer, tokens_per_pack=200)
+        sequences = [random_ids(length, length) for length in (4, 90, 17)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=1), sequences), expected, rtol=1e-5)
+
+    def test_a_floor_that_no_pass_reaches_is_no_leak(self, tokenizer):
+        model = share_the_pass(make_model("llama"), "capacity", 200)
+        sequences = [random_ids(length, length) for length in (4, 90, 17, 80)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=200), sequences), expected, rtol=1e-5)
+
+    def test_activations_that_are_quantized_by_the_pass(self, tokenizer):
+        from torch.ao.quantization import quantize_dynamic
+
+        model = quantize_dynamic(make_model("llama"), {torch.nn.Linear}, torch.qint8)
+        model.lm_head = make_model("llama").lm_head
+        with pytest.raises(InputError, match="get other logits than alone"):
+            scorer(model, tokenizer)
+
+    @pytest.mark.skipif(not known("minimax_m3_vl_text"), reason="this transformers has no MiniMax M3")
+    def test_keys_that_are_chosen_by_blocks_are_not_forgotten(self, tokenizer):
+        """Attention for packs has no block_indices; no short sample has so many blocks that it matters."""
+        model = make_model("minimax_m3_vl_text")
+        with pytest.raises(InputError, match=r"does not compute block_indices.*say tokens_per_pack 1"):
+            scorer(model, tokenizer)
+        sequences = [random_ids(length, length) for length in (4, 120, 17)]
+        expected = [nll_alone(model, ids, 1) for ids in sequences]
+        np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=1), sequences), expected, rtol=1e-5)
+
+    @pytest.mark.skipif(not known("deepseek_v32"), reason="this transformers has no DeepSeek 3.2")
+    @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+    def test_keys_that_are_chosen_among_all_of_the_pass(self, attention, tokenizer):
+        with pytest.raises(InputError, match="say tokens_per_pack 1"):
+            scorer(make_model("deepseek_v32"), tokenizer, attention=attention)
+
+    def test_a_few_layers_have_one_of_every_kind(self):
+        """Experts may begin after some layers without, which the names of the kinds of attention do not tell."""
+        model = make_model("llama")
+        assert few_layers(model) == 2
+        layers = model.model.layers
+        model.config.num_hidden_layers = 6
+        for number in range(4):
+            layers.append(copy.deepcopy(layers[0]))
+            layers[-1].mlp = torch.nn.ModuleList([layers[-1].mlp]) if number > 1 else layers[-1].mlp
+        assert few_layers(model) == 5
+        with only_layers(model, 5):
+            assert (len(model.model.layers), model.config.num_hidden_layers) == (5, 5)
+        assert (len(model.model.layers), model.config.num_hidden_layers) == (6, 6)
+
+    def test_a_pass_that_does_not_fit_is_halved(self, monkeypatch):
+        """As whoever packs does; a leak that a smaller one shows is found all the same."""
+        fits, seen = 300, []
+        plain = isolation._logits
+
+        def logits(model, samples, *rule):
+            seen.append(sum(map(len, samples)))
+            if seen[-1] > fits:
+                raise torch.OutOfMemoryError
+            return plain(model, samples, *rule)
+
+        monkeypatch.setattr(isolation, "_logits", logits)
+        prove_isolation(make_model("llama"), ATTENTION, LONGEST, tokens=1000)
+        assert max(seen) > fits
+        assert max(tokens for tokens in seen if tokens <= fits) > LONGEST
+        with pytest.raises(InputError, match="other logits than alone"):
+            prove_isolation(share_the_pass(make_model("llama"), "capacity", 150), ATTENTION, LONGEST, tokens=1000)
+        fits = 100  # not even a sample: whoever packs will say so
+        prove_isolation(make_model("llama"), ATTENTION, LONGEST, tokens=1000)
 
     def test_an_attention_that_is_none(self, tokenizer):
         with pytest.raises(InputError, match=r"cannot be packed with flesh: .*say attention sdpa"):

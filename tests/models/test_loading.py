@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from codeact.base.errors import InputError
 from codeact.models import adapters
 from codeact.models.adapters import apply_adapter, merge_adapters
-from codeact.models.loading import check_weights, load_causal_lm
+from codeact.models.loading import check_weights, load_causal_lm, model_and_tokenizer
 from tests.helpers.zoo import logits_alone, make_model, random_ids
 
 CPU = torch.device("cpu")
@@ -90,6 +90,80 @@ def test_they_are_looked_for_in_files_and_in_half_precision(folder):
         load_causal_lm(str(folder), CPU, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"rms_norm_eps": math.nan}, r"rms_norm_eps in config\.json is nan, which cannot be"),
+        ({"rms_norm_eps": math.inf}, r"rms_norm_eps in config\.json is inf"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps in config\.json is -1\.0"),
+        ({"rms_norm_eps": 1e30}, r"rms_norm_eps in config\.json is 1e\+30"),
+        ({"initializer_range": math.nan}, "initializer_range.*nan"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": math.nan, "rope_theta": 1e4}}, "factor .* is nan"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}},
+            r"makes NaN or infinity in model\.rotary_emb\.inv_freq: a number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}},
+            "makes NaN or infinity in model.rotary",
+        ),
+        ({"attention_bias": True}, "lacks"),
+        ({"hidden_act": "bogus"}, "cannot load model|does not run"),
+    ],
+)
+def test_numbers_of_a_configuration_that_cannot_be(folder, more, message):
+    """Generation would write words by chance, and say nothing."""
+    rewrite(folder, **more)
+    with pytest.raises(InputError, match=message) as error:
+        load_causal_lm(str(folder), CPU, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_too_large_for_a_dtype(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.gate_proj.weight"] *= 3e3
+    weights["model.layers.0.mlp.up_proj.weight"] *= 3e3
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    load_causal_lm(str(folder), CPU, torch.bfloat16)
+    with pytest.raises(InputError, match=r"too large for torch\.float16: say dtype float32"):
+        load_causal_lm(str(folder), CPU, torch.float16)
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "gpt_neo", "gpt_oss", "xlstm"])
+def test_limits_that_are_infinite_and_other_families_load(name, tokenizer, tmp_path):
+    make_model(name).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rewrite(tmp_path, time_step_limit=[0.0, math.inf])
+    load_causal_lm(str(tmp_path), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "message"),
+    [
+        (
+            [{"instruction": "q", "output": "a"}],
+            None,
+            r"the first argument of f.* must be a causal model of transformers, or a name, not li",
+        ),
+        (None, None, "not NoneType"),
+        (7, None, "not int"),
+        (torch.nn.Linear(2, 2), None, "not Linear"),
+        (
+            "llama",
+            [{"instruction": "q", "output": "a"}],
+            "second argument of f.* must be a tokenizer of transformers, not list",
+        ),
+        ("llama", "a name", "not str"),
+        ("llama", None, "a loaded model needs its tokenizer: f"),
+    ],
+)
+def test_what_is_no_model_or_no_tokenizer(model, tokenizer, message):
+    model = make_model(model) if isinstance(model, str) else model
+    with pytest.raises(InputError, match=message):
+        model_and_tokenizer(model, tokenizer, "auto", "cpu", "f(model, tokenizer)")
+
+
 class TestAdapters:
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:
@@ -132,7 +206,15 @@ class TestAdapters:
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
-        "more", [{"target_modules": ["nothing"]}, {"r": 3}, {"layers_to_transform": [9]}, {"r": "x"}]
+        "more",
+        [
+            {"target_modules": ["nothing"]},
+            {"r": 3},
+            {"layers_to_transform": [9]},
+            {"r": "x"},
+            {"lora_alpha": math.nan},
+            {"lora_alpha": math.inf},
+        ],
     )
     def test_a_configuration_that_does_not_fit(self, adapter, more):
         path = adapter / "adapter_config.json"

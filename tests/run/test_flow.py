@@ -90,6 +90,8 @@ def test_the_whole_flow_and_again(codeact, training):
     assert code == 0, err
     parts = [f"{stage}.{part}" for stage in ("generate", "evaluate") for part in ("before", "after")]
     assert did(err) == ["score", "embed", "select", "padding", "train", *parts, "report"]
+    assert "\r" not in err + out  # no bar of any library is drawn into a log
+    assert "%|" not in err + out
     folder = Path("run")
     for name in ("ledger.json", "report.html", "selected.rows.parquet", "pack_stats.json", "pack_lengths.npy"):
         assert (folder / name).is_file()
@@ -238,6 +240,60 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
         ({"train": {"label_smoothing_factor": 0.1}}, "train: label_smoothing_factor needs all"),
         ({"train": {"eval_path": "nowhere.jsonl", "eval_ratio": 0}}, "train: no such file: nowhere.jsonl"),
         ({"train": {}, "generate": {"dtype": "f8"}}, "dtype 'f8' is unknown"),
+        ({"select": {"clusters": 39}}, "clusters 39 is more than the 38 questions in rows.jsonl; lower it"),
+        ({"select": {"clusters": 10**6}}, "clusters 1000000 is more than the 40 questions"),
+        ({"select": {"clusters": 39, "strategy": "facility_location"}}, "clusters 39 is more than"),
+        ({"train": {"resume_from_checkpoint": "nowhere"}}, "resume_from_checkpoint nowhere is no checkpoint folder"),
+        ({"train": {"question_column": "q"}}, "train: question_column follows from the other settings"),
+        ({"train": {"split": "train"}}, "train: split follows from the other settings"),
+        ({"train": {"torch_compile": True}}, "train: torch_compile True cannot compile codeact_varlen; add attention"),
+        ({"train": {"torch_compile_backend": "inductor"}}, "train: torch_compile True cannot compile codeact_varlen"),
+        ({"train": {"logging_steps": -1}}, "train: logging_steps is -1.0; it must be above 0"),
+        (
+            {"train": {"logging_steps": 2.5}},
+            "train: transformers refuses these flags: logging_steps must be an integer",
+        ),
+        ({"train": {"warmup_steps": -1}}, "train: transformers refuses these flags: Got warmup_steps = -1"),
+        (
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "steps",
+                    "eval_strategy": "steps",
+                    "save_steps": 0.3,
+                    "eval_steps": 0.2,
+                }
+            },
+            "saving steps to be a multiple of the evaluation steps",
+        ),
+        (
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "steps",
+                    "eval_strategy": "steps",
+                    "save_steps": 3,
+                    "eval_steps": 2,
+                }
+            },
+            "a round multiple of 2",
+        ),
+        ({"train": {"adam_beta1": 1.5}}, "a step with these flags fails on a tiny model: ValueError: Invalid beta"),
+        ({"train": {"optim_args": "bogus"}}, "a step with these flags fails on a tiny model: ValueError: "),
+        ({"train": {"lr_scheduler_kwargs": {"bogus": 1}}}, "fails on a tiny model: TypeError: "),
+        ({"train": {"save_strategy": "best"}}, "fails on a tiny model: ValueError: "),
+        (
+            {
+                "train": {
+                    "load_best_model_at_end": True,
+                    "save_strategy": "epoch",
+                    "eval_strategy": "epoch",
+                    "metric_for_best_model": "accuracy",
+                }
+            },
+            "fails on a tiny model: KeyError: ",
+        ),
+        ({"train": {"per_device_train_batch_size": 10**12}}, "batch_size is 1000000000000; more than 1,048,576"),
         ({"train": {}, "generate": {"template": "llama3"}}, "template llama3 needs <|start_header_id|>"),
     ],
 )
@@ -248,6 +304,44 @@ def test_what_this_machine_or_model_refuses_is_said_before_the_first(codeact, tr
     assert code == 2
     assert re.search(rf"error: {re.escape(str(training))}, line \d+: .*{re.escape(message)}", err)
     assert did(err) == []
+
+
+def test_a_person_is_told_something_before_libraries_load(config):
+    """That takes ten seconds; the line is there before the first of them is asked for."""
+    code = (
+        "import sys; from codeact import cli\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': print('torch', file=sys.stderr); raise SystemExit(7)\n"
+        "sys.meta_path.insert(0, Stop()); sys.argv = ['codeact', *sys.argv[1:]]; cli.main()"
+    )
+    for more in ([], ["--dry-run"]):
+        command = [sys.executable, "-c", code, "run", str(config), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (7, "torch")
+        assert "codeact run: checking the settings; libraries load ..." in done.stderr
+
+
+def test_what_a_stage_says_names_keys(codeact, config, monkeypatch, capsys):
+    """Whatever it says and whenever: an error, a missing library, a warning; afterwards flags are flags again."""
+    from codeact.base import errors
+    from codeact.embedding import stage as embedding
+
+    said = {
+        InputError: ("lower --max-length (now 5) or --processes", "lower max_length (now 5) or processes"),
+        errors.MissingExtraError: (("peft", "train", "--lora True"), 'lora True needs peft: pip install "codeact[tr'),
+    }
+    for kind, (words, expected) in said.items():
+
+        def work(self, run, kind=kind, words=words):
+            print(errors.addressed("--tokens-per-pack starts lower"))
+            raise kind(*([words] if isinstance(words, str) else words))
+
+        monkeypatch.setattr(embedding.Embed, "work", work)
+        code, out, err = codeact("run", config)
+        assert (code, out.splitlines()[-1]) == (2, "tokens_per_pack starts lower")
+        assert f"codeact: error: {expected}" in err
+    assert "error: --max-length 1" in codeact("score", "x", "--model", "m", "--output", "o", "--max-length", 1)[2]
 
 
 def test_a_flag_of_the_command_line_has_no_line(codeact, config):
@@ -376,6 +470,63 @@ def test_kill_9_and_the_same_command_again(codeact, config):
     change(config, output="other")
     assert codeact("run", config, "--until", "select")[0] == 0
     assert Path("other/selected.jsonl").read_bytes() == interrupted
+
+
+KILLS = {"embed": 1, "train": 2, "evaluate.after": 2}
+"""In the work of which stages a run is killed, and at which of the files that they put in place."""
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from codeact.__main__ import main
+from codeact.run import flow
+marks, kills = Path(sys.argv[1]), eval(sys.argv[2])
+for stage in flow.STAGES:
+    def work(run, name=stage.name, plain=stage.work):
+        if name in kills and not (marks / name).exists():
+            (marks / name).touch()
+            count, replace = [0], os.replace
+            def counted(*names):
+                count[0] += 1
+                if count[0] == kills[name]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(*names)
+            os.replace = counted
+        return plain(run)
+    stage.work = work
+sys.argv = ["codeact", "run", sys.argv[3]]
+main()
+"""
+
+
+def test_kill_9_in_several_stages_and_the_same_command_again(codeact, training, tmp_path):
+    """Each time as it puts a file in place; what is done stays, and the end is that of a run that nobody killed."""
+    change(training, generate={"before": False})
+    (tmp_path / "marks").mkdir()
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "marks"), repr(KILLS), str(training)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done: list[str] = []
+    for name in KILLS:
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert did(result.stderr)[-1] == name
+        assert not set(did(result.stderr)) & set(done)
+        done += did(result.stderr)[:-1]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert did(result.stderr) == ["evaluate.after", "report"]
+    assert Ledger.read(Path("run/ledger.json")) == ledger_of(Path("run"))
+    change(training, output="other")
+    code, _, err = codeact("run", training)
+    assert code == 0, err
+    for name in (
+        "selected.jsonl",
+        "embeddings.npy",
+        "model/adapter_model.safetensors",
+        "programs/after/humaneval.jsonl",
+    ):
+        assert Path("run", name).read_bytes() == Path("other", name).read_bytes(), name
+    assert Ledger.read(Path("run/ledger.json")) == Ledger.read(Path("other/ledger.json"))
 
 
 def test_several_processes_give_the_same_scores(codeact, config):

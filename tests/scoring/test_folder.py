@@ -95,6 +95,22 @@ def test_shard_size_and_pack_size_do_not_change_scores(data_path, tiny_model_pat
     assert_same_table(tmp_path / "s", uninterrupted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_with_another_shard_size(data_path, tiny_model_path, tmp_path, uninterrupted, processes):
+    """What was begun in shards of 5 rows ends so: in ``codeact run`` there is no other folder to choose."""
+    folder = tmp_path / "s"
+    assert score(data_path, tiny_model_path, folder, shard=(1, 3)) is None
+    before = stamps(folder)
+    data, other = DataSettings(source=str(data_path)), settings(tiny_model_path, shard_size=50)
+    totals = score_data(data, other, folder, processes=processes)
+    assert totals is not None
+    assert {name: stamps(folder)[name] for name in before} == before
+    assert len(stamps(folder)) == 24
+    assert_same_table(folder, uninterrupted)
+    with pytest.raises(InputError, match="max_length 256 there, 128 here"):
+        score_data(data, settings(tiny_model_path, shard_size=50, max_length=128), folder)
+
+
 def command(data_path, tiny_model_path, folder, *more: str) -> list[str]:
     options = ["--model", str(tiny_model_path), "--max-length", "256", "--shard-size", "5", "--output", str(folder)]
     return [sys.executable, "-m", "codeact", "score", str(data_path), *options, *more]
@@ -151,6 +167,51 @@ def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tm
     assert [(p.communicate()[1], p.returncode)[1] for p in both] == [0, 0]
     ScoreFolder.open(folder).merge()
     assert_same_table(folder, uninterrupted)
+
+
+def test_torchrun_shares_the_shards(data_path, tiny_model_path, tmp_path, uninterrupted):
+    """Both processes get one command; each does its half, none a shard twice, and merge makes one table of them."""
+    folder = tmp_path / "scores"
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    launched = [*start, *command(data_path, tiny_model_path, folder)[2:]]
+    done = subprocess.run(launched, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("scoring 12 of 24 shards") == 2
+    assert done.stdout.count(f"this share of the shards is done; when all are: codeact merge {folder}") == 2
+    before = stamps(folder)
+    assert len(before) == 24
+    subprocess.run(launched, capture_output=True, check=True)  # all is done
+    assert stamps(folder) == before
+    ScoreFolder.open(folder).merge()
+    assert_same_table(folder, uninterrupted)
+
+
+LAUNCHERS = (
+    {"RANK": "1", "WORLD_SIZE": "2"},  # torchrun and accelerate launch
+    {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+)
+
+
+@pytest.mark.parametrize("environment", LAUNCHERS)
+def test_a_process_of_a_launcher_does_its_share(data_path, tiny_model_path, tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert score(data_path, tiny_model_path, tmp_path / "scores", shard=None, shard_size=40) is None
+    assert sorted(stamps(tmp_path / "scores")) == ["00001-of-00003.parquet"]
+    for again in ({"shard": (0, 2)}, {"processes": 2}):
+        with pytest.raises(InputError, match=f"2 processes, which share the shards; leave out {next(iter(again))}"):
+            score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", **again)
+
+
+@pytest.mark.parametrize("environment", LAUNCHERS)
+@pytest.mark.parametrize("name", ["embed", "select", "generate", "evaluate", "run", "lab", "ppl", "merge"])
+def test_other_commands_are_refused_under_a_launcher(codeact, monkeypatch, name, environment):
+    """Every process would do all of it, on one GPU and into one file."""
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    code, _, err = codeact(name, "x")
+    assert code == 2
+    assert f"codeact {name} is the work of one process, and a launcher started several" in err
 
 
 @pytest.mark.parametrize("change", ["device", "attention", "nll"])

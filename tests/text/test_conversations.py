@@ -212,6 +212,23 @@ class TestBos:
         assert ids.count(made.bos_token_id) == 2
 
 
+@pytest.mark.parametrize("place", ["question", "answer", "history"])
+def test_a_token_beyond_the_model_is_a_status_of_its_row(tokenizer, place):
+    """A word that was added to the tokenizer, and for which the model's embedding was not widened."""
+    wider = copy.deepcopy(tokenizer)
+    wider.add_tokens(["ZZTOP"])
+    texts = {"question": "add two", "answer": "return a", "history": "sure"}
+    texts[place] += " ZZTOP"
+    rows = [row("q", "a"), row(texts["question"], texts["answer"], [("user", "hi"), ("assistant", texts["history"])])]
+    results = encode_conversations(rows, wider, "chat", 256, vocabulary=len(tokenizer))
+    assert isinstance(results[0], Sample)
+    assert isinstance(results[1], Refused)
+    assert results[1].reason == "token_beyond_model"
+    assert f"token {len(tokenizer)} ('ZZTOP') is beyond the {len(tokenizer)} of the model" in results[1].message
+    assert count_conversations(results).refused == {"token_beyond_model": 1}
+    assert all(isinstance(one, Sample) for one in encode_conversations(rows, wider, "chat", 256))
+
+
 class TestOtherTokenizers:
     @pytest.mark.parametrize("answer", ["def add(a, b): return a", "  two", "\n\nx", "<s>a</s> b", "é 🙂"])
     def test_one_that_puts_a_space_before_every_text(self, answer):

@@ -167,6 +167,22 @@ def test_a_step_that_does_not_fit_says_what_to_lower(needs, remedy):
     assert remedy in str(caught.value)
 
 
+def test_an_evaluation_that_does_not_fit_says_what_to_lower():
+    """Its batches may be larger than those of training, and nothing else bounds them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    facts = ModelFacts.of(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4)), "here")
+    planned = room.PlannedTraining(check_flags({"bf16": False}, "train", here=False))
+    evaluation, step = (make(facts, 10**6) for make in (planned.evaluation_memory, planned.step_memory))
+    assert evaluation.total < step.total / 2  # a layer is kept at a time, and no gradients
+    room.check_memory(evaluation, evaluation.total + 1, 10**6, "this machine")
+    with pytest.raises(
+        InputError, match=r"most of it for activations of an evaluation; .* lower per_device_eval_batch"
+    ):
+        room.check_memory(evaluation, evaluation.total - 1, 10**6, "this machine")
+
+
 @pytest.mark.parametrize("flags", [{}, {"lora": True, "lora_r": 4}])
 def test_a_model_that_is_here_is_counted_as_it_is_trained(flags):
     """Before its adapters are there: what of it will have gradients, as they have them then."""

@@ -92,6 +92,17 @@ ROUTES = {
 }
 
 
+@pytest.mark.parametrize("where", ["input_ids", "labels", "held out"])
+def test_a_token_beyond_the_model_is_named(tmp_path, where):
+    """An embedding would end in a traceback, and on a GPU the whole process."""
+    samples = make_samples(3)
+    array = samples[1].input_ids if where != "labels" else samples[1].labels
+    array[-1] = 10**6
+    given = (samples[:1], samples) if where == "held out" else (samples, None)
+    with pytest.raises(InputError, match=r"sample [12]: token 1000000 is beyond the \d+ of the model"):
+        PackTrainer(make_model(), given[0], make_arguments(tmp_path), PACK, eval_samples=given[1])
+
+
 def loss_sum(model, sample):
     """The definition: a sample alone, all its logits, the usual shift; float64."""
     logits = model(torch.as_tensor(sample.input_ids, dtype=torch.int64)[None], use_cache=False).logits[0, :-1]
