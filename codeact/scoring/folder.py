@@ -51,8 +51,8 @@ class ScoreFolder:
         folder: where it lives.
         settings: everything that changes a score, JSON values only: data and model with their fingerprints, template,
             length, dtype, protocol, shard size. Their hash guards the folder; ``tokens_per_pack``, ``device`` and
-            ``attention`` may be noted in them, but decide nothing, so that a run can go on with others. Where the folder
-            has shards of another size, that size stays.
+            ``attention`` may be noted in them, but decide nothing, so that a run can go on with others. Where the
+            folder has shards of another size, that size stays.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
