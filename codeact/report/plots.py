@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.console import counted, percent, short
+from codeact.base.console import counted, percent, short, visible
 from codeact.evaluation.judge import KINDS
 from codeact.padding.figure import draw_rows, first_batches, length_ranks
 from codeact.padding.strategies import STRATEGIES, plan
@@ -32,13 +34,30 @@ _OUTCOMES = {
 }  # fmt: skip
 
 
+Points = Iterable[tuple[float, float, str]]
+
+
 class Plot:
-    """``svg``: an element for the page, trusted; ``caption``: plain text. ``label`` is for a screen reader."""
+    """``svg``: an element for the page, trusted; ``caption``: plain text. ``label`` is for a screen reader.
+
+    ``points``: what a pointer near a point of the axes is told, in their coordinates; ``flat``: near along x is enough.
+    ``hover`` is the same in units of the SVG, for the page's script.
+    """
 
     kind = "plot"
 
-    def __init__(self, figure: Figure, name: str, label: str, caption: str) -> None:
+    def __init__(
+        self, figure: Figure, name: str, label: str, caption: str, points: Points = (), flat: bool = False
+    ) -> None:
         self.name, self.svg, self.caption = name, inline_svg(figure, name, label), caption
+        told, scale = [*points], 72 / figure.dpi
+        places = figure.axes[0].transData.transform([point[:2] for point in told]) * scale if told else ()
+        height = figure.bbox.height * scale
+        spots = [
+            (round(float(x), 1), round(float(height - y), 1), visible(point[2]))
+            for (x, y), point in zip(places, told, strict=True)
+        ]
+        self.hover = {"flat": flat, "points": spots} if spots else None
 
 
 def ifd_histogram(rows: Rows) -> Plot | None:
@@ -50,7 +69,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     chosen = None if rows.chosen is None else rows.chosen[scored]
     edges = _edges(ifd)
     figure, axes = new_figure(2.6)
-    _histogram(axes, ifd, chosen, edges)
+    bins = _histogram(axes, ifd, chosen, edges)
     _ifd_axis(axes, "rows")
     hard = ifd >= 1
     low, middle, high = np.percentile(ifd, [25, 50, 75])
@@ -66,7 +85,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
         many = "all the" if easier == 1 else f"{percent(easier)} of the"
         text += f". The chosen rows' median is {mine:.2f}, higher than {many} others"
         text += f"; {counted(count, 'chosen row')} of IFD 1 or more" if (count := int((hard & chosen).sum())) else ""
-    return Plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}")
+    return Plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}", bins, True)
 
 
 def ifd_by_cluster(rows: Rows) -> Plot | None:
@@ -81,9 +100,10 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     shown = np.sort(labels[np.argsort(-sizes, kind="stable")[:_CLUSTERS]])
     edges = _edges(ifd, most=30)
     figure, axes = new_figure(0.75 + 0.33 * len(shown))
+    bins: list[tuple[float, float, str]] = []
     for base, label in zip(range(len(shown))[::-1], shown, strict=True):
         inside = cluster == label
-        _strip(axes, ifd[inside], chosen[inside], edges, base)
+        bins += _strip(axes, ifd[inside], chosen[inside], edges, base)
         taken, right = f"{chosen[inside].sum():,} of {inside.sum():,}", axes.get_yaxis_transform()
         axes.text(1.01, base + 0.15, taken, transform=right, color=COLOURS["muted"], size=9)
     axes.set_yticks(np.arange(len(shown)) + 0.28, [str(label) for label in shown[::-1]])
@@ -102,7 +122,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     )
     if len(shown) < len(labels):
         text += f" Shown are the {len(shown)} largest of {len(labels)} clusters."
-    return Plot(figure, "clusters", "Histograms of IFD by cluster", text)
+    return Plot(figure, "clusters", "Histograms of IFD by cluster", text, bins)
 
 
 def losses(rows: Rows) -> Plot | None:
@@ -144,11 +164,12 @@ def losses(rows: Rows) -> Plot | None:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(len(usable), 'row')}."
     if len(inside) < len(drawn):
         text += f" Not drawn: {counted(len(drawn) - len(inside), 'row')} beyond the axes."
-    return Plot(figure, "losses", "Scatter plot of mean losses", text)
+    points = [(x[n], y[n], f"row {n:,}, IFD {rows.ifd[n]:.3f}") for n in inside.tolist()]
+    return Plot(figure, "losses", "Scatter plot of mean losses", text, points)
 
 
-def cluster_map(rows: Rows, plane: Map) -> Plot:
-    """The questions on a plane, coloured by cluster, the chosen ones marked."""
+def cluster_map(rows: Rows, plane: Map, question: Callable[[int], str] | None) -> Plot:
+    """The questions on a plane, coloured by cluster, the chosen ones marked; ``question``: the text of a row."""
     figure, axes = new_figure(4.3)
     drawn = plane.rows
     cluster = np.full(len(drawn), -1, np.int32) if rows.cluster is None else rows.cluster[drawn]
@@ -186,7 +207,11 @@ def cluster_map(rows: Rows, plane: Map) -> Plot:
     if len(drawn) < plane.total:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(plane.total, 'question')}"
         text += f"; the axes were found from {plane.fitted:,}." if plane.fitted < plane.total else "."
-    return Plot(figure, "map", "Map of the questions", text)
+    asked = [f": {question(row)[:90]}" if question else "" for row in drawn.tolist()]
+    names = [f", cluster {label}" if label >= 0 else "" for label in cluster.tolist()]
+    told = [f"row {row:,}{name}{text}" for row, name, text in zip(drawn.tolist(), names, asked, strict=True)]
+    points = ((x, y, text) for (x, y), text in zip(plane.xy.tolist(), told, strict=True))
+    return Plot(figure, "map", "Map of the questions", text, points)
 
 
 def length_histogram(rows: Rows) -> Plot | None:
@@ -204,7 +229,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         edges = np.unique(np.geomspace(tokens.min(), longest * 1.0001, int(_bins(tokens)) + 1))
     figure, axes = new_figure(2.6)
     chosen = None if rows.chosen is None else rows.chosen[usable]
-    _histogram(axes, tokens, chosen, edges)
+    bins = _histogram(axes, tokens, chosen, edges)
     axes.axvline(middle, color=COLOURS["ink"], linewidth=1, linestyle=(0, (1.2, 1.6)))
     if logarithmic:
         axes.set_xscale("log", subs=())
@@ -220,7 +245,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         axes.axvline(mine, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)))
         than = "longer than all" if mine > middle else "shorter than all" if mine < middle else "as long"
         text += f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}"
-    return Plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}")
+    return Plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}", bins, True)
 
 
 def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot | None:
@@ -277,7 +302,9 @@ def training_loss(training: Training) -> Plot | None:
     axes.locator_params(axis="x", nbins=7, integer=True, steps=_STEPS)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     caption = _loss_caption(trained, held_out, len(line), training.held_out)
-    return Plot(figure, "loss", "Training and held-out loss by step", caption)
+    kinds = (("training", line), ("held-out", held_out))
+    points = [(x, y, f"step {x:,.0f}: {kind} loss {y:.4f}") for kind, of in kinds for x, y in of.tolist()]
+    return Plot(figure, "loss", "Training and held-out loss by step", caption, points)
 
 
 def _loss_caption(trained: FloatArray, held_out: FloatArray, drawn: int, rows: int) -> str:
@@ -312,6 +339,7 @@ def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
     kinds = [kind for kind in KINDS if any(outcomes.get(kind) for outcomes in sides.values())]
     figure, axes = new_figure(1.05 + 0.42 * len(sides))
     places, left = -np.arange(len(sides)), np.zeros(len(sides))
+    points: list[tuple[float, float, str]] = []
     for number, kind in enumerate(kinds):
         counts = np.array([outcomes.get(kind, 0) for outcomes in sides.values()])
         shares = 100 * counts / [max(1, sum(outcomes.values())) for outcomes in sides.values()]
@@ -322,13 +350,18 @@ def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
         told = [f"{count:,}" if share >= 6 else "" for count, share in zip(counts, shares, strict=True)]
         for at, text in enumerate(axes.bar_label(bars, told, label_type="center", size=9)):
             text.set_gid(f"class-onbar{at * 10 + number}")  # of the page's style sheet
+        told = [
+            f"{kind} {when} training: {counted(int(count), 'program')}"
+            for when, count in zip(sides, counts, strict=True)
+        ]
+        points += zip((left + shares / 2).tolist(), places.tolist(), told, strict=True)
         left += shares
     axes.set_yticks(places, [*sides])
     _no_left_axis(axes)
     axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
     _legend(axes, 4, columnspacing=1.2)
     label = f"Outcomes of the programs of {proper_name(name)}"
-    return Plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations))
+    return Plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations), points)
 
 
 def _outcomes_caption(evaluations: Evaluations) -> str:
@@ -394,12 +427,12 @@ def _beyond(values: FloatArray, edges: FloatArray) -> str:
     return f" Not drawn: {counted(outside, 'row')} beyond the axis, the largest at {largest}." if outside else ""
 
 
-def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> None:
+def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> Points:
     everything, _ = np.histogram(values, edges)
-    if chosen is None:
+    taken = None if chosen is None else np.histogram(values[chosen], edges)[0]
+    if taken is None:
         axes.stairs(everything, edges, fill=True, color=COLOURS["other"])
     else:
-        taken, _ = np.histogram(values[chosen], edges)
         axes.stairs(everything, edges, baseline=taken, fill=True, color=COLOURS["other"], label="not chosen")
         axes.stairs(taken, edges, fill=True, color=COLOURS["chosen"], label="chosen")
         _legend(axes, 2)
@@ -407,16 +440,27 @@ def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None,
     axes.locator_params(axis="y", nbins=5, integer=True, steps=_STEPS)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    return _bars(everything, taken, edges)
 
 
-def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> None:
-    everything, _ = np.histogram(values, edges)
+def _bars(everything: NDArray[Any], taken: NDArray[Any] | None, edges: FloatArray, base: float | None = None) -> Points:
+    """What a pointer is told of the bins of a histogram; ``base``: where a strip stands."""
+    for at, (low, high) in enumerate(pairwise(edges)):
+        chosen = "" if taken is None else f", {taken[at]:,} chosen"
+        text = f"{low:,.4g} to {high:,.4g}: {counted(int(everything[at]), 'row')}{chosen}"
+        if base is None or everything[at]:
+            yield (low + high) / 2, float(everything[at]) if base is None else base + 0.2, text
+
+
+def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> Points:
+    everything, mine = (np.histogram(of, edges)[0] for of in (values, values[chosen]))
     scale = 0.82 / max(1, everything.max())
-    top, taken = (base + scale * counts for counts in (everything, np.histogram(values[chosen], edges)[0]))
+    top, taken = (base + scale * counts for counts in (everything, mine))
     axes.stairs(top, edges, baseline=taken, fill=True, color=COLOURS["other"])
     axes.stairs(taken, edges, baseline=base, fill=True, color=COLOURS["chosen"])
     axes.plot([edges[0], edges[-1]], [base, base], color=COLOURS["rule"], linewidth=0.6)
     axes.plot([np.median(values)] * 2, [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
+    return _bars(everything, mine, edges, base)
 
 
 def _legend(axes: Axes, columns: int, columnspacing: float = 1.4) -> Any:
