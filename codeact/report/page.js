@@ -19,7 +19,7 @@ for (const table of document.querySelectorAll("table.list")) {
   search.setAttribute("aria-label", "Search this list");
   search.addEventListener("input", find);
   tools.append(search, count);
-  table.parentElement.before(tools);
+  if (rows.length > 8) table.parentElement.before(tools);
   find();
   heads.forEach((head, column) => {
     const button = document.createElement("button");

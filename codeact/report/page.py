@@ -90,25 +90,21 @@ def _sections(run: RunData, folder: Path) -> list[tuple[str, str, str, list[Any]
         modes = [run.lengths is not None and plots.packs(run.lengths, packs, used)]
         modes += tables.mode_tables(packs, cost, training)
     solved = [
-        part
+        show(name, evaluations)
         for name, evaluations in run.evaluations.items()
-        for part in (
-            tables.pass_table(name, evaluations),
-            plots.outcome_bars(name, evaluations),
-            tables.task_table(name, evaluations),
-            _failures(evaluations),
-        )
+        for show in (tables.pass_table, plots.outcome_bars, tables.task_table, _failures)
     ]
     record = run.record
     stages = [tables.stage_table(record), *tables.line_tables(record)] if record.stages else []
     origin = [tables.origin_table(record), tables.settings_table(record)]
-    said = texts.Texts(folder) if rows and rows.chosen is not None else None
+    said = texts.Texts(folder, len(rows.ifd)) if rows and rows.chosen is not None else None
     known = None if said is None or said.missing else said
-    fate = [run.ledger and tables.ledger_table(run.ledger), rows and tables.fate_table(rows)]
-    fate += [rows and known and texts.row_table(rows, known)]
+    fate: list[Any] = [run.ledger and tables.ledger_table(run.ledger), rows and tables.fate_table(rows)]
     difficulty = [draw(rows) for draw in (plots.ifd_histogram, plots.ifd_by_cluster, plots.losses) if rows]
-    about = [rows and rows.map and plots.cluster_map(rows, rows.map, known and known.question)]
-    about += [rows and known and texts.cluster_table(rows, known)]
+    about: list[Any] = [rows and rows.map and plots.cluster_map(rows, rows.map, known.question if known else None)]
+    if rows and known:
+        fate.append(texts.row_table(rows, known))
+        about.append(texts.cluster_table(rows, known))
     learning = [training and plots.training_loss(training), cost and tables.training_table(cost)]
     sections: list[tuple[str, str, str, list[Any]]] = [
         ("ledger", "What became of every row", "score", fate),
@@ -146,10 +142,11 @@ def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     if used is not None and padded is not None:
         parts.append(f"{percent(used) if used else 'no'} padding where padded batches have {percent(padded)}")
         tiles.append(("padding", percent(used), f"{percent(padded)} if padded"))
-    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]) > 1:
-        first, last = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}"
-        parts.append(f"the held-out loss {moved(held_out[0], held_out[-1], '{:.3f}'.format)}")
-        tiles.append(("held-out loss", last, f"{first} at first"))
+    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]):
+        first, last, once = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}", len(held_out) == 1
+        how = f"is {last}" if once else moved(held_out[0], held_out[-1], "{:.3f}".format)
+        parts.append(f"the held-out loss {how}")
+        tiles.append(("held-out loss", last, "after training" if once else f"{first} at first"))
     for name, evaluations in run.evaluations.items():
         for kind, plus in (("plus", "+"), ("base", "")):
             before, after = evaluations.pass_at(kind, "pass@1")
@@ -162,18 +159,16 @@ def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     return "; ".join(parts) + "." if parts else "No stage has run yet.", tiles
 
 
-def _failures(evaluations: Evaluations) -> Examples | None:
+def _failures(_: str, evaluations: Evaluations) -> Examples | None:
     """The first program of every kind of failure, after training if that was evaluated."""
-    side = evaluations.after or evaluations.before
+    when, side = next((when, side) for when, side in list(evaluations._asdict().items())[::-1] if side)
     failed: dict[str, Example] = {}
-    for task, verdicts in (side.samples if side else {}).items():
-        for verdict in verdicts[:1]:
-            turns = (("program", verdict.solution), ("failed on", verdict.input), ("message", verdict.message))
-            kept = tuple(turn for turn in turns if turn[1])
-            if verdict.outcome != "pass" and kept:
-                failed.setdefault(verdict.outcome, Example(head=verdict.outcome, notes=(task[:80],), turns=kept))
-    when = "after" if evaluations.after else "before"
-    intro = f"The first of every kind, {when} training. All are in the files of the evaluation."
+    for task, verdicts in side.samples.items():
+        for v in (v for v in verdicts[:1] if v.outcome != "pass"):
+            rest = [turn for turn in (("failed on", v.input), ("message", v.message)) if turn[1]]
+            turns = (("program", v.solution), *rest)
+            failed.setdefault(v.outcome, Example(head=v.outcome, notes=(task[:80],), turns=turns))
+    intro = f"The first of every kind, {when} training."
     return Examples("Programs that failed", intro, [*failed.values()]) if failed else None
 
 

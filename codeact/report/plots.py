@@ -51,12 +51,10 @@ class Plot:
     ) -> None:
         self.name, self.svg, self.caption = name, inline_svg(figure, name, label), caption
         told, scale = [*points], 72 / figure.dpi
-        places = figure.axes[0].transData.transform([point[:2] for point in told]) * scale if told else ()
-        height = figure.bbox.height * scale
-        spots = [
-            (round(float(x), 1), round(float(height - y), 1), visible(point[2]))
-            for (x, y), point in zip(places, told, strict=True)
-        ]
+        places = np.array([point[:2] for point in told]).reshape(-1, 2)
+        x, y = (figure.axes[0].transData.transform(places) * scale).round(1).T.tolist()
+        top = round(float(figure.bbox.height * scale), 1)
+        spots = [(a, round(top - b, 1), visible(text)) for a, b, (*_, text) in zip(x, y, told, strict=True)]
         self.hover = {"flat": flat, "points": spots} if spots else None
 
 
@@ -339,7 +337,6 @@ def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
     kinds = [kind for kind in KINDS if any(outcomes.get(kind) for outcomes in sides.values())]
     figure, axes = new_figure(1.05 + 0.42 * len(sides))
     places, left = -np.arange(len(sides)), np.zeros(len(sides))
-    points: list[tuple[float, float, str]] = []
     for number, kind in enumerate(kinds):
         counts = np.array([outcomes.get(kind, 0) for outcomes in sides.values()])
         shares = 100 * counts / [max(1, sum(outcomes.values())) for outcomes in sides.values()]
@@ -350,18 +347,13 @@ def outcome_bars(name: str, evaluations: Evaluations) -> Plot | None:
         told = [f"{count:,}" if share >= 6 else "" for count, share in zip(counts, shares, strict=True)]
         for at, text in enumerate(axes.bar_label(bars, told, label_type="center", size=9)):
             text.set_gid(f"class-onbar{at * 10 + number}")  # of the page's style sheet
-        told = [
-            f"{kind} {when} training: {counted(int(count), 'program')}"
-            for when, count in zip(sides, counts, strict=True)
-        ]
-        points += zip((left + shares / 2).tolist(), places.tolist(), told, strict=True)
         left += shares
     axes.set_yticks(places, [*sides])
     _no_left_axis(axes)
     axes.set(xlim=(0, 100), xlabel="share of the programs (%); numbers are programs")
     _legend(axes, 4, columnspacing=1.2)
     label = f"Outcomes of the programs of {proper_name(name)}"
-    return Plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations), points)
+    return Plot(figure, f"pass-{name}", label, _outcomes_caption(evaluations))
 
 
 def _outcomes_caption(evaluations: Evaluations) -> str:
@@ -445,11 +437,10 @@ def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None,
 
 def _bars(everything: NDArray[Any], taken: NDArray[Any] | None, edges: FloatArray, base: float | None = None) -> Points:
     """What a pointer is told of the bins of a histogram; ``base``: where a strip stands."""
-    for at, (low, high) in enumerate(pairwise(edges)):
+    for at, (low, high) in enumerate(pairwise(edges.tolist())):
         chosen = "" if taken is None else f", {taken[at]:,} chosen"
-        text = f"{low:,.4g} to {high:,.4g}: {counted(int(everything[at]), 'row')}{chosen}"
-        if base is None or everything[at]:
-            yield (low + high) / 2, float(everything[at]) if base is None else base + 0.2, text
+        place = float(everything[at]) if base is None else base + 0.2
+        yield (low + high) / 2, place, f"{low:,.4g} to {high:,.4g}: {counted(int(everything[at]), 'row')}{chosen}"
 
 
 def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> Points:

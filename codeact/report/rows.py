@@ -129,6 +129,10 @@ class Rows:
         if done != rows:
             raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
 
+    def label(self, row: int) -> int | None:
+        """The cluster of a row, if it has one."""
+        return None if self.cluster is None or self.cluster[row] < 0 else int(self.cluster[row])
+
 
 def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
     """At most ``size`` of ``positions``, drawn without replacement, in their order; the same ones every time."""

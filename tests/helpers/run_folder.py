@@ -109,7 +109,8 @@ def _write_data(folder: Path, refused: Any) -> None:
         for row, empty in enumerate(refused.tolist()):
             question = f"{TOPICS[row % len(TOPICS)]} {HOSTILE[row % len(HOSTILE)] or 'nothing'}"
             answer = "" if empty else f"{HOSTILE[(row + 1) % len(HOSTILE)]} of row {row}"
-            file.write(json.dumps({"question": question, "answer": answer}) + "\n")
+            line = json.dumps({"question": question, "answer": answer})
+            file.write(line.replace("\\ud83d,", ",") + "\n")  # no row with half a pair is ever scored
     settings = DataSettings(source=str(data.resolve()))
     known = {**settings.model_dump(), "rows": len(refused), "fingerprint": settings.open().fingerprint}
     manifest = {"hash": "h", "settings": {"data": known, "shard_size": 10_000}}
