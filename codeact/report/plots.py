@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,10 +97,9 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     shown = np.sort(labels[np.argsort(-sizes, kind="stable")[:_CLUSTERS]])
     edges = _edges(ifd, most=30)
     figure, axes = new_figure(0.75 + 0.33 * len(shown))
-    bins: list[tuple[float, float, str]] = []
     for base, label in zip(range(len(shown))[::-1], shown, strict=True):
         inside = cluster == label
-        bins += _strip(axes, ifd[inside], chosen[inside], edges, base)
+        _strip(axes, ifd[inside], chosen[inside], edges, base)
         taken, right = f"{chosen[inside].sum():,} of {inside.sum():,}", axes.get_yaxis_transform()
         axes.text(1.01, base + 0.15, taken, transform=right, color=COLOURS["muted"], size=9)
     axes.set_yticks(np.arange(len(shown)) + 0.28, [str(label) for label in shown[::-1]])
@@ -120,7 +118,7 @@ def ifd_by_cluster(rows: Rows) -> Plot | None:
     )
     if len(shown) < len(labels):
         text += f" Shown are the {len(shown)} largest of {len(labels)} clusters."
-    return Plot(figure, "clusters", "Histograms of IFD by cluster", text, bins)
+    return Plot(figure, "clusters", "Histograms of IFD by cluster", text)
 
 
 def losses(rows: Rows) -> Plot | None:
@@ -421,8 +419,8 @@ def _beyond(values: FloatArray, edges: FloatArray) -> str:
 
 def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> Points:
     everything, _ = np.histogram(values, edges)
-    taken = None if chosen is None else np.histogram(values[chosen], edges)[0]
-    if taken is None:
+    taken = np.histogram(values if chosen is None else values[chosen], edges)[0]
+    if chosen is None:
         axes.stairs(everything, edges, fill=True, color=COLOURS["other"])
     else:
         axes.stairs(everything, edges, baseline=taken, fill=True, color=COLOURS["other"], label="not chosen")
@@ -432,26 +430,19 @@ def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None,
     axes.locator_params(axis="y", nbins=5, integer=True, steps=_STEPS)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    return _bars(everything, taken, edges)
+    told = ["" if chosen is None else f", {count:,} chosen" for count in taken]
+    bins = [*zip(edges, edges[1:], everything, told, strict=False)]  # there is an edge more
+    return [((a + b) / 2, n, f"{a:,.4g} to {b:,.4g}: {counted(int(n), 'row')}{also}") for a, b, n, also in bins]
 
 
-def _bars(everything: NDArray[Any], taken: NDArray[Any] | None, edges: FloatArray, base: float | None = None) -> Points:
-    """What a pointer is told of the bins of a histogram; ``base``: where a strip stands."""
-    for at, (low, high) in enumerate(pairwise(edges.tolist())):
-        chosen = "" if taken is None else f", {taken[at]:,} chosen"
-        place = float(everything[at]) if base is None else base + 0.2
-        yield (low + high) / 2, place, f"{low:,.4g} to {high:,.4g}: {counted(int(everything[at]), 'row')}{chosen}"
-
-
-def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> Points:
-    everything, mine = (np.histogram(of, edges)[0] for of in (values, values[chosen]))
+def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> None:
+    everything, _ = np.histogram(values, edges)
     scale = 0.82 / max(1, everything.max())
-    top, taken = (base + scale * counts for counts in (everything, mine))
+    top, taken = (base + scale * counts for counts in (everything, np.histogram(values[chosen], edges)[0]))
     axes.stairs(top, edges, baseline=taken, fill=True, color=COLOURS["other"])
     axes.stairs(taken, edges, baseline=base, fill=True, color=COLOURS["chosen"])
     axes.plot([edges[0], edges[-1]], [base, base], color=COLOURS["rule"], linewidth=0.6)
     axes.plot([np.median(values)] * 2, [base, base + 0.9], color=COLOURS["accent"], linewidth=1.6)
-    return _bars(everything, mine, edges, base)
 
 
 def _legend(axes: Axes, columns: int, columnspacing: float = 1.4) -> Any:

@@ -261,7 +261,7 @@ def test_a_plot_tells_what_is_under_the_pointer(browser: Browser, width: int) ->
                   bold: tip.querySelectorAll('*').length, texts: points.map(point => point[2]).join('\\n')};
         });
     """)
-    assert [plot["name"].removeprefix("figure-") for plot in told] == "ifd clusters losses map lengths loss".split()
+    assert [plot["name"].removeprefix("figure-") for plot in told] == "ifd losses map lengths loss".split()
     assert all(plot["right"] and plot["hidden"] and plot["count"] and not plot["bold"] for plot in told), told
     texts = {plot["name"].removeprefix("figure-"): plot["texts"] for plot in told}
     assert re.search(r"^row 1, cluster \d+: Sort a list. </style></pre>", texts["map"], re.MULTILINE)

@@ -206,7 +206,7 @@ def test_hostile_rows_stay_text(page: Page, folder: Path) -> None:
     assert not {"iframe", "img", "b", "i", "object", "embed", "form", "base"} & {n for n, _ in page.elements}
     *data, script = page.scripts
     assert script == (Path(__file__).parents[2] / "codeact" / "report" / "page.js").read_text()
-    assert len(data) == 6  # all plots but the packs and the outcomes
+    assert len(data) == 5  # all plots but those of clusters, packs and outcomes
     assert page.named("script") == [{"type": "application/json"}] * len(data) + [{}]
     assert not any(set("<>&'") & set(text) for text in data)
     for name, attributes in page.elements:
