@@ -110,7 +110,7 @@ def _sections(run: RunData, folder: Path) -> list[tuple[str, str, str, list[Any]
         ("ledger", "What became of every row", "score", fate),
         ("difficulty", "Difficulty", "score", difficulty),
         ("diversity", "What the questions are about", "embed", about),
-        ("examples", "Examples of what was chosen, and of what was not", "select", _examples(run, said)),
+        ("examples", "Examples, chosen and not", "select", _examples(run, said)),
         ("lengths", "Lengths", "score", [rows and plots.length_histogram(rows)]),
         ("packing", "Padding and packing", "select", modes),
         ("training", "Training", "train", learning),

@@ -16,14 +16,19 @@ from codeact.report.rows import Rows
 _LINES = 40  # of a stage's summary
 _TASKS = 1_000  # of a list
 _FILES = {
-    "selected*": "the chosen rows; of every row whether it was chosen, and why not",
-    "scores/*.parquet": "the losses and the IFD of every row (turns: of every answer)",
+    "selected.jsonl": "the chosen rows as conversations",
+    "selected.rows.parquet": "of every row whether it was chosen, and why not",
+    "scores/scores.parquet": "the losses and the IFD of every row",
+    "scores/turns.parquet": "the same of every answer of a conversation",
     "cleaned.rows.parquet": "what cleaning marked",
     "embeddings.npy": "the vectors of the questions",
+    "pack_stats.json": "what each padding mode computes",
     "model": "the trained model, with the log and the cost of its training",
     "programs/*/*.jsonl": "what was generated",
-    "evaluation/*/*": "the programs cut out of it, and their verdicts with the test that failed",
-    "*.json": "settings, versions and times; rows and tokens of every stage; what padding computes",
+    "evaluation/*/*-sanitized.jsonl": "the programs in it",
+    "evaluation/*/*_eval.*": "their verdicts, with the test that failed",
+    "ledger.json": "rows and tokens of every stage",
+    "run.json": "settings, versions and times",
 }
 Cell = str | int | None
 
@@ -186,9 +191,7 @@ def task_table(name: str, evaluations: Evaluations) -> Table:
 
 def file_table(folder: Path) -> Table:
     """The files that a person may want to open."""
-    found = [
-        [str(path.relative_to(folder)), what] for name, what in _FILES.items() for path in sorted(folder.glob(name))
-    ]
+    found = [[str(path.relative_to(folder)), _FILES[name]] for name in _FILES for path in sorted(folder.glob(name))]
     caption = "The links lead to the files as long as this page lies in the run's folder."
     return Table(caption, ["file", "what it holds"], found, texts=(1,), linked=True)
 

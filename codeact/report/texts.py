@@ -58,9 +58,8 @@ def cluster_table(rows: Rows, texts: Texts) -> Table | None:
     read = [draw_positions(inside, _READ) for inside in members]
     questions = [[texts.question(int(row)) for row in drawn] for drawn in read]
     body: list[list[Cell]] = []
-    for label, inside, drawn, asked, words in zip(
-        shown, members, read, questions, telling_words(questions), strict=True
-    ):
+    columns = zip(shown, members, read, questions, telling_words(questions), strict=True)
+    for label, inside, drawn, asked, words in columns:
         central = 0  # where there are no vectors
         if rows.embedded is not None and np.isin(drawn, rows.embedded.rows).all():
             vectors = rows.embedded.vectors[np.searchsorted(rows.embedded.rows, drawn)]
@@ -73,8 +72,8 @@ def cluster_table(rows: Rows, texts: Texts) -> Table | None:
         f"words that its questions have more often than others', and the question nearest to its middle. From at most "
         f"{_READ} questions of each."
     )
-    columns = ["cluster", "rows", "chosen", "median IFD", "words", "typical question"]
-    return Table(caption, columns, body, numbers=(1, 2, 3), texts=(4, 5), listed=True)
+    heads = ["cluster", "rows", "chosen", "median IFD", "words", "typical question"]
+    return Table(caption, heads, body, numbers=(1, 2, 3), texts=(4, 5), listed=True)
 
 
 def telling_words(groups: list[list[str]], most: int = 6) -> list[list[str]]:

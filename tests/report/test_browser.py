@@ -257,12 +257,16 @@ def test_a_plot_tells_what_is_under_the_pointer(browser: Browser, width: int) ->
             return inside && near.some(p => p[2] == tip.textContent) && box.left >= 0 && box.right <= innerWidth;
           });
           move(-500, -500);
-          return {name: figure.id, count: right.length, right: right.every(one => one), hidden: tip.hidden,
-                  bold: tip.querySelectorAll('*').length, texts: points.map(point => point[2]).join('\\n')};
+          const marks = [...svg.querySelectorAll('use')].map(e => [e.x.baseVal.value, e.y.baseVal.value]);
+          const off = points.map(([x, y]) => Math.min(...marks.map(([a, b]) => Math.hypot(a - x, b - y))));
+          return {name: figure.id, off: Math.max(...off), count: right.length, right: right.every(one => one),
+                  hidden: tip.hidden, bold: tip.querySelectorAll('*').length,
+                  texts: points.map(point => point[2]).join('\\n')};
         });
     """)
     assert [plot["name"].removeprefix("figure-") for plot in told] == "ifd losses map lengths loss".split()
     assert all(plot["right"] and plot["hidden"] and plot["count"] and not plot["bold"] for plot in told), told
+    assert all(plot["off"] < 0.2 for plot in told if plot["name"] in ("figure-losses", "figure-map", "figure-loss"))
     texts = {plot["name"].removeprefix("figure-"): plot["texts"] for plot in told}
     assert re.search(r"^row 1, cluster \d+: Sort a list. </style></pre>", texts["map"], re.MULTILINE)
     assert "step 10: held-out loss 1.5000" in texts["loss"]
