@@ -34,7 +34,8 @@ class Texts:
             if len(self._records) != rows:
                 raise InputError(f"{self._records.source} has {len(self._records):,} rows and not {rows:,}")
         except InputError as error:
-            self.missing = f"Not shown, for the rows themselves cannot be read: {error}."
+            why = str(error).split("; ")[0]  # the remedies are of other commands
+            self.missing = f"Not shown, for the rows cannot be read: {why}. Put them back, and run codeact report."
 
     def __getitem__(self, row: int) -> Record | BadRow:
         return self._records.rows(row, row + 1)[0]

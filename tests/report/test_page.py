@@ -157,7 +157,9 @@ def test_without_the_data_the_page_says_what_it_cannot_show(copy: Path, how: str
     if how == "no manifest":
         manifest.unlink()
     page = Page(write_report(copy))
-    assert "Not shown, for the rows themselves cannot be read: " in page.words
+    assert "Not shown, for the rows cannot be read: " in page.words
+    assert ("/nowhere/<b>.jsonl" in page.text) == (how == "gone")
+    assert "--data" not in page.text
     assert "Not chosen: " not in page.words
     assert "figure-map" in [attributes["id"] for attributes in page.named("figure")]
 
