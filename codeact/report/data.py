@@ -100,10 +100,23 @@ class Training(_Record):
 
 
 class ProgramVerdict(_Record):
-    """Of one program."""
+    """Of one program, with the first test that it failed."""
 
     base: str
     plus: str | None = None
+    message: str = ""
+    input: str = ""
+    solution: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """Of base and plus tests together."""
+        return self.plus or self.base
+
+    def why(self) -> str | None:
+        """What went wrong, and on what input, cut; None if it passed."""
+        told = "\n".join(filter(None, (self.message[:300], self.input[:300])))
+        return None if self.outcome == "pass" else told or self.outcome
 
 
 class Evaluation(_Record):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +13,8 @@ from typing import Any, ClassVar
 from codeact.base.console import counted, percent, visible
 from codeact.base.errors import import_extra
 from codeact.base.files import atomic_path
-from codeact.report import plots, tables
-from codeact.report.data import RunData, moved, proper_name
+from codeact.report import plots, tables, texts
+from codeact.report.data import Evaluations, RunData, moved, proper_name
 from codeact.report.rows import Example
 from codeact.report.svg import page_style
 
@@ -43,7 +45,7 @@ def write_report(folder: Path) -> Path:
     jinja2 = import_extra("jinja2", "report", "the report")
     with page_style():
         run = RunData(folder)
-        sections = _sections(run)
+        sections = _sections(run, folder)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -55,7 +57,11 @@ def write_report(folder: Path) -> Path:
     environment.filters |= {"unbroken": _unbroken, "counted": counted}
     sentence, tiles = _head(run)
     shown = {"title": f"codeact run {folder.resolve().name}", "codeact": run.record.codeact, "sentence": sentence}
-    page = environment.get_template("page.html").render(**shown, tiles=tiles, sections=sections)
+    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # of the one script that may run
+    page = environment.get_template("page.html").render(
+        **shown, tiles=tiles, sections=sections, script=script, digest=digest
+    )
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return folder / "report.html"
@@ -75,7 +81,7 @@ def _unbroken(value: Any) -> Any:
     return re.sub(r"(?<=\d) (?=[A-Za-z%])", "\N{NO-BREAK SPACE}", value) if isinstance(value, str) else value
 
 
-def _sections(run: RunData) -> list[tuple[str, str, str, list[Any]]]:
+def _sections(run: RunData, folder: Path) -> list[tuple[str, str, str, list[Any]]]:
     """Id, title, stage and parts of each; one with no parts says that its stage was not run."""
     rows, packs, cost, training = run.rows, run.packs, run.cost, run.training
     modes: list[Any] = []
@@ -84,27 +90,34 @@ def _sections(run: RunData) -> list[tuple[str, str, str, list[Any]]]:
         modes = [run.lengths is not None and plots.packs(run.lengths, packs, used)]
         modes += tables.mode_tables(packs, cost, training)
     solved = [
-        part
+        show(name, evaluations)
         for name, evaluations in run.evaluations.items()
-        for part in (tables.pass_table(name, evaluations), plots.outcome_bars(name, evaluations))
+        for show in (tables.pass_table, plots.outcome_bars, tables.task_table, _failures)
     ]
     record = run.record
     stages = [tables.stage_table(record), *tables.line_tables(record)] if record.stages else []
     origin = [tables.origin_table(record), tables.settings_table(record)]
-    fate = [run.ledger and tables.ledger_table(run.ledger), rows and tables.fate_table(rows)]
+    said = texts.Texts(folder, len(rows.ifd)) if rows and rows.chosen is not None else None
+    known = None if said is None or said.missing else said
+    fate: list[Any] = [run.ledger and tables.ledger_table(run.ledger), rows and tables.fate_table(rows)]
     difficulty = [draw(rows) for draw in (plots.ifd_histogram, plots.ifd_by_cluster, plots.losses) if rows]
+    about: list[Any] = [rows and rows.map and plots.cluster_map(rows, rows.map, known.question if known else None)]
+    if rows and known:
+        fate.append(texts.row_table(rows, known))
+        about.append(texts.cluster_table(rows, known))
     learning = [training and plots.training_loss(training), cost and tables.training_table(cost)]
     sections: list[tuple[str, str, str, list[Any]]] = [
         ("ledger", "What became of every row", "score", fate),
         ("difficulty", "Difficulty", "score", difficulty),
-        ("diversity", "Map of the questions", "embed", [rows and rows.map and plots.cluster_map(rows, rows.map)]),
-        ("examples", "Examples of what was chosen", "select", _examples(run)),
+        ("diversity", "What the questions are about", "embed", about),
+        ("examples", "Examples, chosen and not", "select", _examples(run, said)),
         ("lengths", "Lengths", "score", [rows and plots.length_histogram(rows)]),
         ("packing", "Padding and packing", "select", modes),
         ("training", "Training", "train", learning),
         ("evaluation", "Programs solved", "evaluate", solved),
         ("cost", "Time and memory", "score", stages),
         ("origin", "Versions, machine and settings", "run", origin),
+        ("files", "Files of this run", "run", [tables.file_table(folder)]),
     ]
     return [(*section, list(filter(None, parts))) for *section, parts in sections]  # type: ignore[misc]
 
@@ -129,10 +142,11 @@ def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     if used is not None and padded is not None:
         parts.append(f"{percent(used) if used else 'no'} padding where padded batches have {percent(padded)}")
         tiles.append(("padding", percent(used), f"{percent(padded)} if padded"))
-    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]) > 1:
-        first, last = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}"
-        parts.append(f"the held-out loss {moved(held_out[0], held_out[-1], '{:.3f}'.format)}")
-        tiles.append(("held-out loss", last, f"{first} at first"))
+    if run.training and len(held_out := run.training.points("eval_loss")[:, 1]):
+        first, last, once = f"{held_out[0]:.3f}", f"{held_out[-1]:.3f}", len(held_out) == 1
+        how = f"is {last}" if once else moved(held_out[0], held_out[-1], "{:.3f}".format)
+        parts.append(f"the held-out loss {how}")
+        tiles.append(("held-out loss", last, "after training" if once else f"{first} at first"))
     for name, evaluations in run.evaluations.items():
         for kind, plus in (("plus", "+"), ("base", "")):
             before, after = evaluations.pass_at(kind, "pass@1")
@@ -145,10 +159,26 @@ def _head(run: RunData) -> tuple[str, list[tuple[str, str, str]]]:
     return "; ".join(parts) + "." if parts else "No stage has run yet.", tiles
 
 
-def _examples(run: RunData) -> list[Examples]:
+def _failures(_: str, evaluations: Evaluations) -> Examples | None:
+    """The first program of every kind of failure, after training if that was evaluated."""
+    when, side = next((when, side) for when, side in list(evaluations._asdict().items())[::-1] if side)
+    failed: dict[str, Example] = {}
+    for task, verdicts in side.samples.items():
+        for v in (v for v in verdicts[:1] if v.outcome != "pass"):
+            rest = [turn for turn in (("failed on", v.input), ("message", v.message)) if turn[1]]
+            turns = (("program", v.solution), *rest)
+            failed.setdefault(v.outcome, Example(head=v.outcome, notes=(task[:80],), turns=turns))
+    intro = f"The first of every kind, {when} training."
+    return Examples("Programs that failed", intro, [*failed.values()]) if failed else None
+
+
+def _examples(run: RunData, said: texts.Texts | None) -> list[Examples]:
     if run.rows is None:
         return []
     hardest = "Highest IFD: the question helps least. Look for answers that do not follow from their question."
     easiest = "Lowest IFD of the chosen: where the budget ended. Look for answers that the question gives away."
     kinds = (("The hardest", hardest, run.rows.hardest), ("The easiest", easiest, run.rows.easiest))
-    return [Examples(*kind) for kind in kinds if kind[2]]
+    groups = [Examples(*kind) for kind in kinds if kind[2]]
+    if said is not None and said.missing:
+        return [*groups, Examples("Not chosen", said.missing, ())]
+    return groups + [Examples(*group) for group in (texts.left_out(run.rows, said) if said else ())]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from codeact.base.console import counted, percent, short
+from codeact.base.console import counted, percent, short, visible
 from codeact.evaluation.judge import KINDS
 from codeact.padding.figure import draw_rows, first_batches, length_ranks
 from codeact.padding.strategies import STRATEGIES, plan
@@ -32,13 +33,28 @@ _OUTCOMES = {
 }  # fmt: skip
 
 
+Points = Iterable[tuple[float, float, str]]
+
+
 class Plot:
-    """``svg``: an element for the page, trusted; ``caption``: plain text. ``label`` is for a screen reader."""
+    """``svg``: an element for the page, trusted; ``caption``: plain text. ``label`` is for a screen reader.
+
+    ``points``: what a pointer near a point of the axes is told, in their coordinates; ``flat``: near along x is enough.
+    ``hover`` is the same in units of the SVG, for the page's script.
+    """
 
     kind = "plot"
 
-    def __init__(self, figure: Figure, name: str, label: str, caption: str) -> None:
+    def __init__(
+        self, figure: Figure, name: str, label: str, caption: str, points: Points = (), flat: bool = False
+    ) -> None:
         self.name, self.svg, self.caption = name, inline_svg(figure, name, label), caption
+        told, scale = [*points], 72 / figure.dpi
+        places = np.array([point[:2] for point in told]).reshape(-1, 2)
+        x, y = (figure.axes[0].transData.transform(places) * scale).round(1).T.tolist()
+        top = round(float(figure.bbox.height * scale), 1)
+        spots = [(a, round(top - b, 1), visible(text)) for a, b, (*_, text) in zip(x, y, told, strict=True)]
+        self.hover = {"flat": flat, "points": spots} if spots else None
 
 
 def ifd_histogram(rows: Rows) -> Plot | None:
@@ -50,7 +66,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
     chosen = None if rows.chosen is None else rows.chosen[scored]
     edges = _edges(ifd)
     figure, axes = new_figure(2.6)
-    _histogram(axes, ifd, chosen, edges)
+    bins = _histogram(axes, ifd, chosen, edges)
     _ifd_axis(axes, "rows")
     hard = ifd >= 1
     low, middle, high = np.percentile(ifd, [25, 50, 75])
@@ -66,7 +82,7 @@ def ifd_histogram(rows: Rows) -> Plot | None:
         many = "all the" if easier == 1 else f"{percent(easier)} of the"
         text += f". The chosen rows' median is {mine:.2f}, higher than {many} others"
         text += f"; {counted(count, 'chosen row')} of IFD 1 or more" if (count := int((hard & chosen).sum())) else ""
-    return Plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}")
+    return Plot(figure, "ifd", "Histogram of IFD", f"{text}.{_beyond(ifd, edges)}", bins, True)
 
 
 def ifd_by_cluster(rows: Rows) -> Plot | None:
@@ -144,11 +160,12 @@ def losses(rows: Rows) -> Plot | None:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(len(usable), 'row')}."
     if len(inside) < len(drawn):
         text += f" Not drawn: {counted(len(drawn) - len(inside), 'row')} beyond the axes."
-    return Plot(figure, "losses", "Scatter plot of mean losses", text)
+    points = [(x[n], y[n], f"row {n:,}, IFD {rows.ifd[n]:.3f}") for n in inside.tolist()]
+    return Plot(figure, "losses", "Scatter plot of mean losses", text, points)
 
 
-def cluster_map(rows: Rows, plane: Map) -> Plot:
-    """The questions on a plane, coloured by cluster, the chosen ones marked."""
+def cluster_map(rows: Rows, plane: Map, question: Callable[[int], str] | None) -> Plot:
+    """The questions on a plane, coloured by cluster, the chosen ones marked; ``question``: the text of a row."""
     figure, axes = new_figure(4.3)
     drawn = plane.rows
     cluster = np.full(len(drawn), -1, np.int32) if rows.cluster is None else rows.cluster[drawn]
@@ -186,7 +203,11 @@ def cluster_map(rows: Rows, plane: Map) -> Plot:
     if len(drawn) < plane.total:
         text += f" Drawn is a random sample of {len(drawn):,} of {counted(plane.total, 'question')}"
         text += f"; the axes were found from {plane.fitted:,}." if plane.fitted < plane.total else "."
-    return Plot(figure, "map", "Map of the questions", text)
+    asked = [f": {question(row)[:90]}" if question else "" for row in drawn.tolist()]
+    names = [f", cluster {label}" if label >= 0 else "" for label in cluster.tolist()]
+    told = [f"row {row:,}{name}{text}" for row, name, text in zip(drawn.tolist(), names, asked, strict=True)]
+    points = ((x, y, text) for (x, y), text in zip(plane.xy.tolist(), told, strict=True))
+    return Plot(figure, "map", "Map of the questions", text, points)
 
 
 def length_histogram(rows: Rows) -> Plot | None:
@@ -204,7 +225,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         edges = np.unique(np.geomspace(tokens.min(), longest * 1.0001, int(_bins(tokens)) + 1))
     figure, axes = new_figure(2.6)
     chosen = None if rows.chosen is None else rows.chosen[usable]
-    _histogram(axes, tokens, chosen, edges)
+    bins = _histogram(axes, tokens, chosen, edges)
     axes.axvline(middle, color=COLOURS["ink"], linewidth=1, linestyle=(0, (1.2, 1.6)))
     if logarithmic:
         axes.set_xscale("log", subs=())
@@ -220,7 +241,7 @@ def length_histogram(rows: Rows) -> Plot | None:
         axes.axvline(mine, color=COLOURS["accent"], linewidth=1.3, linestyle=(0, (4, 2)))
         than = "longer than all" if mine > middle else "shorter than all" if mine < middle else "as long"
         text += f". Chosen rows have {mine:,.0f} in the median (dashed line): {than}"
-    return Plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}")
+    return Plot(figure, "lengths", "Histogram of tokens per row", f"{text}.{_beyond(tokens, edges)}", bins, True)
 
 
 def packs(lengths: NDArray[np.int64], figures: PackFigures, used: str) -> Plot | None:
@@ -277,7 +298,9 @@ def training_loss(training: Training) -> Plot | None:
     axes.locator_params(axis="x", nbins=7, integer=True, steps=_STEPS)
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     caption = _loss_caption(trained, held_out, len(line), training.held_out)
-    return Plot(figure, "loss", "Training and held-out loss by step", caption)
+    kinds = (("training", line), ("held-out", held_out))
+    points = [(x, y, f"step {x:,.0f}: {kind} loss {y:.4f}") for kind, of in kinds for x, y in of.tolist()]
+    return Plot(figure, "loss", "Training and held-out loss by step", caption, points)
 
 
 def _loss_caption(trained: FloatArray, held_out: FloatArray, drawn: int, rows: int) -> str:
@@ -394,12 +417,12 @@ def _beyond(values: FloatArray, edges: FloatArray) -> str:
     return f" Not drawn: {counted(outside, 'row')} beyond the axis, the largest at {largest}." if outside else ""
 
 
-def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> None:
+def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None, edges: FloatArray) -> Points:
     everything, _ = np.histogram(values, edges)
+    taken = np.histogram(values if chosen is None else values[chosen], edges)[0]
     if chosen is None:
         axes.stairs(everything, edges, fill=True, color=COLOURS["other"])
     else:
-        taken, _ = np.histogram(values[chosen], edges)
         axes.stairs(everything, edges, baseline=taken, fill=True, color=COLOURS["other"], label="not chosen")
         axes.stairs(taken, edges, fill=True, color=COLOURS["chosen"], label="chosen")
         _legend(axes, 2)
@@ -407,6 +430,9 @@ def _histogram(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_] | None,
     axes.locator_params(axis="y", nbins=5, integer=True, steps=_STEPS)
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    told = ["" if chosen is None else f", {count:,} chosen" for count in taken]
+    bins = [*zip(edges, edges[1:], everything, told, strict=False)]  # there is an edge more
+    return [((a + b) / 2, n, f"{a:,.4g} to {b:,.4g}: {counted(int(n), 'row')}{also}") for a, b, n, also in bins]
 
 
 def _strip(axes: Axes, values: FloatArray, chosen: NDArray[np.bool_], edges: FloatArray, base: float) -> None:

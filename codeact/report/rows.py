@@ -1,6 +1,6 @@
 """The rows of a run as columns, the map of their embeddings, and the examples; made for tables of 10^8 rows.
 
-Numbers are kept as 25 bytes a row; of the chosen conversations only those that are shown are parsed.
+Numbers are kept as 27 bytes a row; of the chosen conversations only those that are shown are parsed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
 from codeact.data.chosen import chosen_turns
 from codeact.scoring.stage import TABLE
+
+if TYPE_CHECKING:
+    from codeact.embedding.vectors import EmbeddingTable
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -39,12 +42,10 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Example:
-    """A chosen conversation; ``turns`` are (role, text)."""
+    """A conversation or a program; ``notes`` stand beside ``head``, ``turns`` are (role, text)."""
 
-    row: int
-    id: str
-    ifd: float
-    cluster: int | None
+    head: str
+    notes: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
 
 
@@ -69,6 +70,7 @@ class Rows:
     All arrays are (rows,), in the order of the data. ``ifd``, ``cond`` and ``uncond`` (mean loss of a token in nats,
     with and without the question) are NaN where there is no score. ``chosen`` and ``cluster`` (-1: none) are None
     before selection; ``status`` and ``reasons`` count rows: by how scoring went, and by why they were not chosen.
+    ``fate`` is the place of a row's reason in ``reasons``, -1: chosen. ``embedded``: the questions' vectors, if any.
     ``length`` is a line about the answers' length, of a selection that says it.
 
     Raises:
@@ -85,6 +87,7 @@ class Rows:
             self._read_scores(path)
         self.chosen: NDArray[np.bool_] | None = None
         self.cluster: NDArray[np.int32] | None = None
+        self.fate = np.full(count, -1, np.int16)
         self.length = ""
         self.hardest: tuple[Example, ...] = ()
         self.easiest: tuple[Example, ...] = ()
@@ -94,7 +97,8 @@ class Rows:
             conversations = folder / "selected.jsonl"
             with _reading(conversations):
                 self.hardest, self.easiest = _examples(conversations, self.ifd, self.chosen)
-        self.map = _read_map(folder / "embeddings.npy", count)
+        self.embedded = _read_embedded(folder / "embeddings.npy", count)
+        self.map = None if self.embedded is None else _plane(self.embedded)
 
     def _read_scores(self, path: Path) -> None:
         for part, table in _parts(path, _SCORES):
@@ -119,9 +123,15 @@ class Rows:
             self.cluster[part] = pc.fill_null(table["cluster"].cast(pa.int32()), -1).to_numpy()
             self.chosen[part] = pc.fill_null(table["chosen"], False).to_numpy()
             self.reasons += _counts(table["reason"])
+            for place, reason in enumerate(self.reasons):
+                self.fate[part][pc.fill_null(pc.equal(table["reason"], reason), False).to_numpy()] = place
             done = part.stop
         if done != rows:
             raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage select again")
+
+    def label(self, row: int) -> int | None:
+        """The cluster of a row, if it has one."""
+        return None if self.cluster is None or self.cluster[row] < 0 else int(self.cluster[row])
 
 
 def draw_positions(positions: NDArray[Any], size: int, seed: int = 0) -> NDArray[Any]:
@@ -181,15 +191,19 @@ def _examples(path: Path, ifd: FloatArray, chosen: Any) -> tuple[tuple[Example, 
 def _example(path: Path, number: int, row: int, line: bytes) -> Example:
     try:
         content = parse_json(line)
-        turns = chosen_turns(content)
-        cluster = content.get("cluster")
-        return Example(row=row, id=str(content["id"]), ifd=float(content["ifd"]), cluster=cluster, turns=turns)
+        return talk(row, str(content["id"]), float(content["ifd"]), content.get("cluster"), chosen_turns(content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__} {error}"
         raise InputError(f"{path}, line {number + 1} is damaged: {what}; run stage select again") from None
 
 
-def _read_map(path: Path, rows: int) -> Map | None:
+def talk(row: int, name: str, ifd: float, cluster: int | None, turns: tuple[tuple[str, str], ...]) -> Example:
+    """A row of the data as an example."""
+    notes = (f"row {row:,}", f"id {name[:80]}", *([] if cluster is None else [f"cluster {cluster}"]))
+    return Example(head=f"IFD {ifd:.3f}" if np.isfinite(ifd) else "no IFD", notes=notes, turns=turns)
+
+
+def _read_embedded(path: Path, rows: int) -> EmbeddingTable | None:
     if not path.exists():
         return None
     from codeact.embedding.vectors import read_embeddings
@@ -197,6 +211,10 @@ def _read_map(path: Path, rows: int) -> Map | None:
     table = read_embeddings(path)
     if len(table.rows) and not 0 <= table.rows[-1] < rows:
         raise InputError(f"{path} and scores/scores.parquet are not of the same rows; run stage embed again")
+    return table
+
+
+def _plane(table: EmbeddingTable) -> Map | None:
     if len(table.rows) < 3:
         return None
     fitted = draw_positions(np.arange(len(table.rows)), _FITTED)

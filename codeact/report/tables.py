@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from codeact.base.console import counted, duration, if_known, percent, size
@@ -13,6 +14,22 @@ from codeact.report.data import Cost, Evaluations, PackFigures, RunRecord, Stage
 from codeact.report.rows import Rows
 
 _LINES = 40  # of a stage's summary
+_TASKS = 1_000  # of a list
+_FILES = {
+    "selected.jsonl": "the chosen rows as conversations",
+    "selected.rows.parquet": "of every row whether it was chosen, and why not",
+    "scores/scores.parquet": "the losses and the IFD of every row",
+    "scores/turns.parquet": "the same of every answer of a conversation",
+    "cleaned.rows.parquet": "what cleaning marked",
+    "embeddings.npy": "the vectors of the questions",
+    "pack_stats.json": "what each padding mode computes",
+    "model": "the trained model, with the log and the cost of its training",
+    "programs/*/*.jsonl": "what was generated",
+    "evaluation/*/*-sanitized.jsonl": "the programs in it",
+    "evaluation/*/*_eval.*": "their verdicts, with the test that failed",
+    "ledger.json": "rows and tokens of every stage",
+    "run.json": "settings, versions and times",
+}
 Cell = str | int | None
 
 
@@ -21,7 +38,8 @@ class Table:
     """``columns``: heads; ``numbers`` are set to the right, ``texts`` are never narrow.
 
     The first cell of a row is its name. ``bars``: for every row a share, 0 to 1, drawn in the cell of ``bar_column``.
-    ``marked``: a row to stress. ``folded``: under its caption until it is opened.
+    ``marked``: a row to stress. ``folded``: under its caption until it is opened. ``listed``: the page's script lets
+    one search and sort it. ``linked``: names are of files in the run's folder.
     """
 
     kind: ClassVar[str] = "table"
@@ -34,6 +52,8 @@ class Table:
     bar_column: int = 1
     marked: int | None = None
     folded: bool = False
+    listed: bool = False
+    linked: bool = False
 
 
 def ledger_table(ledger: Ledger) -> Table:
@@ -55,11 +75,12 @@ def _changes(changes: Iterable[Change], what: str) -> str | None:
     for change in changes:
         parts = [counted(change.rows, what.removesuffix("s"))] if change.rows else []
         parts += [counted(change.tokens, "token")] if change.tokens else []
-        texts += [f"{_reason(change.reason)}: {', '.join(parts)}"] if parts else []
+        texts += [f"{reason_name(change.reason)}: {', '.join(parts)}"] if parts else []
     return "\n".join(texts) or None
 
 
-def _reason(text: str) -> str:
+def reason_name(text: str) -> str:
+    """Why a row was lost, in words."""
     return text.replace("ifd_at_least_1", "IFD of 1 or more").replace("_", " ")
 
 
@@ -72,7 +93,7 @@ def fate_table(rows: Rows) -> Table:
         fates = [("chosen", int(rows.chosen.sum())), *rows.reasons.most_common()]
     shares = [number / max(1, total) for _, number in fates]
     body: list[list[Cell]] = [
-        [_reason(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)
+        [reason_name(name), number, percent(share)] for (name, number), share in zip(fates, shares, strict=True)
     ]
     caption = f"What became of the {counted(total, 'row')}.{rows.length and f' {rows.length}.'}"
     return Table(caption, ["fate", "rows", "share"], body, numbers=(1, 2), bars=shares, bar_column=2)
@@ -153,6 +174,26 @@ def pass_table(name: str, evaluations: Evaluations) -> Table:
     if not all(side.isolated for side in sides):
         caption += " The programs were run WITHOUT isolation."
     return Table(caption, ["tests", "before", "after", "change (points)"], body, numbers=(1, 2, 3))
+
+
+def task_table(name: str, evaluations: Evaluations) -> Table:
+    """Every task: how its first program ended before and after training, and why the last one failed."""
+    sides = [side.samples for side in evaluations if side is not None]
+    body: list[list[Cell]] = []
+    for task in list(dict.fromkeys(task for samples in sides for task in samples))[:_TASKS]:
+        firsts = [side and next(iter(side.samples.get(task, ())), None) for side in evaluations]
+        why = next((first.why() for first in firsts[::-1] if first), None)
+        body.append([task, *(first.outcome if first else None for first in firsts), why])
+    caption = f"Every task of {proper_name(name)}: how its program ended, and the first test that failed"
+    columns = ["task", "before", "after", "why it failed"]
+    return Table(caption, columns, body, texts=(3,), folded=True, listed=True)
+
+
+def file_table(folder: Path) -> Table:
+    """The files that a person may want to open."""
+    found = [[str(path.relative_to(folder)), _FILES[name]] for name in _FILES for path in sorted(folder.glob(name))]
+    caption = "The links lead to the files as long as this page lies in the run's folder."
+    return Table(caption, ["file", "what it holds"], found, texts=(1,), linked=True)
 
 
 def stage_table(record: RunRecord) -> Table:

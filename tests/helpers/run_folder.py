@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from codeact.data.settings import DataSettings
 from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
 from codeact.padding.stats import PackReport, pack_stats
 from codeact.scoring.table import SCHEMA
@@ -26,10 +27,11 @@ HOSTILE = (
     "]]><!-- --> <?php ?> <![CDATA[",
 )
 """What no page may take for anything but text."""
+TOPICS = ("Parse a date.", "Sort a list.", "Open a socket.")
 
 
 def make_run(folder: Path, rows: int = 60, clusters: int = 5, seed: int = 0) -> Path:
-    """Write a whole run; the hostile texts are among the hardest and the easiest chosen rows."""
+    """Write a whole run, and its data beside it; hostile texts are among the chosen rows shown, and all the others."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     refused = np.arange(rows) % 17 == 16
@@ -39,6 +41,7 @@ def make_run(folder: Path, rows: int = 60, clusters: int = 5, seed: int = 0) -> 
     prompt = rng.integers(5, 60, rows).astype(np.int32)
     answer = np.where(refused, 0, rng.lognormal(4.6, 0.8, rows).astype(np.int32) + 2).astype(np.int32)
     write_scores(folder / "scores" / "scores.parquet", refused, ifd, cond, uncond, prompt, answer)
+    _write_data(folder, refused)
     cluster = np.where(refused, -1, rng.integers(0, clusters, rows)).astype(np.int32)
     vectors = rng.normal(size=(clusters, 16))[cluster] + 0.4 * rng.normal(size=(rows, 16))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
@@ -100,6 +103,20 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def _write_data(folder: Path, refused: Any) -> None:
+    data = folder.with_name(f"{folder.name}-rows.jsonl")
+    with data.open("w") as file:
+        for row, empty in enumerate(refused.tolist()):
+            question = f"{TOPICS[row % len(TOPICS)]} {HOSTILE[row % len(HOSTILE)] or 'nothing'}"
+            answer = "" if empty else f"{HOSTILE[(row + 1) % len(HOSTILE)]} of row {row}"
+            line = json.dumps({"question": question, "answer": answer})
+            file.write(line.replace("\\ud83d,", ",") + "\n")  # no row with half a pair is ever scored
+    settings = DataSettings(source=str(data.resolve()))
+    known = {**settings.model_dump(), "rows": len(refused), "fingerprint": settings.open().fingerprint}
+    manifest = {"hash": "h", "settings": {"data": known, "shard_size": 10_000}}
+    write_json(folder / "scores" / "manifest.json", manifest)
+
+
 def _write_conversations(path: Path, chosen: Any, ifd: Any, cluster: Any) -> None:
     rows = np.flatnonzero(chosen)
     order = rows[np.argsort(ifd[rows])]
@@ -155,7 +172,12 @@ def _write_evaluation(folder: Path, solved: int) -> None:
         "tasks": 8,
         "pass_at": {"base": share, "plus": share},
         "outcomes": dict(sorted(outcomes.items())),
-        "samples": {f"HumanEval/{n}": [{"base": v, "plus": v}] for n, v in enumerate(verdicts)},
+        "samples": {
+            f"HumanEval/{n}": [
+                {"base": v, "plus": v, "message": f"<b>{v}", "input": f"f({n})", "solution": f"# {v}\n{HOSTILE[n]}"}
+            ]
+            for n, v in enumerate(verdicts)
+        },
     }
     write_json(folder / "humaneval-sanitized_eval.json", content)
 

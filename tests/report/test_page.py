@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ from codeact.base.console import percent, visible
 from codeact.base.errors import InputError, MissingExtraError
 from codeact.report.page import write_report
 from codeact.report.rows import Rows, draw_positions
+from codeact.report.texts import telling_words
 from tests.helpers.run_folder import HOSTILE, make_run, write_json, write_scores, write_selected
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -30,6 +34,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.code: list[str] = []
+        self.scripts: list[str] = []
         self.text = ""
         self._open: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
@@ -39,8 +44,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag == "code":
-            self.code.append("")
+        if tag in ("code", "script"):
+            (self.code if tag == "code" else self.scripts).append("")
         if tag not in VOID:
             self._open.append(tag)
 
@@ -51,6 +56,9 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if "script" in self._open:
+            self.scripts[-1] += data
+            return
         self.text += data
         if "code" in self._open:
             self.code[-1] += data
@@ -97,6 +105,90 @@ def test_every_section_is_filled_from_the_run(page: Page) -> None:
         assert expected in page.words, expected
 
 
+def test_every_cluster_is_told_by_its_words_and_its_most_central_question(folder: Path, page: Page) -> None:
+    rows = Rows(folder)
+    assert rows.cluster is not None
+    assert rows.embedded is not None
+    data = [json.loads(line) for line in (folder.parent / "run-rows.jsonl").read_text().splitlines()]
+    for label in range(5):
+        inside = np.flatnonzero(rows.cluster == label)
+        vectors = rows.embedded.vectors[[rows.embedded.rows.tolist().index(row) for row in inside]]
+        row = int(inside[np.linalg.norm(vectors - vectors.mean(axis=0), axis=1).argmin()])
+        shown = visible(" ".join(data[row]["question"][:100].split()))
+        assert re.search(rf"\n{label}\n{len(inside)}\n.*\n.*\n.*\n{re.escape(shown)}", page.text), (label, shown)
+
+
+def test_words_tell_what_a_group_has_and_others_have_not() -> None:
+    groups = [
+        ["Sort the list", "sort the SORTED list", "the list of 3 2"],
+        ["Open the socket", "the socket, the socket"],
+    ]
+    assert telling_words(groups) == [["list", "sort", "sorted"], ["socket", "open"]]
+    assert telling_words([["the same"], ["the same"]]) == [[], []]
+    assert telling_words([[""], ["one"]]) == [[], ["one"]]
+    assert telling_words(groups, most=1) == [["list"], ["socket"]]
+
+
+def test_rows_that_were_not_chosen_are_shown_with_the_reason(folder: Path, page: Page) -> None:
+    rows, text = Rows(folder), page.words
+    assert rows.chosen is not None
+    for reason, name in (("below_budget", "below budget"), ("ifd_at_least_1", "IFD of 1 or more")):
+        part = text[text.index(f"Not chosen: {name}") :]
+        left = np.flatnonzero(rows.fate == list(rows.reasons).index(reason))
+        assert not rows.chosen[left].any()
+        assert part.startswith(f"Not chosen: {name} Of {len(left)} such rows, those of highest IFD")
+        assert f"IFD {rows.ifd[left].max():.3f}row {left[rows.ifd[left].argmax()]}, " in part
+    assert "Not chosen: empty answer" in text
+    assert "no IFDrow 16, id 16" in text
+    listed = re.search(r"All 60\srows: what became of each.*?</table>", (folder / "report.html").read_text(), re.DOTALL)
+    assert listed is not None
+    assert listed[0].count("<tr") == 61
+    assert listed[0].count(">chosen</td>") == 24
+
+
+@pytest.mark.parametrize("how", ["gone", "changed", "no manifest"])
+def test_without_the_data_the_page_says_what_it_cannot_show(copy: Path, how: str) -> None:
+    manifest = copy / "scores" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    if how == "gone":
+        content["settings"]["data"]["source"] = "/nowhere/<b>.jsonl"
+    content["settings"]["data"]["fingerprint"] = "0" * 64
+    write_json(manifest, content)
+    if how == "no manifest":
+        manifest.unlink()
+    page = Page(write_report(copy))
+    assert "Not shown, for the rows cannot be read: " in page.words
+    assert ("/nowhere/<b>.jsonl" in page.text) == (how == "gone")
+    assert "--data" not in page.text
+    assert "Not chosen: " not in page.words
+    assert "figure-map" in [attributes["id"] for attributes in page.named("figure")]
+
+
+def test_what_was_generated_and_why_it_failed(page: Page) -> None:
+    text = page.words[page.words.index("Every task of HumanEval") :]
+    assert "HumanEval/7 exception time <b>time f(7)" in text
+    assert re.search(r"HumanEval/4 exception pass \N{EN DASH}", text)
+    shown = text[text.index("Programs that failed") :]
+    for outcome, task in (("wrong", 5), ("exception", 6), ("time", 7)):
+        assert f"{outcome}HumanEval/{task} program" in shown
+        assert visible(f"# {outcome}\n{HOSTILE[task]}")[:4000] in page.code
+        assert f"f({task})" in page.code
+
+
+def test_a_loss_measured_once_is_a_headline_too(copy: Path) -> None:
+    training = json.loads((copy / "model" / "training.json").read_text())
+    training["log"] = [entry for entry in training["log"] if entry["step"] != 0]
+    write_json(copy / "model" / "training.json", training)
+    assert "the held-out loss is 1.500;" in Page(write_report(copy)).words
+
+
+def test_links_lead_to_the_files_of_the_run(folder: Path, page: Page) -> None:
+    links = [unquote(a["href"] or "") for a in page.named("a") if not (a["href"] or "").startswith("#")]
+    assert all((folder / link).exists() for link in links)
+    expected = {"selected.jsonl", "scores/scores.parquet", "run.json", "ledger.json", "model"}
+    assert expected | {"evaluation/after/humaneval-sanitized_eval.json"} <= {link.removeprefix("./") for link in links}
+
+
 def test_the_captions_are_computed(folder: Path, page: Page) -> None:
     rows = Rows(folder)
     assert rows.chosen is not None
@@ -111,14 +203,20 @@ def test_the_captions_are_computed(folder: Path, page: Page) -> None:
         assert expected.replace("\xa0", " ") in page.words, expected
 
 
-def test_hostile_rows_stay_text(page: Page) -> None:
+def test_hostile_rows_stay_text(page: Page, folder: Path) -> None:
     """Every text is there to the letter, and no element or attribute is on the page that the template has not."""
-    assert not {"script", "iframe", "img", "b", "i", "object", "embed", "form", "base"} & {n for n, _ in page.elements}
+    assert not {"iframe", "img", "b", "i", "object", "embed", "form", "base"} & {n for n, _ in page.elements}
+    *data, script = page.scripts
+    assert script == (Path(__file__).parents[2] / "codeact" / "report" / "page.js").read_text()
+    assert len(data) == 5  # all plots but those of clusters, packs and outcomes
+    assert page.named("script") == [{"type": "application/json"}] * len(data) + [{}]
+    assert not any(set("<>&'") & set(text) for text in data)
     for name, attributes in page.elements:
         assert not [key for key in attributes if key.startswith("on")], name
         for key in ("href", "src", "xlink:href"):
             value = attributes.get(key)
-            assert value is None or value.startswith("#") or (name == "link" and value == "data:,")
+            known = value is None or value.startswith("#") or (name == "link" and value == "data:,")
+            assert known or (name == "a" and (folder / unquote(value or "")).resolve().is_relative_to(folder.resolve()))
     assert "(empty)" in page.text
     for text in filter(None, HOSTILE):
         assert visible(text)[:4000] in page.code, text[:40]
@@ -130,7 +228,10 @@ def test_hostile_rows_stay_text(page: Page) -> None:
 def test_the_page_loads_nothing_and_may_not(page: Page, folder: Path) -> None:
     policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
-    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+    digest = base64.b64encode(hashlib.sha256(page.scripts[-1].encode()).digest()).decode()
+    assert policy.startswith(
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    )
     source = (folder / "report.html").read_text()
     assert not re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z]", re.sub(r"&lt;.*", "", source))
     assert "@import" not in source
@@ -299,7 +400,9 @@ def test_all_the_same_embedding_has_no_map(copy: Path) -> None:
     metadata = EmbeddingMetadata(model="m", data_fingerprint="f", rows=60, skipped=0, truncated=0, tokens=0)
     vectors = np.tile(np.eye(4, dtype=np.float32)[0], (60, 1))
     write_embeddings(copy / "embeddings.npy", vectors, list(map(str, range(60))), np.arange(60), metadata)
-    assert Page(write_report(copy)).text.count("Not run: stage embed") == 1
+    page = Page(write_report(copy))
+    assert "figure-map" not in [attributes["id"] for attributes in page.named("figure")]
+    assert "What every cluster is about" in page.words
 
 
 def test_a_sample_is_the_same_every_time_and_sorted() -> None:
