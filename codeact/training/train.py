@@ -74,7 +74,7 @@ def _train(settings: TrainSettings) -> TrainResult:
     peak = "measure" if arguments.device.type == "cpu" else "auto"
     monitor = CostMonitor(model, arguments.output_dir, peak_flops=peak)
     cached = model.config.use_cache
-    trainer = _CardTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
+    trainer = CardTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Shown(bar=not arguments.disable_tqdm))
@@ -213,7 +213,7 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
 
 
-class _CardTrainer(PackTrainer):
+class CardTrainer(PackTrainer):
     """Leaves the model card to ``write_result``; what the hub refuses is one line."""
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
