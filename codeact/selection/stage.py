@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codeact.base.cards import figures_table, hub_name, public_name, settings_block, write_card, written_by
 from codeact.base.errors import InputError
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import decisive
@@ -41,7 +42,7 @@ def select_rows(
     form: str = "messages",
     marks: str | Path | None = None,
 ) -> Selection:
-    """Choose rows and write them as conversations to ``output``, and ``NAME.rows.parquet`` beside it.
+    """Choose rows and write them as conversations to ``output``; beside it ``NAME.rows.parquet`` and a data card.
 
     Args:
         scores: a merged score folder.
@@ -95,7 +96,52 @@ def select_rows(
     with locked_folder(Path(output).parent, wait=True):  # or the two files could be of two processes
         write_selection(output, records, table, selection, labels, form)
         write_audit(output, table, selection, labels)
+        write_data_card(Path(output), folder, selection, settings)
     return selection
+
+
+def write_data_card(output: Path, folder: ScoreFolder, selection: Selection, settings: SelectSettings) -> bool:
+    """Write README.md beside the chosen rows: what was chosen from what, and how; returns whether it was written.
+
+    One that codeact did not write stays. A licence is not named: it is that of the source, and the user's to say.
+    """
+    source, model = folder.settings["data"]["source"], folder.settings.get("model", {}).get("name")
+    chosen = len(selection.positions)
+    size = next((name for most, name in _SIZES if chosen < most), "n>1M")
+    on_hub = hub_name(source)
+    metadata = {
+        "task_categories": ["text-generation"],
+        "size_categories": [size],
+        "source_datasets": [on_hub] if on_hub else None,
+        "tags": ["codeact", "instruction-tuning", "data-selection"],
+        "configs": [{"config_name": "default", "data_files": output.name}],
+    }
+    reasons = Counter(reason for reason in selection.reasons if reason)
+    lines = [*selection_lines(selection, settings), *((f"not chosen: {key}", f"{n:,}") for key, n in reasons.items())]
+    said = {
+        key: value for key, value in settings.model_dump().items() if value != SelectSettings.model_fields[key].default
+    }
+    return write_card(
+        output.parent,
+        metadata,
+        [
+            f"# {output.name}",
+            f"{chosen:,} of {selection.rows_in:,} rows of `{public_name(source)}`, as conversations, chosen by "
+            f"`{settings.strategy}`"
+            + (f" on the scores of `{public_name(model)}`. " if model else ". ")
+            + written_by("select"),
+            figures_table(lines),
+            "## Settings",
+            "What is not said is at its default.",
+            settings_block({"strategy": settings.strategy, **said}),
+            "## License",
+            "Not said: it is that of the source. Say it as `license:` above.",
+        ],
+    )
+
+
+_SIZES = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+"""The hub's names of sizes, each up to so many rows."""
 
 
 def read_scores(folder: ScoreFolder, difficulties: Collection[str]) -> pa.Table:

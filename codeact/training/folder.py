@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import transformers
 
+from codeact.base.cards import card_metadata, figures_table, hub_name, settings_block, write_card, written_by
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.parsing import parse_json, read_json
 from codeact.data.sources import absolute_name
 from codeact.training.data import TrainingData, token_count
-from codeact.training.flags import TrainSettings
+from codeact.training.flags import TrainSettings, flag_parser
 
 # Of Trainer's arguments those that decide what the weights become; a checkpoint made under others is of another run.
 _DECISIVE = (
@@ -148,7 +149,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 def write_result(
     settings: TrainSettings, data: TrainingData, result: TrainResult | None, log: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Write ``training.json``: the settings, what was trained on, and what it came to (None: not yet)."""
+    """Write ``training.json``: the settings, what was trained on, and what it came to (None: not yet); a card."""
     content = {
         "settings": _decisive(settings, data),
         "conversations": dataclasses.asdict(data.counts),
@@ -165,3 +166,64 @@ def write_result(
     }
     with atomic_path(Path(settings.trainer.output_dir) / "training.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if result is not None:
+        _write_model_card(settings, data, result)
+
+
+def _write_model_card(settings: TrainSettings, data: TrainingData, result: TrainResult) -> None:
+    """Write the README.md of what was trained, and of the merged model: the settings, and what it came to.
+
+    A licence is not named: it follows from those of the model and the data, and is the user's to say.
+    """
+    model, wanted = settings.model, settings.data
+    rows = Path(wanted.data_path or "")
+    source = hub_name(wanted.data_path)
+    counts, held_out = data.counts, result.held_out_loss_after is not None
+    metadata = {
+        "base_model": hub_name(model.model_name_or_path),
+        "datasets": [source] if source else card_metadata(rows.parent).get("source_datasets"),
+        "pipeline_tag": "text-generation",
+        "tags": ["codeact", "instruction-tuning", *["lora"] * model.lora],
+        "metrics": ["loss"] if held_out else None,
+    }
+    lines = [
+        ("conversations", f"{counts.rows:,}, of which {len(data.samples):,} were trained on"),
+        ("tokens", f"{token_count(data.samples):,}"),
+        ("steps", f"{result.steps:,}"),
+        ("training loss", f"{result.train_loss:.4f}"),
+    ]
+    if held_out:
+        before = result.held_out_loss_before
+        lines.append(("held-out conversations", f"{len(data.held_out):,}"))
+        lines += [] if before is None else [("held-out loss before", f"{before:.4f}")]
+        lines.append(("held-out loss", f"{result.held_out_loss_after:.4f}"))
+    what = "Low-rank adapters (LoRA) for" if model.lora else "A fine-tune of"
+    base = Path(model.model_name_or_path or "").expanduser()
+    parts = [
+        f"# {result.output.resolve().name}",
+        f"{what} `{hub_name(model.model_name_or_path) or base.resolve().name}`, trained on `{source or rows.name}`. "
+        f"{written_by('train')}",
+        figures_table(lines),
+        "Losses are means over tokens of answers, in nats; `training.json` has them by step, `cost.json` the costs.",
+        "## Settings",
+        "`codeact train FILE.yaml --output_dir DIR` with this file trains the same again; what it does not say is at "
+        "its default.",
+        settings_block(_told_flags(settings)),
+        "## License",
+        "Not said: it follows from those of the base model and the data. Say it as `license:` above.",
+    ]
+    folders = {result.output: "peft" if model.lora else "transformers"}
+    folders |= {result.output / "merged": "transformers"} if model.merge else {}
+    for folder, library in folders.items():
+        relation = None if metadata["base_model"] is None else "adapter" if library == "peft" else "finetune"
+        more = {"library_name": library, "base_model_relation": relation}
+        write_card(folder, {**metadata, **more}, parts)
+
+
+def _told_flags(settings: TrainSettings) -> dict[str, Any]:
+    """Flags that decide the weights and are not at their defaults. Never all: a token for the hub is one, too."""
+    parts = (settings.model, settings.data, settings.packs)
+    values = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+    values |= {name: getattr(settings.trainer, name) for name in _DECISIVE if name != "world_size"}
+    plain = parse_json(json.dumps(values, default=str))
+    return {name: value for name, value in plain.items() if value != flag_parser().get_default(name)}

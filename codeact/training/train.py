@@ -4,6 +4,7 @@ output_dir/     the model (or its adapters) and the tokenizer, as `from_pretrain
   merged/       the full model, after --merge
   cost.json     tokens, padding, time, memory of every step
   training.json the settings, counts of the conversations, losses, and under "log" the loss by step
+  README.md     a model card, unless one of the user's is there
   checkpoint-N/ what a killed run goes on from when the same command is given again
 """
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set
 
 from codeact.base.console import Progress, aligned
 from codeact.base.devices import resolve_dtype
+from codeact.base.errors import InputError
 from codeact.base.files import locked_folder
 from codeact.base.machine import GIB, free_memory
 from codeact.models.adapters import add_lora, merge_adapters, quantization_config
@@ -72,7 +74,7 @@ def _train(settings: TrainSettings) -> TrainResult:
     peak = "measure" if arguments.device.type == "cpu" else "auto"
     monitor = CostMonitor(model, arguments.output_dir, peak_flops=peak)
     cached = model.config.use_cache
-    trainer = PackTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
+    trainer = CardTrainer(model, data.samples, arguments, settings.packs, monitor=monitor, **options)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Shown(bar=not arguments.disable_tqdm))
@@ -97,7 +99,7 @@ def _train(settings: TrainSettings) -> TrainResult:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     output = Path(arguments.output_dir)
     with written_to(output):
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is whole
         if settings.model.lora and arguments.should_save:
             model.generation_config.save_pretrained(output)
             if settings.model.merge:
@@ -112,6 +114,8 @@ def _train(settings: TrainSettings) -> TrainResult:
     )
     if arguments.should_save:
         write_result(settings, data, result, trainer.state.log_history)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
     _say(arguments, aligned(_result_lines(settings, result)))
     return result
 
@@ -129,6 +133,7 @@ def _model(settings: TrainSettings) -> tuple[Any, ModelFacts | None]:
     if wanted.lora:
         sizes = (wanted.lora_r, wanted.lora_alpha, wanted.lora_dropout, wanted.lora_target_modules)
         model = add_lora(model, *sizes, bool(arguments.activation_checkpointing))
+        model.create_or_update_model_card = lambda folder: None  # peft's, which would also change one of the user's
     return model, facts
 
 
@@ -208,6 +213,32 @@ def _held_out_losses(trainer: PackTrainer) -> tuple[float | None, float]:
     logged = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     last = logged.get(trainer.state.global_step)
     return logged.get(0), float(trainer.evaluate()["eval_loss"] if last is None else last)
+
+
+class CardTrainer(PackTrainer):
+    """Leaves the model card to ``write_result``; what the hub refuses is one line."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Trainer's own would take the place of any other."""
+
+    def init_hf_repo(self, *arguments: Any, **more: Any) -> None:
+        """Make the repository, before the first step."""
+        with _hub("nothing was trained yet"):
+            super().init_hf_repo(*arguments, **more)
+
+    def push_to_hub(self, *arguments: Any, **more: Any) -> Any:
+        """Upload the folder."""
+        with _hub(f"what was trained is in {self.args.output_dir}"):
+            return super().push_to_hub(*arguments, **more)
+
+
+@contextmanager
+def _hub(state: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # no token, no network, refused: a class of its own in every library below
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--push_to_hub True: {reason}; log in with: hf auth login; {state}") from None
 
 
 class _Shown(TrainerCallback):  # type: ignore[misc]

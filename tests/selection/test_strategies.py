@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -520,6 +522,31 @@ def test_the_command_takes_them_all_and_the_audit_says_why(scored, tmp_path, cod
     for one, other in zip(rows[::2], rows[1::2], strict=True):
         lost = max(one, other, key=lambda row: row["score"])  # the loss: the likelier answer of a question stays
         assert lost["reason"] == "same_question"
+
+
+def test_a_data_card_says_what_was_chosen_of_what(scored, tmp_path, codeact):
+    _, scores, embeddings = scored
+    output = tmp_path / "out" / "chosen.jsonl"
+    common = ("select", "--scores", scores, "--embeddings", embeddings, "--clusters", 3, "--output", output)
+    assert codeact(*common, "--budget-rows", 10, "--seed", 7)[0] == 0
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict() == {
+        "task_categories": ["text-generation"],
+        "size_categories": ["n<1K"],
+        "tags": ["codeact", "instruction-tuning", "data-selection"],
+        "configs": [{"config_name": "default", "data_files": "chosen.jsonl"}],
+    }
+    assert "10 of 40 rows of" in card.text
+    assert yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0]) == {
+        "strategy": "cdas", "budget_rows": 10, "clusters": 3, "seed": 7,
+    }  # fmt: skip
+    below = pq.read_table(tmp_path / "out" / "chosen.rows.parquet")["reason"].to_pylist().count("below_budget")
+    assert f"| not chosen: below_budget | {below} |" in card.text
+    assert str(tmp_path) not in card.text
+
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    assert codeact(*common, "--budget-rows", 10)[0] == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
 
 
 def test_the_ledger_counts_every_reason_and_failed_scores_of_the_papers_protocol(scored, tmp_path, codeact):

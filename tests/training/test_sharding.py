@@ -182,7 +182,7 @@ def run_fsdp_rank(work: Path) -> None:
 
     seen = {}
 
-    class Sharded(training.PackTrainer):
+    class Sharded(training.CardTrainer):
         def __init__(self, *arguments, **more):
             super().__init__(*arguments, **more)
             plugin = FullyShardedDataParallelPlugin()
@@ -199,7 +199,7 @@ def run_fsdp_rank(work: Path) -> None:
             seen["local_share"] = local / sum(parameter.numel() for parameter in parameters)
             return loss
 
-    training.PackTrainer = Sharded  # type: ignore[misc]
+    training.CardTrainer = Sharded  # type: ignore[misc]
     AcceleratorState._reset_state()
     result = training.train_from_settings(settings)
     if os.environ["RANK"] == "0":

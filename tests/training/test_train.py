@@ -125,9 +125,9 @@ def stop_at(monkeypatch, step):
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    real = training.PackTrainer
-    monkeypatch.setattr(training, "PackTrainer", lambda *a, **k: real(*a, **k, callbacks=[Stop()]))
-    return lambda: monkeypatch.setattr(training, "PackTrainer", real)
+    real = training.CardTrainer
+    monkeypatch.setattr(training, "CardTrainer", lambda *a, **k: real(*a, **k, callbacks=[Stop()]))
+    return lambda: monkeypatch.setattr(training, "CardTrainer", real)
 
 
 @pytest.mark.parametrize("adapters", [(), ("--lora", "True", "--lora_dropout", 0.2)], ids=["full", "lora"])
@@ -149,7 +149,7 @@ def test_the_same_command_after_a_kill_ends_where_an_unbroken_run_does(
     assert "checkpoint-4" in text
     assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     # Done already: nothing is trained again, and the files stay.
-    monkeypatch.setattr(training, "PackTrainer", None)
+    monkeypatch.setattr(training, "CardTrainer", None)
     code, text, err = train("--output_dir", tmp_path / "parts", *options)
     assert code == 0, err
     assert "done already" in text
