@@ -95,16 +95,7 @@ def _train(settings: TrainSettings) -> TrainResult:
 
     model.config.use_cache = cached
     _stop_where_answers_end(model, data.samples)
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    output = Path(arguments.output_dir)
-    with written_to(output):
-        trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is whole
-        if settings.model.lora and arguments.should_save:
-            model.generation_config.save_pretrained(output)
-            if settings.model.merge:
-                base, dtype = settings.model.model_name_or_path or "", _weight_dtype(settings)
-                merge_adapters(base, output, output / "merged", dtype)
+    output = _save(settings, trainer, model)
     result = TrainResult(
         output=output,
         steps=trainer.state.global_step,
@@ -118,6 +109,21 @@ def _train(settings: TrainSettings) -> TrainResult:
         trainer.push_to_hub()
     _say(arguments, aligned(_result_lines(settings, result)))
     return result
+
+
+def _save(settings: TrainSettings, trainer: CardTrainer, model: Any) -> Path:
+    """Write the model, or its adapters and what comes of merging them, to the output folder."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    output = Path(settings.trainer.output_dir)
+    with written_to(output):
+        trainer.save_model(_internal_call=True)  # what is pushed is the whole folder, when it is whole
+        if settings.model.lora and settings.trainer.should_save:
+            model.generation_config.save_pretrained(output)
+            if settings.model.merge:
+                base, dtype = settings.model.model_name_or_path or "", _weight_dtype(settings)
+                merge_adapters(base, output, output / "merged", dtype)
+    return output
 
 
 # -------------------------------------------------------------------------------------------------------------- model
