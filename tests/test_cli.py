@@ -350,7 +350,7 @@ def test_chosen_rows_and_their_audit_get_their_names_under_one_lock(
         "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
     )
     assert code == 0, err
-    assert named == ["o.jsonl", "o.rows.parquet"]
+    assert named == ["o.jsonl", "o.rows.parquet", "README.md"]
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_all_rows_refused_is_an_exit_code(codeact, all_refused, tiny_model_path,
         "select", "--scores", tmp_path / "s", "--strategy", "random", "--output", tmp_path / "o.jsonl"
     )
     assert code == 2
-    assert "none can be chosen" in err
+    assert "can be chosen by strategy random (1 empty_answer, 1 empty_question" in err
     assert not (tmp_path / "o.jsonl").exists()
 
 

@@ -43,7 +43,7 @@ from codeact.data.sources import (
     open_memory,
     refusal,
     refuse_missing_path,
-    require,
+    require_columns,
     show,
 )
 
@@ -113,7 +113,7 @@ class RecordSet:
         for part, start in filled:
             if start == 0 or part.uniform or len(samples[start]) == _SAMPLE:  # what a few rows lack, others may have
                 there = list(dict.fromkeys(name for raw in samples[start] for name in raw))
-                require(self.columns.required(columns), there, f"{self.source}: {self._where(start)} and after")
+                require_columns(self.columns.required(columns), there, f"{self.source}: {self._where(start)} and after")
         self._consumed = frozenset(self.columns.names())
         read, unused = self.columns.told(seen)
         self.reading = f"{self.source}: {len(self):,} row{'s' * (len(self) > 1)}, read as {read}"

@@ -697,7 +697,7 @@ def absolute_name(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def require(columns: Sequence[str], seen: Sequence[str], where: str) -> None:
+def require_columns(columns: Sequence[str], seen: Sequence[str], where: str) -> None:
     """Refuse a column that is not there, naming those that are, the closest first."""
     for column in columns:
         if column not in seen:

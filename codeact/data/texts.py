@@ -17,7 +17,7 @@ from codeact.data.sources import (
     open_local,
     refusal,
     refuse_missing_path,
-    require,
+    require_columns,
     show,
 )
 
@@ -44,7 +44,7 @@ def read_texts(
             for index, raw in enumerate(chain.from_iterable(_blocks(part))):
                 if isinstance(raw, RowError):
                     raise refusal(f"{part.where(index)}: {raw.text}")
-                require([column], list(raw), part.where(index))
+                require_columns([column], list(raw), part.where(index))
                 if not isinstance(raw[column], str):
                     raise refusal(f"{part.where(index)}: column {show(column)} is {kind(raw[column])}, not text")
                 yield raw[column]

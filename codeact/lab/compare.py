@@ -18,7 +18,7 @@ _Cells = Sequence[Sequence[str]]
 FACTS = ("rows", "tokens", "trained_on_tokens", "steps")
 HEAD = ("arm", "seeds", "rows", "tokens", "trained on", "steps", "loss a token", "a row", "short", "middle", "long",
         "to random, a token", "a row")  # fmt: skip
-TASKS = ("solutions, a token", "to random", "passed", "to random")
+TASK_HEAD = ("solutions, a token", "to random", "passed", "to random")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def compare(
             shown = [*(f"{value:,.0f}" for value in facts), *(f"{value:.3f}" for value in level)]
             body.append([name, seeds, *shown, *map(str, pair or ("", "")), *_on_tasks(found, random)])
             rows.append([name, *(f"{mean[kind].sum() / sizes[kind].sum():.3f}" for kind in kinds)])
-        tables[budget] = [[*HEAD, *TASKS][: len(body[0])], *body]
+        tables[budget] = [[*HEAD, *TASK_HEAD][: len(body[0])], *body]
         by_cluster[budget] = [["arm", *(f"{labels[kind[0]]} ({len(kind)} rows)" for kind in kinds)], *rows]
         sentences.append(_sentence(budget, verdicts))
     return Comparison(

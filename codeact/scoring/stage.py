@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from codeact.scoring.folder import ScoreFolder
     from codeact.scoring.ifd import IfdScorer
 
-SCORES_FOLDER, TABLE, TURNS = "scores", "scores/scores.parquet", "scores/turns.parquet"
+SCORES_FOLDER, TABLE, TURN_TABLE = "scores", "scores/scores.parquet", "scores/turns.parquet"
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -480,7 +480,7 @@ class Score(Stage):
             return
         from codeact.data.tables import read_table
 
-        answers = read_table(output / TURNS, "score again", columns=["status", "answer_tokens", "ifd"])
+        answers = read_table(output / TURN_TABLE, "score again", columns=["status", "answer_tokens", "ifd"])
         status, tokens = np.asarray(answers["status"]), np.asarray(answers["answer_tokens"], np.int64)
         scored = np.asarray(pc.is_valid(answers["ifd"]))
         others = {name: status == name for name in sorted({*status} - {"ok"})}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from codeact.base.errors import InputError
+from codeact.training import rehearsal
 from codeact.training import train as training
 from codeact.training.flags import check_flags, parse
 from tests.helpers.flash_kernels import KERNELS, Kernels
@@ -35,8 +36,10 @@ def kernels(request, monkeypatch) -> Kernels:
 
 
 @pytest.fixture
-def run(selected, even_model_path, tmp_path):
+def run(selected, even_model_path, tmp_path, monkeypatch):
     """Train with flags, into a folder of that name; returns what training.json holds."""
+    # Before it trains, a tiny model in float32 tries the flags: its calls of the kernels are not those of the training.
+    monkeypatch.setattr(rehearsal, "_failure", lambda *_, **__: None)
 
     def run(flags: str, name: str = "out") -> dict:
         given = ["--model_name_or_path", str(even_model_path), "--data_path", str(selected), *COMMON]
