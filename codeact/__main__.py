@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from codeact.base.machine import limit_threads
+from codeact.base.machine import limit_threads, name_user
 from codeact.base.stopping import end_as_stopped, heed_sigterm
 
 EXTRAS = {
-    **dict.fromkeys(("score", "merge", "pack-stats"), "score"),
+    **dict.fromkeys(("score", "merge", "pack", "pack-stats", "ppl"), "score"),
     **dict.fromkeys(("embed", "select"), "select"),
     "clean": "clean",
     "train": "train",
-    **dict.fromkeys(("generate", "sanitize", "evaluate"), "eval"),
+    **dict.fromkeys(("generate", "sanitize", "evaluate", "verify"), "eval"),
     "report": "report",
-    "run": "all",
+    **dict.fromkeys(("run", "lab"), "all"),
     "demo": "demo",
 }
 """A command and the extra that has what it needs."""
@@ -35,6 +35,7 @@ def main() -> None:
 
 def _main() -> None:
     limit_threads()  # here, as OpenMP reads its number when NumPy or PyTorch load, and the command line loads NumPy
+    name_user()
     if sys.argv[1:] in (["doctor"], ["doctor", "--json"]):
         from codeact.doctor.examine import run
 

@@ -5,6 +5,7 @@ The one place that asks. Importing it imports the standard library only.
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import math
 import os
@@ -205,6 +206,14 @@ def limit_threads() -> int:
         if (torch := sys.modules.get("torch")) is not None:
             torch.set_num_threads(min(count, torch.get_num_threads()))
     return count
+
+
+def name_user() -> None:
+    """Call a user whom the system has no name for by the number: some releases of PyTorch ask as they are imported."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container may run as any number
+        os.environ.setdefault("LOGNAME", str(os.getuid()))
 
 
 def cpu_name() -> str:

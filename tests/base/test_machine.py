@@ -217,3 +217,17 @@ def test_versions_name_what_is_installed():
     assert found["python"] == sys.version.split()[0]
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert machine.cpu_name()
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no username")])  # Python to 3.12, and since
+def test_a_user_whom_the_system_does_not_know_gets_a_name(monkeypatch, error):
+    def unknown():
+        raise error
+
+    monkeypatch.setattr(machine.getpass, "getuser", unknown)
+    monkeypatch.delenv("LOGNAME", raising=False)
+    machine.name_user()
+    assert os.environ["LOGNAME"] == str(os.getuid())
+    monkeypatch.setenv("LOGNAME", "ada")
+    machine.name_user()
+    assert os.environ["LOGNAME"] == "ada"
