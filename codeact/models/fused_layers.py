@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -25,23 +26,25 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     activation, weights of 1 + w, rotary embedding of a part of a head) stays as it is.
     """
     changed: list[nn.Module] = []
-    rotaries: dict[str, Any] = {}
+    rotaries: dict[types.ModuleType, Any] = {}
     try:
         for module in model.modules():
             forward = None if "forward" in module.__dict__ else _norm(module) or _mlp(module)
             if forward is not None:
                 setattr(module, "forward", forward)  # noqa: B010 - of this one module
                 changed.append(module)
-            home = sys.modules.get(type(module).__module__)
-            if home is not None and home.__name__ not in rotaries and _rotates_plainly(home):
-                rotaries[home.__name__] = getattr(home, _ROTARY)
-                setattr(home, _ROTARY, _fused_rotary(rotaries[home.__name__]))
+        names = {type(module).__module__ for module in model.modules()}
+        for home in (sys.modules[name] for name in names & sys.modules.keys()):
+            plain = getattr(home, _ROTARY, None)
+            if plain is not None and _rotates_plainly(plain):
+                rotaries[home] = plain
+                setattr(home, _ROTARY, _fused_rotary(plain))
         yield
     finally:
         for module in changed:
             del module.__dict__["forward"]
-        for name, plain in rotaries.items():
-            setattr(sys.modules[name], _ROTARY, plain)
+        for home, plain in rotaries.items():
+            setattr(home, _ROTARY, plain)
 
 
 def _agree(plain: Callable[[], Any], fused: Callable[[], Any], tolerance: float) -> bool:
@@ -104,10 +107,10 @@ def _fused_rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _rotates_plainly(home: types.ModuleType) -> bool:
-    """Whether a module's function for rotary embeddings is that of Llama."""
-    plain = getattr(home, _ROTARY, None)
-    if plain is None or list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
+@functools.cache
+def _rotates_plainly(plain: Callable[..., Any]) -> bool:
+    """Whether a function for rotary embeddings is that of Llama."""
+    if list(inspect.signature(plain).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     random = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(shape, generator=random) for shape in ((1, 3, 5, 8), (1, 1, 5, 8), *[(1, 5, 8)] * 2))
@@ -116,9 +119,11 @@ def _rotates_plainly(home: types.ModuleType) -> bool:
 
 def _same(module: nn.Module, fused: Callable[[Tensor], Tensor], like: Tensor, width: int) -> bool:
     """Whether a module and its replacement give the same for random rows, but for the order of sums; tried once."""
+    if not fusable(like.detach()):
+        return False
     known = module.__dict__.setdefault("_codeact_fusable", {})
-    if fusable(like.detach()) and like.dtype not in known:
+    if like.dtype not in known:
         random = torch.Generator().manual_seed(0)
         x = torch.randn(1, 4, width, generator=random).to(like.dtype)
         known[like.dtype] = _agree(lambda: [module(x)], lambda: [fused(x)], 4 * torch.finfo(like.dtype).eps)
-    return bool(known.get(like.dtype, False)) and fusable(like.detach())
+    return bool(known[like.dtype])

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "common/parallel.hpp"
+#include "common/sizes.hpp"
 #include "simd/instruction_sets.hpp"
 #include "simd/kernels.inc.hpp"
 
@@ -25,9 +26,6 @@ constexpr float kCancelled = 1e-3F;  // of |x|^2 + |c|^2: a smaller squared dist
 constexpr double kAlike = 1 - 1e-6;  // two runs often end in the same clusters under other numbers
 constexpr std::int64_t kLine = 16;   // floats of a line of the cache
 constexpr std::int64_t kSums = 16;   // of a sum of products, so that they go side by side
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 inline void prefetch(const float* at) {
 #if defined(__GNUC__)

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/parallel.hpp"
+#include "common/sizes.hpp"
 #include "simd/kernels.inc.hpp"
 
 namespace codeact {
@@ -21,7 +22,7 @@ template <class Work>  // work(row)
 void each_row(std::int64_t rows, std::int64_t columns, int threads, const Work& work) {
   // An element takes about as long as 16 multiplications of a product.
   const double effort = 16.0 * static_cast<double>(rows) * static_cast<double>(columns);
-  share(worthwhile_threads(effort, threads), (rows + kBlock - 1) / kBlock, [&](int, std::int64_t block) {
+  share(worthwhile_threads(effort, threads), ceil_div(rows, kBlock), [&](int, std::int64_t block) {
     for (std::int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); ++row) work(row);
   });
 }

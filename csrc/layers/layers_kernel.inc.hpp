@@ -10,15 +10,6 @@ namespace {
 
 inline Isa::Vec rounded(Isa::Vec x, bool bfloat16) { return bfloat16 ? Isa::round_bfloat16(x) : x; }
 
-// As many elements as a vector has, from `at` on; the last ones of a row are stored one by one.
-inline void store_row_floats(Isa::Vec x, unsigned char* row, std::int64_t at, std::int64_t columns, bool bfloat16) {
-  if (at + kLanes <= columns && bfloat16) return Isa::store_bfloat16(row + at * 2, x);
-  if (at + kLanes <= columns) return Isa::store(reinterpret_cast<float*>(row) + at, x);
-  alignas(64) float values[kLanes];
-  Isa::store(values, x);
-  store_elements(values, columns - at, bfloat16, row + at * (bfloat16 ? 2 : 4));
-}
-
 void normalize_row(const unsigned char* row, const unsigned char* weight, std::int64_t columns, bool bfloat16,
                    float epsilon, unsigned char* target) {
   Isa::Vec sums = Isa::broadcast(0.0F);

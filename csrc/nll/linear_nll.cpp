@@ -8,6 +8,7 @@
 
 #include "common/large_array.hpp"
 #include "common/parallel.hpp"
+#include "common/sizes.hpp"
 #include "simd/kernels.inc.hpp"
 
 // The logits are a matrix product, made one small rectangle after another and used up on the spot: a rectangle stays in
@@ -28,8 +29,6 @@ constexpr std::int64_t kBlockBytes = std::int64_t{8} << 20;
 constexpr std::int64_t kMostBlockRows = 4096;  // the sums of these rows lie in a core's cache as well
 constexpr std::int64_t kGroupBytes = std::int64_t{256} << 10;
 constexpr std::int64_t kMostParts = 64;  // enough to share among threads, few to merge
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // What one thread works in.
 struct Scratch {
@@ -86,8 +85,6 @@ class Solver {
   }
 
  private:
-  static std::size_t as_size(std::int64_t value) { return static_cast<std::size_t>(value); }
-
   void pack_tile(std::int64_t first, std::int64_t rows, std::int64_t tile) {
     for (int place = 0; place < k_.tile_rows; ++place) {
       const std::int64_t row = tile * k_.tile_rows + place;

@@ -6,8 +6,6 @@
 namespace codeact {
 namespace {
 
-constexpr int kStored = 4;  // vectors that are rounded and stored at once
-
 // As many logits as a vector has, from `first` on; -infinity past the end of the row.
 inline Isa::Vec finished_logits(const LogitsRow& row, std::int64_t first) {
   Isa::Vec z = row_floats(row.data, first, row.columns, row.bfloat16);
@@ -51,28 +49,21 @@ RowTotal total_row(const LogitsRow& row) {
 void slope_row(const LogitsRow& row, const RowTotal& total, float scale) {
   const Isa::Vec share = Isa::broadcast(1.0F / total.sum);
   const Isa::Vec factor = Isa::broadcast(scale);
-  alignas(64) float slopes[kStored * kLanes];
-  for (std::int64_t first = 0; first < row.columns; first += kStored * kLanes) {
-    const std::int64_t left = row.columns - first;
-    for (int v = 0; v < kStored && v * kLanes < left; ++v) {
-      const std::int64_t at = first + v * kLanes;
-      const Isa::Vec z = finished_logits(row, at);
-      const Isa::Vec below = Isa::subtract(z, Isa::broadcast(total.largest));
-      Isa::Vec slope = Isa::multiply(exp2(Isa::multiply(below, Isa::broadcast(kLog2e))), share);
-      if (static_cast<std::uint64_t>(row.target - at) < static_cast<std::uint64_t>(kLanes)) [[unlikely]] {
-        float* place = slopes + v * kLanes;
-        Isa::store(place, slope);
-        place[row.target - at] -= 1.0F;
-        slope = Isa::load(place);
-      }
-      if (row.softcap != 0) {  // d tanh = 1 - tanh^2, and the logits are softcap * tanh
-        const Isa::Vec tanh = Isa::divide(z, Isa::broadcast(row.softcap));
-        slope = Isa::multiply(slope, Isa::subtract(Isa::broadcast(1.0F), Isa::multiply(tanh, tanh)));
-      }
-      Isa::store(slopes + v * kLanes, Isa::multiply(slope, factor));
+  for (std::int64_t at = 0; at < row.columns; at += kLanes) {
+    const Isa::Vec z = finished_logits(row, at);
+    const Isa::Vec below = Isa::subtract(z, Isa::broadcast(total.largest));
+    Isa::Vec slope = Isa::multiply(exp2(Isa::multiply(below, Isa::broadcast(kLog2e))), share);
+    if (static_cast<std::uint64_t>(row.target - at) < static_cast<std::uint64_t>(kLanes)) [[unlikely]] {
+      alignas(64) float values[kLanes];
+      Isa::store(values, slope);
+      values[row.target - at] -= 1.0F;
+      slope = Isa::load(values);
     }
-    const std::int64_t count = left < kStored * kLanes ? left : kStored * kLanes;
-    store_elements(slopes, count, row.bfloat16, row.data + first * (row.bfloat16 ? 2 : 4));
+    if (row.softcap != 0) {  // d tanh = 1 - tanh^2, and the logits are softcap * tanh
+      const Isa::Vec tanh = Isa::divide(z, Isa::broadcast(row.softcap));
+      slope = Isa::multiply(slope, Isa::subtract(Isa::broadcast(1.0F), Isa::multiply(tanh, tanh)));
+    }
+    store_row_floats(Isa::multiply(slope, factor), row.data, at, row.columns, row.bfloat16);
   }
 }
 

@@ -79,6 +79,15 @@ void store_elements(const float* values, std::int64_t count, bool bfloat16, unsi
   }
 }
 
+// As many elements as a vector has, from `at` on; the last ones of a row are stored one by one.
+inline void store_row_floats(Isa::Vec x, unsigned char* row, std::int64_t at, std::int64_t columns, bool bfloat16) {
+  if (at + kLanes <= columns && bfloat16) return Isa::store_bfloat16(row + at * 2, x);
+  if (at + kLanes <= columns) return Isa::store(reinterpret_cast<float*>(row) + at, x);
+  alignas(64) float values[kLanes];
+  Isa::store(values, x);
+  store_elements(values, columns - at, bfloat16, row + at * (bfloat16 ? 2 : 4));
+}
+
 void pack_row(const unsigned char* row, std::int64_t columns, bool bfloat16, int place, std::uint32_t* tile) {
   const std::int64_t words = words_of(columns);
   for (std::int64_t word = 0; word < words; word += kLanes) {
