@@ -52,7 +52,7 @@ def rensa():
         ("def f(x): return x", None),
         ("# it\n@cache\ndef f(x) -> int:  # adds\n  return (x", "line 4: '(' was never closed"),
         ("    def f(x):\n        return x\n", None),  # indented as a whole
-        ("class A:\n    x = 1\n\nA // not a comment", "line 4: invalid syntax"),
+        ("class A:\n    x = 1\n\nA // a comment here", "line 4: invalid syntax"),
         ("import random\nx = 1 // Output: 1", None),  # nothing says that it is Python
         ("import random\n\ndef f(x):\n    return random.random( // it", "line 4: invalid syntax"),
         ("from x import y\nso it is not", None),

@@ -48,7 +48,7 @@ class Cell:
 
 
 BASE = ("--noconftest", "tests/packing", "tests/package/test_base_install.py")  # conftest.py imports torch
-TOOLS = ("pytest", "hypothesis", "import-linter", "setuptools", "pybind11", "cmake", "ninja", "uv")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "import-linter", "setuptools", "pybind11", "cmake", "ninja", "uv")
 CELLS = (
     Cell("base-lowest", "3.11", "lowest-direct", (), BASE),
     Cell("base-newest", "newest", "highest", (), BASE),
@@ -112,7 +112,8 @@ def run(cell: Cell, uv: str, newest: str, folder: Path, tests: list[str]) -> tup
     found = quiet(python, "-c", "import platform; print(platform.python_version())").strip()
     versions = {"python": found, **dict(line.split("==", 1) for line in lines if "==" in line)}
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *(tests or cell.tests)]
+    shared = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile") if cell.tests != BASE else ()
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *shared, *(tests or cell.tests)]
     with (home / "tests.log").open("w") as log:
         told = {**environment(), "PATH": path}
         subprocess.run(command, cwd=tree, env=told, stdout=log, stderr=subprocess.STDOUT, check=False)

@@ -43,6 +43,11 @@ def members(item):
     return [int(s.input_ids[0]) * 256 + int(s.input_ids[1]) for s in item if len(s.input_ids) > 1]
 
 
+def members_of_the_first(items):
+    """A collate_fn: by name, as a worker that is not forked gets a pickled one."""
+    return members(items[0])
+
+
 def epoch_of(dataset, epoch):
     return [members(dataset[epoch, number]) for number in range(len(dataset))]
 
@@ -129,7 +134,7 @@ class TestSampler:
 
     @staticmethod
     def shard(dataset, rank=0, ranks=1, **more):
-        loader = DataLoader(dataset, sampler=EpochSampler(dataset), collate_fn=lambda items: members(items[0]), **more)
+        loader = DataLoader(dataset, sampler=EpochSampler(dataset), collate_fn=members_of_the_first, **more)
         return prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
 
     def test_accelerate_counts_epochs(self):
