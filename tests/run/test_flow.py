@@ -27,6 +27,7 @@ from codeact.run.folder import RunFolder
 from codeact.selection import audit as selection_audit
 from codeact.training import stage as training_stage
 from tests.conftest import make_records
+from tests.helpers import forked
 
 ROWS = 40
 TASKS = ("HumanEval/0", "HumanEval/2")
@@ -454,7 +455,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_kill_9_and_the_same_command_again(codeact, config):
     """Killed while it scores, with a shard done; the rerun gives what an uninterrupted run gives."""
     command = [sys.executable, "-m", "codeact", "run", str(config), "--until", "select"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = Path("run/scores/shards/00000-of-00003.parquet")
     while not first.exists() and process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
@@ -507,18 +508,18 @@ def test_kill_9_in_several_stages_and_the_same_command_again(training, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done: list[str] = []
     for name in KILLS:
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        result = forked.run(command, capture_output=True, text=True, env=environment, check=False)
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert did(result.stderr)[-1] == name
         assert not set(did(result.stderr)) & set(done)
         done += did(result.stderr)[:-1]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = forked.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert did(result.stderr) == ["evaluate.after", "report"]
     assert Ledger.read(Path("run/ledger.json")) == ledger_of(Path("run"))
     change(training, output="other")
     whole = [sys.executable, "-m", "codeact", "run", str(training)]  # on as many threads, as training rounds by them
-    result = subprocess.run(whole, capture_output=True, text=True, env=environment, check=False)
+    result = forked.run(whole, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     for name in (
         "selected.jsonl",

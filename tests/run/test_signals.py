@@ -14,6 +14,7 @@ import pytest
 
 from codeact.data.records import write_jsonl
 from tests.conftest import make_records
+from tests.helpers import forked
 
 ROWS = 300  # in shards of 5: a rerun takes seconds, and a signal at the first shard still leaves nearly all to do
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
@@ -35,9 +36,9 @@ def command(tmp_path, tiny_model_path) -> list[str]:
     return [sys.executable, "-m", "codeact", "score", str(tmp_path / "rows.jsonl"), *options]
 
 
-def begun(command: list[str], folder: Path) -> subprocess.Popen[str]:
+def begun(command: list[str], folder: Path) -> forked.Popen:
     """The command, once it has written some of its shards and has many more to do."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(folder.glob("scores/shards/0*.parquet")):
         time.sleep(0.05)
     return process
@@ -99,7 +100,7 @@ def test_workers_of_a_killed_command_end_and_the_rerun_completes(command, tmp_pa
     assert all_end(workers)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores/shards/0*.parquet")}
     assert 0 < len(kept) < ROWS / 5
-    subprocess.run(command, check=True, capture_output=True)
+    forked.run(command, check=True, capture_output=True)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert pq.read_table(tmp_path / "scores" / "scores.parquet")["row"].to_pylist() == list(range(ROWS))
 
@@ -132,7 +133,7 @@ def test_what_a_worker_refuses_is_told_as_one_process_tells_it(command):
     said = []
     for processes in ("1", "2"):
         more = ["--max-length", "513", "--processes", processes]
-        result = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        result = forked.run([*command, *more], capture_output=True, text=True, check=False)
         assert (result.returncode, result.stderr.count("Traceback")) == (2, 0), result.stderr
         said.append(result.stderr.splitlines()[-1])
     assert said[0] == said[1]

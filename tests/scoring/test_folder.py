@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, TimeoutExpired
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from codeact.scoring.stage import ScoreSettings, score_data
 from codeact.scoring.token_losses import losses_path, selective_ifd
 from codeact.selection.stage import open_scored_data
 from tests.conftest import make_records
+from tests.helpers import forked
 
 ROWS = 120
 
@@ -124,16 +126,16 @@ def test_kill_9_at_random_moments(data_path, tiny_model_path, tmp_path, uninterr
     done: dict[str, tuple[int, int]] = {}
     kills_midway = 0
     for attempt in range(12):
-        process = subprocess.Popen(command(data_path, tiny_model_path, folder), stderr=subprocess.PIPE)
+        process = forked.Popen(command(data_path, tiny_model_path, folder), stderr=PIPE)
         wanted = len(done) + rng.randint(3, 9)
         if attempt and rng.random() < 0.25:  # any moment: before the first shard, or between two
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 process.wait(timeout=rng.uniform(0.1, 12))
             wanted = 0
         while process.poll() is None and len(stamps(folder)) < wanted:
             try:
                 process.wait(timeout=rng.uniform(0.001, 0.01))
-            except subprocess.TimeoutExpired:
+            except TimeoutExpired:
                 continue
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -146,7 +148,7 @@ def test_kill_9_at_random_moments(data_path, tiny_model_path, tmp_path, uninterr
         assert process.returncode == -signal.SIGKILL, stderr.decode()
         kills_midway += 0 < len(done) < ROWS // 5
     else:
-        subprocess.run(command(data_path, tiny_model_path, folder), check=True, capture_output=True)
+        forked.run(command(data_path, tiny_model_path, folder), check=True, capture_output=True)
         assert {name: stamps(folder)[name] for name in done} == done
     assert kills_midway >= 1
     assert_same_table(folder, uninterrupted)
@@ -160,10 +162,7 @@ def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tm
         ScoreFolder.open(folder).merge()
     with pytest.raises(InputError, match="is not merged: run codeact merge"):
         ScoreFolder.open(folder).read()
-    both = [
-        subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", f"{i}/3"), stderr=subprocess.PIPE)
-        for i in (0, 2)
-    ]
+    both = [forked.Popen(command(data_path, tiny_model_path, folder, "--shard", f"{i}/3"), stderr=PIPE) for i in (0, 2)]
     assert [(p.communicate()[1], p.returncode)[1] for p in both] == [0, 0]
     ScoreFolder.open(folder).merge()
     assert_same_table(folder, uninterrupted)
@@ -241,7 +240,9 @@ def test_shards_scored_in_one_way_are_not(uninterrupted, caplog):
 
 def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
     folder = tmp_path / "scores"
-    both = [subprocess.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1")) for _ in range(2)]
+    both = [
+        forked.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1"), stderr=DEVNULL) for _ in range(2)
+    ]
     assert [p.wait() for p in both] == [0, 0]
     assert_same_table(folder, uninterrupted)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, Trainer, 
 
 from codeact.ops.flops import ModelShape, ParameterCounts
 from codeact.training.cost import BatchCost, CostMonitor, batch_cost
+from tests.helpers import forked
 from tests.helpers.checkpointing import CHECKPOINTING
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KEY_HEADS, VOCABULARY = 2, 32, 64, 4, 2, 61
@@ -417,27 +415,8 @@ dist.destroy_process_group()
 
 
 def test_counts_are_summed_over_two_ranks(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    common = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    done = forked.ranks(tmp_path, code=RANK)
+    assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "cost.json").read_text())
     # The second step of the first rank is a dummy pack of three tokens.
     assert content["steps"]["tokens"] == [15, 7]
@@ -448,11 +427,3 @@ def test_counts_are_summed_over_two_ranks(tmp_path):
     assert content["peak_flops_per_second"] == 2e9
     assert content["model_flops"] is None, "the configuration has no sizes"
     assert "model_utilisation" not in content
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

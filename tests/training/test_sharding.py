@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from codeact.training import train as training
 from codeact.training.flags import parse, parse_mapping
 from codeact.training.trainer import check_sharded
 from tests.conftest import make_records
+from tests.helpers import forked
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "codeact" / "configs"
@@ -70,20 +70,11 @@ def load(folder):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def two_ranks(*command, **environment):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", **environment}
+def two_ranks(module, *arguments, **environment):
     # DeepSpeed compiles its shared-memory operations once and looks for ninja on the path.
-    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [*start, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, **environment}
+    return forked.ranks(*arguments, module=module, env=environment)
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from codeact.base.errors import InputError
 from codeact.training.dataset import PackDataset
 from codeact.training.options import PackOptions
 from codeact.training.trainer import PackTrainer, _stand_in, train
+from tests.helpers import forked
 from tests.helpers.checkpointing import CHECKPOINTING
 from tests.helpers.zoo import SWITCH, nll_alone
 from tests.helpers.zoo import make_model as make_model_of_zoo
@@ -456,17 +456,7 @@ def run_ranks(folder, packs_a_step):
 def test_two_ranks_with_an_odd_number_of_packs_equal_one_process(tmp_path):
     packs = len(PackDataset(RANK_SAMPLES, 64))
     assert packs % 2 == 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, "-m", "tests.training.test_trainer", str(tmp_path), str(packs + 1)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forked.ranks(tmp_path, packs + 1, module="tests.training.test_trainer", cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     ours = json.loads((tmp_path / "ranks.json").read_text())
     assert ours["packs"] == packs + 1  # one of them a dummy
