@@ -254,7 +254,7 @@ def test_what_would_stop_a_later_stage_is_said_before_the_first(codeact, config,
             {"train": {"logging_steps": 2.5}},
             "train: transformers refuses these flags: logging_steps must be an integer",
         ),
-        ({"train": {"warmup_steps": -1}}, "train: transformers refuses these flags: Got warmup_steps = -1"),
+        ({"train": {"warmup_steps": -1}}, "train: transformers refuses these flags: "),
         (
             {
                 "train": {
