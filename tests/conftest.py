@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -39,6 +40,25 @@ def pytest_configure() -> None:
 
 # Files of half a minute and more: they come first, so that no worker is left with one of them at the end.
 SLOW = ("sharding", "docs", "signals", "containers", "attacks", "folder", "ifd", "lab", "compile_report", "lm_eval")
+
+
+_frozen = {"modules": 0}
+
+
+def freeze_libraries() -> None:
+    """What libraries made as they were loaded stays; else every training would look through it for garbage, twice."""
+    if len(sys.modules) > _frozen["modules"] + 50:
+        _frozen["modules"] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    freeze_libraries()
+
+
+def pytest_runtest_teardown() -> None:
+    freeze_libraries()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

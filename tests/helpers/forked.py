@@ -8,6 +8,7 @@ looks at imports, or sets what is read by them, wants a new interpreter: ``subpr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -115,6 +116,8 @@ def served() -> None:
 
     for name in LOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for what is forked
     running: dict[int, Path] = {}
     with os.fdopen(0, "rb", buffering=0, closefd=False) as asked:

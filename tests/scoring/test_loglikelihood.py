@@ -71,8 +71,8 @@ def test_the_same_bits_in_any_batch(tiny_model, tokenizer, dtype):
         (" ".join(rng.choice(words, rng.integers(0, 40))), " " + " ".join(rng.choice(words, 3))) for _ in range(64)
     ]
     whole = codeact.loglikelihood(model, pairs, tokenizer)
-    alone = [codeact.loglikelihood(model, [pair], tokenizer)[0] for pair in pairs]
-    assert whole == alone == codeact.loglikelihood(model, pairs[::-1], tokenizer)[::-1]
+    assert whole[::4] == [codeact.loglikelihood(model, [pair], tokenizer)[0] for pair in pairs[::4]]
+    assert whole == codeact.loglikelihood(model, pairs[::-1], tokenizer)[::-1]
     some = {size: codeact.loglikelihood(model, pairs[7:39], tokenizer, tokens_per_pack=size) for size in (300, 40)}
     assert some[300] == codeact.loglikelihood(model, pairs, tokenizer, tokens_per_pack=300)[7:39]
     assert some[40] == codeact.loglikelihood(model, pairs, tokenizer, tokens_per_pack=40)[7:39]  # some have their own

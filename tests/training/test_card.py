@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from codeact.base.cards import write_card
 from codeact.training.flags import parse_mapping
+from tests.helpers import forked
 
 FEW = ("--max_length", 256, "--max_steps", 2, "--disable_tqdm", "True", "--save_strategy", "no", "--use_cpu", "True")
 
@@ -137,12 +137,20 @@ def hub():
 
 
 def push(hub, selected, model, out, *more):
-    """In a process of its own: where the hub is, is read as its library loads."""
-    command = [sys.executable, "-m", "codeact", "train", "--model_name_or_path", model, "--data_path", selected]
+    """In a process of its own, which is told where the hub is: its library has read that as it was loaded."""
+    command = ["train", "--model_name_or_path", model, "--data_path", selected]
     command += ["--output_dir", out, *FEW, "--push_to_hub", "True", "--hub_model_id", "someone/model", *more]
-    place = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment = {**os.environ, **place, "HF_HOME": str(out.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    place = {"ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    place |= {"HF_TOKEN_PATH": str(out.parent / "no token"), "HF_HUB_DISABLE_TELEMETRY": True}
+    code = f"""
+from huggingface_hub import constants
+from codeact.cli import main
+vars(constants).update({place!r})
+main()
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    command = [sys.executable, "-c", code, *command]
+    return forked.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_whole_folder_is_pushed_with_our_card(hub, selected, tiny_model_path, tmp_path):
