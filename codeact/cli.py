@@ -26,7 +26,7 @@ from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
 from codeact.run.flow import LedgerError, open_flow
-from codeact.scoring.stage import ScoreSettings, launched_share
+from codeact.scoring.stage import ScoreSettings, launched_rank
 from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
@@ -142,18 +142,16 @@ def score(
     data: DataSettings,
     settings: ScoreSettings,
     output: Annotated[Path, flag("Folder of the scores; a rerun does only what is missing there.")],
-    shard: Annotated[str | None, flag("Do every N-th shard from I (0 to N - 1), do not merge.", metavar="I/N")] = None,
-    processes: Annotated[int, flag("That score at the same time: one a GPU, or a share of the CPUs each.", min=1)] = 1,
+    workers: Annotated[int, flag("Processes that score: one a GPU, or a share of the CPUs each.", min=1)] = 1,
     overwrite: Annotated[bool, flag("Discard scores of other settings in --output.", "--overwrite")] = False,
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import check_scores, parse_shard, score_data
+    from codeact.scoring.stage import check_scores, score_data
 
-    share = None if shard is None else parse_shard(shard)
-    totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
+    totals = score_data(data, settings, output, workers=workers, overwrite=overwrite, strict=strict)
     if totals is None:
-        _tell(f"this share of the shards is done; when all are: codeact merge {output}")
+        _tell(f"all shards are done; another worker makes {output}/scores.parquet")
     else:
         _print_scores(output, totals, check_scores(data, settings, output))
 
@@ -505,7 +503,7 @@ def _run() -> None:
 def _refuse_launchers() -> None:
     """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if launched_share() is not None and command not in (None, "score", "train", "doctor"):
+    if launched_rank() is not None and command not in (None, "score", "train", "doctor"):
         raise InputError(
             f"codeact {command} is the work of one process, and a launcher started several; leave that out"
         )
