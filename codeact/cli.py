@@ -207,6 +207,16 @@ def merge(
 
 
 @command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score, or of a run.")],
+) -> None:
+    """Say how far the workers of a score folder are, on all machines; it reads files only."""
+    from codeact.scoring.status import status_text
+
+    _tell(status_text(folder))
+
+
+@command()
 def embed(
     data: DataSettings,
     settings: EmbedSettings,
@@ -503,7 +513,7 @@ def _run() -> None:
 def _refuse_launchers() -> None:
     """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if launched_rank() is not None and command not in (None, "score", "train", "doctor"):
+    if launched_rank() is not None and command not in (None, "score", "status", "train", "doctor"):
         raise InputError(
             f"codeact {command} is the work of one process, and a launcher started several; leave that out"
         )
