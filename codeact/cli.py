@@ -25,6 +25,7 @@ from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
+from codeact.integrations.launch import LaunchSettings
 from codeact.run.flow import LedgerError, open_flow
 from codeact.scoring.stage import ScoreSettings, launched_rank
 from codeact.selection.settings import SelectSettings
@@ -142,14 +143,21 @@ def score(
     data: DataSettings,
     settings: ScoreSettings,
     output: Annotated[Path, flag("Folder of the scores; a rerun does only what is missing there.")],
-    workers: Annotated[int, flag("Processes that score: one a GPU, or a share of the CPUs each.", min=1)] = 1,
+    workers: Annotated[
+        int | None, flag("Processes that score, one a GPU or a share of the CPUs each; default: 1, on Ray all.", min=1)
+    ] = None,
+    engine: Annotated[str, flag("Who runs them.", metavar="[local|ray|torchrun]")] = "local",
+    address: Annotated[
+        str | None, flag("Ray cluster; default: one of this machine's own, for the run.", metavar="HOST:PORT")
+    ] = None,
     overwrite: Annotated[bool, flag("Discard scores of other settings in --output.", "--overwrite")] = False,
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
     from codeact.scoring.stage import check_scores, score_data
 
-    totals = score_data(data, settings, output, workers=workers, overwrite=overwrite, strict=strict)
+    where: Any = {"workers": workers, "engine": engine, "address": address}
+    totals = score_data(data, settings, output, **where, overwrite=overwrite, strict=strict)
     if totals is None:
         _tell(f"all shards are done; another worker makes {output}/scores.parquet")
     else:
@@ -214,6 +222,23 @@ def status(
     from codeact.scoring.status import status_text
 
     _tell(status_text(folder))
+
+
+@command()
+def launch(
+    settings: LaunchSettings,
+    system: Annotated[str, typer.Argument(metavar="slurm|ray|k8s", help="What the cluster runs.")],
+    words: Annotated[list[str], typer.Argument(metavar="-- score ...", help="The command of every worker.")],
+    submitted: Annotated[bool, flag("Hand it to the cluster, by sbatch, ray or kubectl.", "--submit")] = False,
+) -> None:
+    """Print the job file by which a cluster starts the workers of codeact score."""
+    from codeact.integrations.launch import job_file, submit
+
+    text = job_file(system, words, settings)
+    if submitted:
+        submit(system, text)
+    else:
+        print(text, end="")
 
 
 @command()

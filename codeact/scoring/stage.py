@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import model_validator
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from codeact.scoring.ifd import IfdScorer
 
 SCORES_FOLDER, TABLE, TURN_TABLE = "scores", "scores/scores.parquet", "scores/turns.parquet"
+Engine = Literal["local", "ray", "torchrun"]
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -140,7 +141,9 @@ def score_data(
     settings: ScoreSettings,
     output: str | Path,
     *,
-    workers: int = 1,
+    workers: int | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     overwrite: bool = False,
     strict: bool = False,
 ) -> dict[str, Any] | None:
@@ -153,8 +156,11 @@ def score_data(
         data: the data set.
         settings: how.
         output: the folder; see ``codeact.scoring.folder``.
-        workers: processes that score, one a GPU or an equal share of the CPUs each. 1: this one. Under torchrun or srun
-            each of the processes that they started is one.
+        workers: processes that score, one a GPU or an equal share of the CPUs each. Default: this one; of Ray as many
+            as its cluster has GPUs, or nodes where it has none.
+        engine: ``local``, processes of this machine; ``ray``, actors on a cluster; ``torchrun``, the processes that
+            torchrun, accelerate or srun started, of which each is one worker (under them local is the same).
+        address: of a Ray cluster, as ``HOST:PORT``; default: one is started on this machine for the time of the call.
         overwrite: discard scores made with other settings.
         strict: stop at the first bad row instead of counting it.
 
@@ -164,34 +170,54 @@ def score_data(
     Raises:
         InputError: see the stages; or shards cannot be scored, all others being done: the first are named, with why.
     """
-    from codeact.scoring.engines import Begin, LocalPool, supervise, work_alone
+    from codeact.base.errors import one_of
+    from codeact.data.sources import absolute_name
+    from codeact.scoring.engines import Begin, LocalPool, Pool, supervise, work_alone
     from codeact.scoring.folder import ScoreFolder
 
     launched = launched_rank()
-    if launched is not None and workers > 1:
-        raise InputError("a launcher started several processes, and each is a worker; leave out --workers")
+    one_of("--engine", engine, get_args(Engine))
+    if launched is not None and (engine == "ray" or (workers or 1) > 1):
+        asked = "--engine ray" if engine == "ray" else "--workers"
+        raise InputError(f"a launcher started several processes, and each is a worker; leave out {asked}")
+    if launched is None and engine == "torchrun":
+        raise InputError("no launcher started this: say torchrun --nproc-per-node N -m codeact score; or --workers N")
+    if address is not None and engine != "ray":
+        raise InputError("--address is of a Ray cluster; say --engine ray")
     if settings.check_with is not None:
         from codeact.models.loading import model_identity
 
         model_identity(settings.check_with)  # one that is not there is found before hours of scoring
-    if workers == 1:
+    if engine != "ray" and workers in (None, 1):
         settings = settings if launched is None else _on_own_gpu(settings, launched)
         return work_alone(prepare(data, settings, output, overwrite=overwrite, strict=strict), show=not launched)
-    make = functools.partial(_prepare_worker, data, settings, output, workers)
-    begin = Begin(folder=Path(output), prepare=make, overwrite=overwrite, strict=strict)
-    return supervise(LocalPool(), begin, workers, lambda: ScoreFolder.open(output), "processes")
+    output = Path(output).absolute()
+    pool: Pool
+    if engine == "ray":
+        from codeact.scoring.ray_pool import RayPool
+
+        pool = RayPool(address, workers, output)
+        count, share, what = pool.workers, 1, "workers on Ray"  # which gives each its cores
+        data = data.model_copy(update={"source": absolute_name(data.source)})
+        settings = settings.model_copy(update={"model": absolute_name(settings.model)})
+    else:
+        assert workers is not None
+        pool, count, share, what = LocalPool(), workers, workers, "processes"
+    make = functools.partial(_prepare_worker, data, settings, output, share)
+    begin = Begin(folder=output, prepare=make, overwrite=overwrite, strict=strict)
+    return supervise(pool, begin, count, lambda: ScoreFolder.open(output), what)
 
 
 def _prepare_worker(
     data: DataSettings,
     settings: ScoreSettings,
     output: str | Path,
-    workers: int,
+    share: int,
     index: int,
     overwrite: bool,
     strict: bool,
 ) -> ScoreJob:
-    settings = _on_own_gpu(settings, index, workers)
+    settings = _on_own_gpu(settings, index, share)
     return prepare(data, settings, output, overwrite=overwrite, strict=strict)
 
 
@@ -338,7 +364,8 @@ class Score(Stage):
     def work(self, run: Run) -> Lines:
         """Score what is missing."""
         folder = run.output / SCORES_FOLDER
-        totals = score_data(run.data, run.of(ScoreSettings), folder, workers=run.processes)
+        where = {"workers": run.processes, "engine": run.engine, "address": run.address}
+        totals = score_data(run.data, run.of(ScoreSettings), folder, **where)
         assert totals is not None, "nobody else works in a run's folder"
         require_scores(totals, folder)
         return [*score_lines(totals, folder), *check_scores(run.data, run.of(ScoreSettings), folder)]

@@ -50,6 +50,7 @@ OPTIONS = {
     "ppl": "score.md",
     "merge": "score.md",
     "status": "score.md",
+    "launch": "cluster.md",
     "embed": "embed.md",
     "clean": "clean.md",
     "select": "select.md",

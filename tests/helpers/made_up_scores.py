@@ -28,7 +28,7 @@ class Rows:
 
 
 class Scorer:
-    """A file ``ROW.raise``, ``.refuse``, ``.kill`` or ``.once`` in ``faults`` says what befalls who scores that row.
+    """A file ``ROW.raise`` (refuse, kill, once, wait) in ``faults`` says what befalls who scores that row.
 
     ``seconds``: that a shard takes.
     """
@@ -64,6 +64,10 @@ class Scorer:
             raise RuntimeError(f"row {fault.stem} is poison")
         if fault.suffix == ".refuse":
             raise InputError(f"row {fault.stem} is refused")
+        if fault.suffix == ".wait":
+            while fault.exists():
+                time.sleep(0.05)
+            return
         if fault.suffix == ".once":  # kills the first that meets it
             fault.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
