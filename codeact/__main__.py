@@ -9,7 +9,7 @@ from codeact.base.machine import limit_threads, name_user
 from codeact.base.stopping import end_as_stopped, heed_sigterm
 
 EXTRAS = {
-    **dict.fromkeys(("score", "merge", "pack", "pack-stats", "ppl"), "score"),
+    **dict.fromkeys(("score", "merge", "status", "pack", "pack-stats", "ppl"), "score"),
     **dict.fromkeys(("embed", "select"), "select"),
     "clean": "clean",
     "train": "train",

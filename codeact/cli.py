@@ -25,8 +25,9 @@ from codeact.cleaning.stage import CleanSettings
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
+from codeact.integrations.launch import LaunchSettings
 from codeact.run.flow import LedgerError, open_flow
-from codeact.scoring.stage import ScoreSettings, launched_share
+from codeact.scoring.stage import ScoreSettings, launched_rank
 from codeact.selection.settings import SelectSettings
 
 app = typer.Typer(
@@ -142,18 +143,23 @@ def score(
     data: DataSettings,
     settings: ScoreSettings,
     output: Annotated[Path, flag("Folder of the scores; a rerun does only what is missing there.")],
-    shard: Annotated[str | None, flag("Do every N-th shard from I (0 to N - 1), do not merge.", metavar="I/N")] = None,
-    processes: Annotated[int, flag("That score at the same time: one a GPU, or a share of the CPUs each.", min=1)] = 1,
+    workers: Annotated[
+        int | None, flag("Processes that score, one a GPU or a share of the CPUs each; default: 1, on Ray all.", min=1)
+    ] = None,
+    engine: Annotated[str, flag("Who runs them.", metavar="[local|ray|torchrun]")] = "local",
+    address: Annotated[
+        str | None, flag("Ray cluster; default: one of this machine's own, for the run.", metavar="HOST:PORT")
+    ] = None,
     overwrite: Annotated[bool, flag("Discard scores of other settings in --output.", "--overwrite")] = False,
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import check_scores, parse_shard, score_data
+    from codeact.scoring.stage import check_scores, score_data
 
-    share = None if shard is None else parse_shard(shard)
-    totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
+    where: Any = {"workers": workers, "engine": engine, "address": address}
+    totals = score_data(data, settings, output, **where, overwrite=overwrite, strict=strict)
     if totals is None:
-        _tell(f"this share of the shards is done; when all are: codeact merge {output}")
+        _tell(f"all shards are done; another worker makes {output}/scores.parquet")
     else:
         _print_scores(output, totals, check_scores(data, settings, output))
 
@@ -206,6 +212,33 @@ def merge(
     if paper_json is not None:
         count, failed = write_paper_json(paper_json, scores.read(), open_scored_data(scores, data))
         _tell(f"{count:,} rows in {paper_json}" + (f", {failed:,} of them failed and with IFD 0" if failed else ""))
+
+
+@command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score, or of a run.")],
+) -> None:
+    """Say how far the workers of a score folder are, on all machines; it reads files only."""
+    from codeact.scoring.status import status_text
+
+    _tell(status_text(folder))
+
+
+@command()
+def launch(
+    settings: LaunchSettings,
+    system: Annotated[str, typer.Argument(metavar="slurm|ray|k8s", help="What the cluster runs.")],
+    words: Annotated[list[str], typer.Argument(metavar="-- score ...", help="The command of every worker.")],
+    submitted: Annotated[bool, flag("Hand it to the cluster, by sbatch, ray or kubectl.", "--submit")] = False,
+) -> None:
+    """Print the job file by which a cluster starts the workers of codeact score."""
+    from codeact.integrations.launch import job_file, submit
+
+    text = job_file(system, words, settings)
+    if submitted:
+        submit(system, text)
+    else:
+        print(text, end="")
 
 
 @command()
@@ -505,7 +538,7 @@ def _run() -> None:
 def _refuse_launchers() -> None:
     """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if launched_share() is not None and command not in (None, "score", "train", "doctor"):
+    if launched_rank() is not None and command not in (None, "score", "status", "train", "doctor"):
         raise InputError(
             f"codeact {command} is the work of one process, and a launcher started several; leave that out"
         )

@@ -113,10 +113,6 @@ def test_changed_data_is_refused_and_moved_data_is_found(codeact, data, tiny_mod
         (("score", "nowhere.jsonl", "--model", "M", "--output", "O"), "no such file: nowhere.jsonl"),
         (("score", "DATA", "--model", "./nowhere", "--output", "O"), "no column 'instruction'"),
         (("score", "DATA", "--model", "./nowhere", "--output", "O", *COLUMNS), "no such folder: ./nowhere"),
-        (
-            ("score", "DATA", "--model", "MODEL", "--output", "O", "--shard", "2/2", *COLUMNS),
-            "--shard '2/2' must be I/N",
-        ),
         (("score", "DATA", "--model", "MODEL", "--output", "O", "--protocol", "sed", *COLUMNS), "--protocol 'sed'"),
         (("score", "DATA", "--model", "MODEL", "--output", "O", "--max-length", "1", *COLUMNS), "--max-length 1"),
         (("score", "DATA", "--model", "MODEL", "--output", "O", "--device", "tpu", *COLUMNS), "device 'tpu'"),

@@ -137,11 +137,12 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files in ``folder`` of processes of this machine that were killed while they wrote."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}{socket.gethostname()}-*"):
         process = path.name.removeprefix(f"{TEMPORARY_PREFIX}{socket.gethostname()}-").split("-", 1)[0]
-        if process.isdigit() and not _runs(int(process)):
+        if process.isdigit() and not runs(int(process)):
             path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -35,6 +35,7 @@ _SAME_FLAGS = (
     ("output", "output_dir"),
     ("tokenizer", "tokenizer_name_or_path"),
     ("template", "model_type", "chat_template"),
+    ("workers", "processes"),
 )
 """Flags that mean the same, ours and those of transformers and TRL: where a command has one, it takes the others."""
 

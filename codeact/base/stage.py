@@ -21,6 +21,10 @@ class Run(Hashable, Protocol):
     """The folder that all stages write to."""
     processes: int
     """That may compute at the same time, one a GPU."""
+    engine: Any
+    """Where they score: local or ray."""
+    address: str | None
+    """Of a Ray cluster."""
 
     @property
     def data(self) -> Any:

@@ -62,6 +62,7 @@ class Flow:
     ) -> None:
         self.settings, self.all_stages, self.source = settings, stages, source
         self.output, self.processes = settings.output, settings.processes
+        self.engine, self.address = settings.engine, settings.address
         self.folder = RunFolder(settings.output)
         self._identities: dict[str, str] = {}
         self.stages = [stage for stage in stages if stage.configured(self)]

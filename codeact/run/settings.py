@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
@@ -45,6 +45,8 @@ class RunSettings(Settings):
     output: Path
     data: DataSettings
     processes: int = Field(default=1, ge=1)  # that score and train at the same time: one a GPU
+    engine: Literal["local", "ray"] = "local"  # that scores
+    address: str | None = None  # of a Ray cluster
     forecast: ForecastSettings = ForecastSettings()
     if TYPE_CHECKING:  # the sections of codeact's own stages
         score: ScoreSettings

@@ -5,8 +5,8 @@
     DIR/scores.parquet                  all shards, in row order
     DIR/turns.parquet                   of conversations, a row for every answer (a shard has it beside it, too)
 
-A shard file appears whole or not at all, so what exists is done and a rerun does the rest. Several processes or
-machines may share the folder: each takes every N-th shard, and nobody needs a lock.
+A shard file appears whole or not at all, so what exists is done and a rerun does the rest. Any number of processes and
+machines may share the folder: who does which shard is in ``workers`` and ``claims``, see ``codeact.base.claims``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shutil
 import time
@@ -30,7 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
-from codeact.base.files import atomic_path, remove_leftovers
+from codeact.base.files import atomic_path, locked_folder, remove_leftovers
 from codeact.base.parsing import parse_json, read_json
 from codeact.data.records import RecordSet
 from codeact.data.tables import read_table
@@ -96,10 +97,11 @@ class ScoreFolder:
             InputError: it holds the scores of other settings (both hashes and what differs are named), or it cannot be
                 written to.
         """
-        if overwrite:
-            self._discard_others()
-        if _read_manifest(self.folder) is None:
-            self._write_manifest({})
+        with locked_folder(self.folder, wait=True):  # or one could discard what another has begun
+            if overwrite:
+                self._discard_others()
+            if _read_manifest(self.folder) is None:
+                self._write_manifest({})
         # Read what is there now: another process may have claimed the folder in the meantime.
         manifest = _read_manifest(self.folder)
         theirs = manifest["settings"] if manifest else {}
@@ -128,14 +130,19 @@ class ScoreFolder:
         try:
             for name in ("manifest.json", "scores.parquet", "turns.parquet"):
                 (self.folder / name).unlink(missing_ok=True)
-            if (self.folder / "shards").exists():
-                shutil.rmtree(self.folder / "shards")
+            for name in ("shards", "claims"):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
         except OSError as error:
             raise InputError(f"cannot discard the scores in {self.folder}: {error.strerror or error}") from None
 
+    def part(self, shard: int) -> str:
+        """Return the name of one shard, as claims have it and its files begin."""
+        return f"{shard:05d}-of-{self.shards:05d}"
+
     def path(self, shard: int) -> Path:
         """Return the file of one shard."""
-        return self.folder / "shards" / f"{shard:05d}-of-{self.shards:05d}.parquet"
+        return self.folder / "shards" / f"{self.part(shard)}.parquet"
 
     def turns_path(self, shard: int) -> Path:
         """Return the file of the answers of one shard."""
@@ -145,23 +152,25 @@ class ScoreFolder:
         """Return how many rows a shard has."""
         return min(self.shard_size, self.rows - shard * self.shard_size)
 
+    def _files(self, shard: int) -> list[Path]:
+        """All files of a shard."""
+        more = [self.turns_path(shard)] * self.by_turn + [losses_path(self.path(shard))] * self.keep_token_nll
+        return [self.path(shard), *more]
+
     def missing(self) -> list[int]:
-        """Return the shards that are not done. A file made with other settings is an error, not a missing shard."""
-        return [shard for shard in range(self.shards) if not self.is_done(shard)]
+        """Return the shards that are not done, by the names of the files; ``merge`` looks into them."""
+        try:
+            names = {*os.listdir(self.folder / "shards")}
+        except FileNotFoundError:
+            return list(range(self.shards))
+        endings = [path.name.removeprefix(self.part(0)) for path in self._files(0)]
+        return [n for n in range(self.shards) if not all(f"{self.part(n)}{ending}" in names for ending in endings)]
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard's file is there, and is this run's.
-
-        Raises:
-            InputError: it is damaged, or was made with other settings.
-        """
-        path = self.path(shard)
-        if not path.exists() or (self.keep_token_nll and not losses_path(path).exists()):
-            return False
-        if self.by_turn and not self.turns_path(shard).exists():
-            return False
-        self._facts(path)
-        return True
+        """Whether a shard's files are there now."""
+        with suppress(OSError):  # network file systems keep in mind what was not there, until the folder is opened
+            os.close(os.open(self.folder / "shards", os.O_RDONLY))
+        return all(path.exists() for path in self._files(shard))
 
     def score(
         self,
@@ -259,7 +268,7 @@ class ScoreFolder:
         if self.by_turn:
             summary["turns"] = self._merge_turns()
         self._write_manifest({"totals": summary})
-        for folder in (self.folder, self.folder / "shards"):
+        for folder in (self.folder, self.folder / "shards", self.folder / "workers"):
             remove_leftovers(folder)
         return summary
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import model_validator
 
@@ -25,11 +22,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from codeact.data.forms import Columns
-    from codeact.data.records import RecordSet
-    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.engines import ScoreJob
     from codeact.scoring.ifd import IfdScorer
 
 SCORES_FOLDER, TABLE, TURN_TABLE = "scores", "scores/scores.parquet", "scores/turns.parquet"
+Engine = Literal["local", "ray", "torchrun"]
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -79,15 +76,6 @@ class ScoreSettings(Settings):
         return resolve_turns(self.turns, self.protocol) if columns.several_answers else "last"
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreJob:
-    """The rows, the folder their scores go to, and the model: all that scoring a shard takes."""
-
-    records: RecordSet
-    folder: ScoreFolder
-    scorer: IfdScorer
-
-
 def prepare(
     data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
 ) -> ScoreJob:
@@ -95,6 +83,7 @@ def prepare(
     from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
+    from codeact.scoring.engines import ScoreJob
     from codeact.scoring.folder import ScoreFolder
 
     records = data.open()
@@ -152,68 +141,91 @@ def score_data(
     settings: ScoreSettings,
     output: str | Path,
     *,
-    shard: tuple[int, int] | None = None,
-    processes: int = 1,
+    workers: int | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
     overwrite: bool = False,
     strict: bool = False,
 ) -> dict[str, Any] | None:
     """Score a data set into the folder ``output``, doing only the shards that are missing.
 
+    Whoever calls it with the same arguments while it runs, in other processes or on other machines that see the folder,
+    shares the work.
+
     Args:
         data: the data set.
         settings: how.
         output: the folder; see ``codeact.scoring.folder``.
-        shard: ``(i, n)``: do shards i, i + n, i + 2 n ... only, and leave the merge to ``codeact merge``. None: all,
-            but under torchrun or srun the share of this process.
-        processes: that score at the same time, one a GPU or an equal share of the CPUs each.
+        workers: processes that score, one a GPU or an equal share of the CPUs each. Default: this one; of Ray as many
+            as its cluster has GPUs, or nodes where it has none.
+        engine: ``local``, processes of this machine; ``ray``, actors on a cluster; ``torchrun``, the processes that
+            torchrun, accelerate or srun started, of which each is one worker (under them local is the same).
+        address: of a Ray cluster, as ``HOST:PORT``; default: one is started on this machine for the time of the call.
         overwrite: discard scores made with other settings.
         strict: stop at the first bad row instead of counting it.
 
     Returns:
-        The totals of the merged table, or None where another process has shards to do.
+        The totals of the merged table, or None where another worker merges it.
 
     Raises:
-        InputError: see the stages; or a launcher started several processes, and each was told to share once more.
+        InputError: see the stages; or shards cannot be scored, all others being done: the first are named, with why.
     """
-    if (share := launched_share()) is not None:
-        if shard is not None or processes > 1:
-            asked = "--shard" if shard is not None else "--processes"
-            raise InputError(f"a launcher started {share[1]} processes, which share the shards; leave out {asked}")
-        shard, settings = share, _on_own_gpu(settings, share[0])
-    elif shard is None and processes > 1:
-        return _score_in_processes(data, settings, output, processes)
-    from codeact.base.console import Progress
+    from codeact.base.errors import one_of
+    from codeact.data.sources import absolute_name
+    from codeact.scoring.engines import Begin, LocalPool, Pool, supervise, work_alone
+    from codeact.scoring.folder import ScoreFolder
 
+    launched = launched_rank()
+    one_of("--engine", engine, get_args(Engine))
+    if launched is not None and (engine == "ray" or (workers or 1) > 1):
+        asked = "--engine ray" if engine == "ray" else "--workers"
+        raise InputError(f"a launcher started several processes, and each is a worker; leave out {asked}")
+    if launched is None and engine == "torchrun":
+        raise InputError("no launcher started this: say torchrun --nproc-per-node N -m codeact score; or --workers N")
+    if address is not None and engine != "ray":
+        raise InputError("--address is of a Ray cluster; say --engine ray")
     if settings.check_with is not None:
         from codeact.models.loading import model_identity
 
         model_identity(settings.check_with)  # one that is not there is found before hours of scoring
-    job = prepare(data, settings, output, overwrite=overwrite, strict=strict)
-    index, count = shard or (0, 1)
-    missing = [number for number in job.folder.missing() if number % count == index]
-    rows = sum(job.folder.shard_rows(number) for number in missing)
-    with Progress(rows, "rows", f"scoring {len(missing)} of {job.folder.shards} shards") as step:
-        job.folder.score(job.records, job.scorer, missing, step)
-    return job.folder.merge() if count == 1 else None
+    if engine != "ray" and workers in (None, 1):
+        settings = settings if launched is None else _on_own_gpu(settings, launched)
+        return work_alone(prepare(data, settings, output, overwrite=overwrite, strict=strict), show=not launched)
+    output = Path(output).absolute()
+    pool: Pool
+    if engine == "ray":
+        from codeact.scoring.ray_pool import RayPool
+
+        pool = RayPool(address, workers, output)
+        count, share, what = pool.workers, 1, "workers on Ray"  # which gives each its cores
+        data = data.model_copy(update={"source": absolute_name(data.source)})
+        settings = settings.model_copy(update={"model": absolute_name(settings.model)})
+    else:
+        assert workers is not None
+        pool, count, share, what = LocalPool(), workers, workers, "processes"
+    make = functools.partial(_prepare_worker, data, settings, output, share)
+    begin = Begin(folder=output, prepare=make, overwrite=overwrite, strict=strict)
+    return supervise(pool, begin, count, lambda: ScoreFolder.open(output), what)
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Read ``I/N``, I from 0 to N - 1.
+def _prepare_worker(
+    data: DataSettings,
+    settings: ScoreSettings,
+    output: str | Path,
+    share: int,
+    index: int,
+    overwrite: bool,
+    strict: bool,
+) -> ScoreJob:
+    settings = _on_own_gpu(settings, index, share)
+    return prepare(data, settings, output, overwrite=overwrite, strict=strict)
 
-    Raises:
-        InputError: it is something else.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise InputError(f"--shard {text!r} must be I/N with I from 0 to N - 1, such as 0/4")
-    return int(match[1]), int(match[2])
 
-
-def launched_share() -> tuple[int, int] | None:
-    """Which of how many processes this is under torchrun, accelerate or srun; they all were given the same command."""
+def launched_rank() -> int | None:
+    """Which process this is under torchrun, accelerate or srun, if they started several with the same command."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+            return int(os.environ[rank])
     return None
 
 
@@ -226,90 +238,6 @@ def _on_own_gpu(settings: ScoreSettings, index: int, processes: int = 1) -> Scor
         return settings.model_copy(update={"device": f"cuda:{local % torch.cuda.device_count()}"})
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     return settings
-
-
-# --------------------------------------------------------------------------------------------- processes of one machine
-
-
-def _score_in_processes(
-    data: DataSettings, settings: ScoreSettings, output: str | Path, processes: int
-) -> dict[str, Any]:
-    """A task a shard, so that whoever is free takes the next; the first error, and ^C, end all of them at once."""
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import active_children, get_context
-
-    from codeact.base.console import Progress
-    from codeact.scoring.folder import ScoreFolder
-
-    rows, size = len(data.open()), settings.shard_size
-    with suppress(InputError):  # nothing is there yet
-        size = ScoreFolder.open(output).shard_size
-    shards = -(-rows // size)
-    begin = (data, settings, str(output), processes)
-    try:
-        workers = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, begin)
-    except OSError as error:  # the queues between them are semaphores of the system
-        raise InputError(
-            f"processes want /dev/shm ({error.strerror}): mount it; or run the command once for each --shard I/N, then "
-            "codeact merge"
-        ) from None
-    with workers as pool:
-        try:
-            with Progress(rows, "rows", f"scoring in {processes} processes") as step:
-                for task in as_completed([pool.submit(_score_shard, number) for number in range(shards)]):
-                    step(*task.result())
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in active_children():
-                worker.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise InputError(
-                    f"one of {processes} scoring processes was killed, perhaps for want of memory; lower "
-                    "--tokens-per-pack or --processes and run again: finished shards are kept"
-                ) from None
-            raise
-    return ScoreFolder.open(output).merge()
-
-
-_job: Callable[[], ScoreJob]
-"""Of a worker process: made by its first task, as an error is the parent's only if a task raises it."""
-
-
-def _start_worker(data: DataSettings, settings: ScoreSettings, output: str, processes: int) -> None:
-    import multiprocessing
-    import signal
-    import threading
-
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is terminated leaks it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for all of its processes: the parent acts on it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()  # a pool's workers outlive a parent that is killed (CPython issue 111873)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    number = int(multiprocessing.current_process().name.rpartition("-")[2])  # SpawnProcess-1, -2 ...
-    global _job  # noqa: PLW0603 - how a pool's initializer hands on what its tasks share
-    _job = functools.cache(lambda: prepare(data, _on_own_gpu(settings, number - 1, processes), output))
-
-
-def _score_shard(number: int) -> tuple[float, int]:
-    """Do the shard if it is missing; returns its rows, and the tokens that were computed."""
-    job = _job()
-    rows, tokens = job.folder.shard_rows(number), 0
-
-    def count(_: float, more: int) -> None:
-        nonlocal tokens
-        tokens += more
-
-    if not job.folder.is_done(number):
-        job.folder.score(job.records, job.scorer, [number], count)
-    return float(rows), tokens
 
 
 # --------------------------------------------------------------------------------------------------- what is told of it
@@ -436,8 +364,9 @@ class Score(Stage):
     def work(self, run: Run) -> Lines:
         """Score what is missing."""
         folder = run.output / SCORES_FOLDER
-        totals = score_data(run.data, run.of(ScoreSettings), folder, processes=run.processes)
-        assert totals is not None, "a run's processes share the shards, so all are done"
+        where = {"workers": run.processes, "engine": run.engine, "address": run.address}
+        totals = score_data(run.data, run.of(ScoreSettings), folder, **where)
+        assert totals is not None, "nobody else works in a run's folder"
         require_scores(totals, folder)
         return [*score_lines(totals, folder), *check_scores(run.data, run.of(ScoreSettings), folder)]
 

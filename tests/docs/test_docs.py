@@ -49,6 +49,8 @@ OPTIONS = {
     "score": "score.md",
     "ppl": "score.md",
     "merge": "score.md",
+    "status": "score.md",
+    "launch": "cluster.md",
     "embed": "embed.md",
     "clean": "clean.md",
     "select": "select.md",
@@ -66,7 +68,8 @@ OPTIONS = {
     "demo": "run.md",
 }
 
-FOREIGN = {"apt-get", "git", "trl", "axolotl", "docker", "."}  # only ever in blocks that are not run
+# only ever in blocks that are not run
+FOREIGN = {"apt-get", "git", "trl", "axolotl", "docker", ".", "srun", "sbatch", "kubectl", "ray"}
 
 by_name = pytest.mark.parametrize("page", PAGES, ids=name_of)
 

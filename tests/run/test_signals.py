@@ -74,24 +74,24 @@ def zombie(number: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("processes", "number", "code"),
+    ("workers", "number", "code"),
     [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
 )
-def test_a_signal_ends_all_with_one_line(command, tmp_path, processes, number, code):
-    process = begun([*command, "--processes", str(processes)], tmp_path)
-    workers = offspring(process.pid)
+def test_a_signal_ends_all_with_one_line(command, tmp_path, workers, number, code):
+    process = begun([*command, "--workers", str(workers)], tmp_path)
+    started = offspring(process.pid)
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == code, err
     assert err.rstrip().splitlines()[-1] == "codeact: stopped; the same command goes on where it was"
     assert "Traceback" not in err
-    assert len(workers) >= (processes if processes > 1 else 0)
-    assert all_end(workers)
+    assert len(started) >= (workers if workers > 1 else 0)
+    assert all_end(started)
     assert len(list(tmp_path.glob("scores/shards/0*.parquet"))) < ROWS / 5
 
 
 def test_workers_of_a_killed_command_end_and_the_rerun_completes(command, tmp_path):
-    command += ["--processes", "2"]
+    command += ["--workers", "2"]
     process = begun(command, tmp_path)
     workers = offspring(process.pid)
     os.kill(process.pid, signal.SIGKILL)
@@ -107,7 +107,7 @@ def test_workers_of_a_killed_command_end_and_the_rerun_completes(command, tmp_pa
 
 def test_the_first_error_ends_all(command, tmp_path):
     """A share that fails is told at once, not when the others have ended."""
-    process = begun([*command, "--processes", "2"], tmp_path)
+    process = begun([*command, "--workers", "2"], tmp_path)
     shards = tmp_path / "scores" / "shards"
     shards.rename(tmp_path / "scores" / "away")
     shards.write_text("no folder any more")
@@ -131,8 +131,8 @@ def test_a_signal_while_libraries_load(tmp_path, module, number, code):
 
 def test_what_a_worker_refuses_is_told_as_one_process_tells_it(command):
     said = []
-    for processes in ("1", "2"):
-        more = ["--max-length", "513", "--processes", processes]
+    for workers in ("1", "2"):
+        more = ["--max-length", "513", "--workers", workers]
         result = forked.run([*command, *more], capture_output=True, text=True, check=False)
         assert (result.returncode, result.stderr.count("Traceback")) == (2, 0), result.stderr
         said.append(result.stderr.splitlines()[-1])

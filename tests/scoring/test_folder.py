@@ -11,18 +11,19 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, TimeoutExpired
+from subprocess import PIPE, TimeoutExpired
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from codeact.base.claims import read_workers
 from codeact.base.errors import InputError
 from codeact.base.files import TEMPORARY_PREFIX
 from codeact.data.records import Record, write_jsonl
 from codeact.data.settings import DataSettings
 from codeact.scoring.folder import ScoreFolder, settings_hash
-from codeact.scoring.stage import ScoreSettings, score_data
+from codeact.scoring.stage import ScoreSettings, prepare, score_data
 from codeact.scoring.token_losses import losses_path, selective_ifd
 from codeact.selection.stage import open_scored_data
 from tests.conftest import make_records
@@ -45,10 +46,15 @@ def settings(tiny_model_path, **more) -> ScoreSettings:
     return ScoreSettings(**{"model": str(tiny_model_path), "max_length": 256, "shard_size": 5, **more})
 
 
-def score(data_path, tiny_model_path, output, shard=(0, 1), overwrite=False, strict=False, **more):
+def score(data_path, tiny_model_path, output, only=None, overwrite=False, strict=False, **more):
+    """All of it, or ``only`` some shards, as what a killed run has done."""
     data = DataSettings(source=str(data_path))
     chosen = settings(tiny_model_path, **more)
-    return score_data(data, chosen, output, shard=shard, overwrite=overwrite, strict=strict)
+    if only is None:
+        return score_data(data, chosen, output, overwrite=overwrite, strict=strict)
+    job = prepare(data, chosen, output)
+    job.folder.score(job.records, job.scorer, [n for n in only if n < job.folder.shards])
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +103,14 @@ def test_shard_size_and_pack_size_do_not_change_scores(data_path, tiny_model_pat
     assert_same_table(tmp_path / "s", uninterrupted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_goes_on_with_another_shard_size(data_path, tiny_model_path, tmp_path, uninterrupted, processes):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_goes_on_with_another_shard_size(data_path, tiny_model_path, tmp_path, uninterrupted, workers):
     """What was begun in shards of 5 rows ends so: in ``codeact run`` there is no other folder to choose."""
     folder = tmp_path / "s"
-    assert score(data_path, tiny_model_path, folder, shard=(1, 3)) is None
+    assert score(data_path, tiny_model_path, folder, only=range(1, 24, 3)) is None
     before = stamps(folder)
     data, other = DataSettings(source=str(data_path)), settings(tiny_model_path, shard_size=50)
-    totals = score_data(data, other, folder, processes=processes)
+    totals = score_data(data, other, folder, workers=workers)
     assert totals is not None
     assert {name: stamps(folder)[name] for name in before} == before
     assert len(stamps(folder)) == 24
@@ -155,33 +161,25 @@ def test_kill_9_at_random_moments(data_path, tiny_model_path, tmp_path, uninterr
     assert not list(folder.rglob(f"{TEMPORARY_PREFIX}*")), "merge leaves no temporary files of killed processes"
 
 
-def test_processes_share_a_folder_and_merge_waits(data_path, tiny_model_path, tmp_path, uninterrupted):
+def test_merge_waits(data_path, tiny_model_path, tmp_path, uninterrupted):
     folder = tmp_path / "scores"
-    assert score(data_path, tiny_model_path, folder, shard=(1, 3)) is None
+    score(data_path, tiny_model_path, folder, only=range(1, 24, 3))
     with pytest.raises(InputError, match=r"16 of 24 shards are missing \(0, 2, 3, 5, .*run codeact score"):
         ScoreFolder.open(folder).merge()
     with pytest.raises(InputError, match="is not merged: run codeact merge"):
         ScoreFolder.open(folder).read()
-    both = [forked.Popen(command(data_path, tiny_model_path, folder, "--shard", f"{i}/3"), stderr=PIPE) for i in (0, 2)]
-    assert [(p.communicate()[1], p.returncode)[1] for p in both] == [0, 0]
-    ScoreFolder.open(folder).merge()
-    assert_same_table(folder, uninterrupted)
 
 
 def test_torchrun_shares_the_shards(data_path, tiny_model_path, tmp_path, uninterrupted):
-    """Both processes get one command; each does its half, none a shard twice, and merge makes one table of them."""
+    """Both processes get one command; none does a shard that the other has, and one of them merges."""
     folder = tmp_path / "scores"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     launched = [*start, *command(data_path, tiny_model_path, folder)[2:]]
     done = subprocess.run(launched, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("scoring 12 of 24 shards") == 2
-    assert done.stdout.count(f"this share of the shards is done; when all are: codeact merge {folder}") == 2
-    before = stamps(folder)
-    assert len(before) == 24
-    subprocess.run(launched, capture_output=True, check=True)  # all is done
-    assert stamps(folder) == before
-    ScoreFolder.open(folder).merge()
+    assert done.stdout.count("rows scored") == 1
+    assert done.stdout.count(f"all shards are done; another worker makes {folder}/scores.parquet") == 1
+    assert sum(record.parts for record in read_workers(folder)) == 24
     assert_same_table(folder, uninterrupted)
 
 
@@ -191,15 +189,11 @@ LAUNCHERS = (
 )
 
 
-@pytest.mark.parametrize("environment", LAUNCHERS)
-def test_a_process_of_a_launcher_does_its_share(data_path, tiny_model_path, tmp_path, monkeypatch, environment):
-    for name, value in environment.items():
+def test_a_process_of_a_launcher_starts_no_others(data_path, tiny_model_path, tmp_path, monkeypatch):
+    for name, value in LAUNCHERS[0].items():
         monkeypatch.setenv(name, value)
-    assert score(data_path, tiny_model_path, tmp_path / "scores", shard=None, shard_size=40) is None
-    assert sorted(stamps(tmp_path / "scores")) == ["00001-of-00003.parquet"]
-    for again in ({"shard": (0, 2)}, {"processes": 2}):
-        with pytest.raises(InputError, match=f"2 processes, which share the shards; leave out {next(iter(again))}"):
-            score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", **again)
+    with pytest.raises(InputError, match="each is a worker; leave out workers"):
+        score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", workers=2)
 
 
 @pytest.mark.parametrize("environment", LAUNCHERS)
@@ -218,14 +212,13 @@ def test_shards_scored_in_different_ways_are_told(data_path, tiny_model_path, tm
     from codeact.scoring.ifd import IfdScorer
 
     folder = tmp_path / "scores"
-    score(data_path, tiny_model_path, folder, shard=(0, 2))
+    score(data_path, tiny_model_path, folder, only=range(0, 24, 2))
     route = IfdScorer.route.fget
     other = {"device": ("cpu", "NVIDIA H100"), "attention": (", ", ", flash_"), "nll": ("native", "triton")}[change]
     monkeypatch.setenv("CODEACT_BACKEND", "torch") if change == "nll" else monkeypatch.setattr(
         IfdScorer, "route", property(lambda scorer: route(scorer).replace(*other, 1))
     )
-    score(data_path, tiny_model_path, folder, shard=(1, 2))
-    totals = ScoreFolder.open(folder).merge()
+    totals = score(data_path, tiny_model_path, folder)
     assert sorted(totals["routes"].values()) == [12, 12]
     (message,) = [m for m in caplog.messages if "shards were not all scored in one way" in m]
     assert all(f"12 by {name}" in message for name in totals["routes"])
@@ -236,15 +229,6 @@ def test_shards_scored_in_one_way_are_not(uninterrupted, caplog):
     assert list(totals["routes"].values()) == [24]
     assert next(iter(totals["routes"])).startswith("cpu, ")
     assert "in one way" not in caplog.text
-
-
-def test_two_processes_on_the_same_shards_do_no_harm(data_path, tiny_model_path, tmp_path, uninterrupted):
-    folder = tmp_path / "scores"
-    both = [
-        forked.Popen(command(data_path, tiny_model_path, folder, "--shard", "0/1"), stderr=DEVNULL) for _ in range(2)
-    ]
-    assert [p.wait() for p in both] == [0, 0]
-    assert_same_table(folder, uninterrupted)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +380,7 @@ def test_paper_json(tiny_model_path, tiny_model, tokenizer, tmp_path):
 def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, tiny_model_path, tmp_path):
     """They are noted in the manifest and decide no score: what was done stays, the rest is done with the new ones."""
     folder, same = tmp_path / "s", {"shard_size": 60, "dtype": "float32"}
-    score(data_path, tiny_model_path, folder, **same, shard=(0, 2), tokens_per_pack=4096)
+    score(data_path, tiny_model_path, folder, **same, only=[0], tokens_per_pack=4096)
     done = stamps(folder)
     others = {"tokens_per_pack": 1, "attention": "eager", "device": "cpu"}
     score(data_path, tiny_model_path, folder, **same, **others)

@@ -1,0 +1,333 @@
+"""Who scores: this process, several of this machine, or actors of Ray. What they do is the same: ``work``.
+
+    score_data --+-- one worker: work(job)
+                 +-- supervise(pool): starts workers, watches them, replaces those that die; each: work(job)
+
+A worker claims a shard in the folder that all share, looks whether it is done, scores it, and claims the next. So fast
+ones do more, and whoever is started with the same command, by whatever and wherever, takes part.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from codeact.base.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
+from codeact.base.console import Progress, counted, say
+from codeact.base.errors import InputError
+
+if TYPE_CHECKING:
+    from codeact.data.records import RecordSet
+    from codeact.scoring.folder import ScoreFolder
+    from codeact.scoring.ifd import IfdScorer
+
+_MISSES = 16  # shards in a row that others have: then where there are free ones is looked up anew
+_FAILURES = 3  # shards in a row that fail: then it is not the shards
+_NAMED = 5
+Step = Callable[[float, int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """The rows, the folder their scores go to, and the model: all that scoring a shard takes."""
+
+    records: RecordSet
+    folder: ScoreFolder
+    scorer: IfdScorer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """What a worker that is started has to know; it can be pickled.
+
+    Attributes:
+        folder: of the scores.
+        prepare: ``prepare(index, overwrite, strict)`` opens the data and loads the model for worker ``index``.
+        overwrite: discard scores made with other settings.
+        strict: stop at the first bad row.
+        since: deaths over a shard count from then on; see ``codeact.base.claims.Worker``.
+    """
+
+    folder: Path
+    prepare: Callable[[int, bool, bool], ScoreJob]
+    overwrite: bool = False
+    strict: bool = False
+    since: float | None = None
+
+
+def run_worker(begin: Begin, index: int) -> None:
+    """All that a started worker does; errors as of ``prepare`` and ``work``."""
+    job = begin.prepare(index, begin.overwrite, begin.strict)
+    with Worker(begin.folder, begin.since) as worker:
+        work(job, worker, lambda rows, tokens: None)
+
+
+def work(job: ScoreJob, worker: Worker, step: Step) -> None:
+    """Score shards until all are done, by this worker and others.
+
+    Args:
+        job: the rows, the folder and the model.
+        worker: of this process.
+        step: called after every forward pass with the rows and the tokens done since.
+
+    Raises:
+        InputError: something that the user can mend; or all that is left are shards over which workers died or failed.
+    """
+    folder, failures, start = job.folder, 0, 0
+    missing = folder.missing()
+    while missing:
+        claimed = worker.claimed()
+        free = [shard for shard in missing if folder.part(shard) not in claimed]
+        left = free or missing
+        taken = misses = 0
+        for shard in left[start:] + left[:start]:
+            if folder.is_done(shard) or not worker.take(folder.part(shard)):
+                misses += 1
+                if misses == _MISSES:
+                    break
+                continue
+            taken, misses = taken + 1, 0
+            if folder.is_done(shard):  # since it was looked at
+                worker.finish(done=False)
+                continue
+
+            def count(rows: float, tokens: int) -> None:
+                worker.count(rows, tokens)
+                step(rows, tokens)
+
+            try:
+                folder.score(job.records, job.scorer, [shard], count)
+            except InputError:
+                raise
+            except Exception as error:
+                reason = f"{_named(folder, shard)} failed: {type(error).__name__}: {error}"
+                say(reason)
+                worker.fail(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+                failures += 1
+                if failures == _FAILURES:
+                    raise InputError(
+                        f"{_FAILURES} shards in a row failed, the last one so: {reason}; see {folder.folder}/claims"
+                    ) from error
+                continue
+            failures = 0
+            worker.finish()
+        start = random.randrange(len(left)) if misses == _MISSES else 0
+        if free:
+            missing = folder.missing()
+            continue
+        missing = [shard for shard in missing if not folder.is_done(shard)]
+        if all(folder.part(shard) in worker.given_up for shard in missing):
+            break
+        if not taken:  # others are at work on what is left
+            time.sleep(min(LEASE, BEAT / 5 * max(1, len(missing) / _MISSES)))
+    if missing:
+        raise_given_up(folder, missing, worker.given_up)
+
+
+def raise_given_up(folder: ScoreFolder, missing: list[int], reasons: dict[str, str]) -> NoReturn:
+    """Name the shards that cannot be done."""
+    named = [f"{_named(folder, n)}: {reasons.get(folder.part(n), 'was not done')}" for n in missing[:_NAMED]]
+    more = [f"and {len(missing) - _NAMED:,} more"] if len(missing) > _NAMED else []
+    raise InputError(
+        f"{folder.folder}: {len(missing)} of {counted(folder.shards, 'shard')} cannot be scored, all others are "
+        f"({'; '.join([*named, *more])}); the same command tries them again"
+    )
+
+
+def _named(folder: ScoreFolder, shard: int) -> str:
+    first = shard * folder.shard_size
+    return f"shard {shard} (rows {first:,} to {first + folder.shard_rows(shard) - 1:,})"
+
+
+def work_alone(job: ScoreJob, *, show: bool) -> dict[str, Any] | None:
+    """Score in this process, and show how far all workers are.
+
+    Returns:
+        The totals of the merged table; None where another worker merges it.
+    """
+    folder = job.folder
+    with Worker(folder.folder) as worker:
+        missing = folder.missing()
+        others, asked = Tally(folder.folder, worker.name), time.monotonic()
+        with Progress(_rows(folder, missing), "rows", _doing(folder, missing), show=show) as bar:
+
+            def step(rows: float, tokens: int) -> None:
+                nonlocal asked
+                bar(rows, tokens)
+                if time.monotonic() - asked > BEAT:
+                    bar(*others.more())
+                    asked = time.monotonic()
+
+            work(job, worker, step)
+        table, totals = folder.folder / "scores.parquet", None
+        merged = table.exists() and table.stat().st_mtime >= worker.began  # by another worker, a moment ago
+        if not merged and worker.take("merge"):
+            totals = folder.merge()
+            worker.finish(done=False)
+        return totals
+
+
+def _rows(folder: ScoreFolder, shards: list[int]) -> int:
+    return sum(map(folder.shard_rows, shards))
+
+
+def _doing(folder: ScoreFolder, missing: list[int]) -> str:
+    return f"scoring {len(missing)} of {folder.shards} shards"
+
+
+# ------------------------------------------------------------------------------------ workers that this process starts
+
+
+class WorkerDied(Exception):  # noqa: N818 - nothing that one could mend
+    """It ended without a word, as one does that is killed."""
+
+
+class Pool(Protocol):
+    """Places where workers run: processes of this machine, actors of Ray."""
+
+    def start(self, index: int, begin: Begin) -> None:
+        """Start worker ``index``."""
+
+    def ended(self, seconds: float) -> list[tuple[int, Exception | None]]:
+        """Wait so long at most; returns the workers that ended since, and by what: None is well."""
+
+    def stop(self) -> None:
+        """End all workers."""
+
+
+def supervise(
+    pool: Pool, begin: Begin, workers: int, open_folder: Callable[[], ScoreFolder], what: str
+) -> dict[str, Any]:
+    """Keep ``workers`` at work until all shards are done, and merge them.
+
+    The first begins alone, as it decides whether the folder may be used. One that dies is replaced, until more die in a
+    row than shards that kill their workers could explain.
+
+    Args:
+        pool: where they run.
+        begin: what a worker has to know.
+        workers: how many.
+        open_folder: opens the folder, once the first worker has claimed it.
+        what: they are, in the plural.
+
+    Returns:
+        The totals of the merged table.
+
+    Raises:
+        InputError: one ended by it; or workers die one after the other; or shards are left over which workers died.
+    """
+    folder: ScoreFolder | None = None
+    bar: Progress | None = None
+    deaths, running = 0, {0}
+    done: dict[str, int] = {}
+    old = {record.name for record in read_workers(begin.folder)}
+    tally = Tally(begin.folder)
+    with ExitStack() as stack:
+        stack.callback(pool.stop)
+        pool.start(0, begin)
+        while running:
+            for index, error in pool.ended(BEAT / 5):
+                running.discard(index)
+                if isinstance(error, WorkerDied):
+                    deaths += 1
+                    if deaths > TRIES * workers:
+                        raise InputError(
+                            f"{deaths} {what} died in a row ({error}), perhaps for want of memory; lower "
+                            "--tokens-per-pack or --workers and run again: finished shards are kept"
+                        ) from None
+                    say(f"one of the {what} died ({error}); another takes its place")
+                    pool.start(index, begin)
+                    running.add(index)
+                elif error is not None:
+                    raise error
+            records = [r for r in read_workers(begin.folder) if r.name not in old and r.began]
+            if records and folder is None:
+                folder = open_folder()
+                begin = replace(begin, overwrite=False, strict=False, since=min(r.began for r in records))
+                missing = folder.missing()
+                told = f"{_doing(folder, missing)} with {workers} {what}"
+                bar = stack.enter_context(Progress(_rows(folder, missing), "rows", told))
+                for index in range(1, workers if missing else 1):
+                    pool.start(index, begin)
+                    running.add(index)
+            before = sum(done.values())
+            done.update({record.name: record.parts for record in records})
+            deaths = 0 if sum(done.values()) > before else deaths
+            if bar is not None:
+                bar(*tally.more())
+        return open_folder().merge()
+
+
+class LocalPool:
+    """Processes of this machine. They end with this one, whatever ends it."""
+
+    def __init__(self) -> None:
+        self._started: dict[int, tuple[BaseProcess, Connection]] = {}
+
+    def start(self, index: int, begin: Begin) -> None:
+        """Start a process afresh: one that is forked has no CUDA."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_local_worker, args=(begin, index, theirs))
+        process.start()
+        theirs.close()
+        self._started[index] = process, ours
+
+    def ended(self, seconds: float) -> list[tuple[int, Exception | None]]:
+        """Those that ended, with what they said."""
+        wait([process.sentinel for process, _ in self._started.values()], seconds)
+        found: list[tuple[int, Exception | None]] = []
+        for index, (process, said) in list(self._started.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            error: Exception | None = None
+            if (code := process.exitcode or 0) < 0:
+                error = WorkerDied(signal.Signals(-code).name)
+            elif code:
+                error = InputError(f"a process that scores ended with exit code {code}; see above")
+                with suppress(EOFError):
+                    error = InputError(said.recv())
+            said.close()
+            del self._started[index]
+            found.append((index, error))
+        return found
+
+    def stop(self) -> None:
+        """End them at once: what they hold is free as soon as they are gone."""
+        for process, _ in self._started.values():
+            process.terminate()
+        for process, _ in self._started.values():
+            process.join()
+
+
+def _local_worker(begin: Begin, index: int, said: Connection) -> None:
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is terminated leaks it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for all of its processes: the parent acts on it
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()  # a process outlives a parent that is killed
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        run_worker(begin, index)
+    except InputError as error:
+        said.send(error.args[0])
+        raise SystemExit(2) from None
