@@ -317,8 +317,8 @@ def pack_rows(
 @command()
 def generate(
     settings: GenerationSettings,
-    model: Annotated[str, flag("Causal language model: a folder or a hub name.")],
     output: Annotated[Path, flag("JSON lines to write; a rerun does only what is missing there.")],
+    model: Annotated[str | None, flag("Folder or hub name of a causal language model, or name at --server.")] = None,
     adapter: Annotated[str | None, flag("LoRA adapter: a folder or a hub name.")] = None,
     tasks: Annotated[Path | None, flag("File of tasks of your own: --dataset own --data FILE.")] = None,
     limit: Annotated[int | None, flag("Only so many tasks.", min=1)] = None,
