@@ -148,13 +148,14 @@ def score(
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import check_scores, parse_shard, score_data
+    from codeact.scoring.stage import check_scores, parse_shard, report_scores, score_data
 
     share = None if shard is None else parse_shard(shard)
     totals = score_data(data, settings, output, shard=share, processes=processes, overwrite=overwrite, strict=strict)
     if totals is None:
         _tell(f"this share of the shards is done; when all are: codeact merge {output}")
     else:
+        report_scores(settings, totals, output)
         _print_scores(output, totals, check_scores(data, settings, output))
 
 

@@ -80,6 +80,7 @@ class EvaluateSettings(Settings):
     min_seconds: float = setting(1.0, "A test may take so long, ...", gt=0)
     time_factor: float = setting(4.0, "... or so many times what the reference takes, if that is longer.", gt=0)
     memory_mb: int = setting(4096, "Memory of a program, MiB.", ge=64)
+    report_to: str | None = setting(None, "Trackers of the figures: tensorboard, wandb, mlflow, ...", place=True)
 
     @model_validator(mode="after")
     def _whole_numbers(self) -> EvaluateSettings:

@@ -15,6 +15,7 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.parsing import read_json
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
+from codeact.base.trackers import check_trackers, report_figures
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def evaluate_file(
     from codeact.evaluation.sandbox.sandbox import Sandbox
     from codeact.evaluation.tasks import open_problems
 
+    check_trackers(settings.report_to)
     problems = open_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or settings.limits(), unsafe=unsafe)
     if not sandbox.isolated:
@@ -175,7 +177,9 @@ def evaluate_file(
             progress=step,
         )
     results = replace(results, left_out=left_out, ks=settings.ks)
-    return results, list(write_results(results, samples))
+    files = list(write_results(results, samples))
+    report_figures(settings.report_to, "evaluate", samples.parent, settings, results.figures())
+    return results, files
 
 
 # ------------------------------------------------------------------------------------------------------------- in a run
