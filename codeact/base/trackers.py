@@ -21,8 +21,7 @@ def check_trackers(names: str | None) -> list[Any]:
     if names is None:
         return []
     import_extra("accelerate", "train", "--report-to")
-    from accelerate import tracking
-
+    tracking = import_extra("accelerate.tracking", "train", "--report-to")
     for name in names.split(","):
         one_of("--report-to", name, tracking.LOGGER_TYPE_TO_CLASS)
         if name not in map(str, tracking.get_available_trackers()):
