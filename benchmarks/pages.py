@@ -21,7 +21,7 @@ from benchmarks.training import experiment_table, modes_table
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 # A figure of its own run, which says so beside it: too long for ``make bench``, or about another project.
-APART = ("fe20269", "066a691", "067b021", "ff6d4d1", "3602360", "26d6d00")
+APART = ("fe20269", "066a691", "067b021", "ff6d4d1", "3602360", "26d6d00", "c07c2d7")
 _MARK = re.compile(r"(<!--= (?P<name>[^>]+?) -->)(?P<text>.*?)(<!--=-->)", re.S)
 
 

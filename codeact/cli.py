@@ -154,13 +154,14 @@ def score(
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
-    from codeact.scoring.stage import check_scores, score_data
+    from codeact.scoring.stage import check_scores, report_scores, score_data
 
     where: Any = {"workers": workers, "engine": engine, "address": address}
     totals = score_data(data, settings, output, **where, overwrite=overwrite, strict=strict)
     if totals is None:
         _tell(f"all shards are done; another worker makes {output}/scores.parquet")
     else:
+        report_scores(settings, totals, output)
         _print_scores(output, totals, check_scores(data, settings, output))
 
 
@@ -350,8 +351,8 @@ def pack_rows(
 @command()
 def generate(
     settings: GenerationSettings,
-    model: Annotated[str, flag("Causal language model: a folder or a hub name.")],
     output: Annotated[Path, flag("JSON lines to write; a rerun does only what is missing there.")],
+    model: Annotated[str | None, flag("Folder or hub name of a causal language model, or name at --server.")] = None,
     adapter: Annotated[str | None, flag("LoRA adapter: a folder or a hub name.")] = None,
     tasks: Annotated[Path | None, flag("File of tasks of your own: --dataset own --data FILE.")] = None,
     limit: Annotated[int | None, flag("Only so many tasks.", min=1)] = None,

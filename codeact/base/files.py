@@ -72,6 +72,20 @@ def download(url: str, *, most: int, seconds: float) -> bytes:
     return bytes(content)
 
 
+def keep_apart(written: Path, *read: str | Path | None) -> None:
+    """Refuse to write a file that is read as well: one of ``read``, or the NAME.rows.parquet beside a NAME.npy of them.
+
+    Raises:
+        InputError: it is one of them.
+    """
+    for path in read:
+        if path is None:
+            continue
+        read_here = Path(path).resolve()
+        if written.resolve() in (read_here, read_here.with_suffix(".rows.parquet")):
+            raise InputError(f"{written} belongs to {path} and would be overwritten; choose another --output")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends well, sync it to disk and rename it to ``path``.

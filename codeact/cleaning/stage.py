@@ -68,10 +68,12 @@ def clean_data(
         InputError: data, embeddings or an evaluation set cannot be read or do not fit.
         MissingExtraError: rensa is absent.
     """
+    from codeact.base.files import keep_apart
     from codeact.cleaning.marks import marks_path, write_marks
     from codeact.data.forms import form_columns
     from codeact.data.records import Record, jsonable, write_jsonl
 
+    keep_apart(marks_path(output), embeddings)
     records = data.open()
     tasks = evaluation_tasks(settings.against)
     marks = _marks(data, settings, tasks, embeddings, output.parent)

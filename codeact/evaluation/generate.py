@@ -61,11 +61,15 @@ class Generator(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer of the model."""
+        """The transformers tokenizer of the model; None: a server's, which is asked by texts."""
 
     @property
     def identity(self) -> dict[str, str]:
         """What decides the numbers: model, dtype and the like."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether an answer is asked for by itself: then only those of a batch that are missing are."""
 
     def batch_size(self, longest: int) -> int:
         """How many sequences of ``longest`` tokens fit."""
@@ -89,6 +93,8 @@ def largest_batch(row_bytes: float, free: float, device: str) -> int:
 
 class HuggingFaceGenerator:
     """Decodes with transformers, by our own loop: the generation settings that a model brings do not count."""
+
+    apart = False
 
     def __init__(self, model: Any, tokenizer: Any, identity: Mapping[str, str]) -> None:
         self._model = model
@@ -152,19 +158,15 @@ class StopWatch:
             return True
         tail = self._decode(ids[-self._window :])
         # The tail is decoded without what stands before it, so the whole text has the last word.
-        return any(stop in tail for stop in self._stops) and self._cut(self._text(ids)) is not None
+        return any(stop in tail for stop in self._stops) and first_stop(self._text(ids), self._stops) is not None
 
     def completion(self, ids: Sequence[int]) -> Completion:
         """What a finished row says."""
         ended = bool(ids) and ids[-1] in self._ends
         text = self._text(ids[:-1] if ended else ids)
-        cut = self._cut(text)
+        cut = first_stop(text, self._stops)
         finish = "stop" if cut is not None else "end" if ended else "length"
         return Completion(text=text if cut is None else text[:cut], finish=finish, tokens=len(ids))
-
-    def _cut(self, text: str) -> int | None:
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        return min(found, default=None)
 
     def _text(self, ids: Sequence[int]) -> str:
         before, whole = self._decode(self._before), self._decode([*self._before, *ids])
@@ -173,6 +175,11 @@ class StopWatch:
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stops begins; None: nowhere."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def requests_for(problems: ProblemSet, writer: PromptWriter, samples: int) -> list[Request]:
@@ -226,7 +233,8 @@ def generate(
     writer = PromptWriter(generator.tokenizer, settings.chat, settings.protocol)
     requests = requests_for(problems, writer, settings.samples)
     longest = max(len(request.prompt.ids) for request in requests) + settings.max_new_tokens
-    prompts = hashlib.sha256(json.dumps([(r.task_id, r.prompt.ids, r.prompt.stops) for r in requests]).encode())
+    asked = [(r.task_id, r.prompt.ids or r.prompt.text, r.prompt.stops) for r in requests]
+    prompts = hashlib.sha256(json.dumps(asked).encode())
     identity: dict[str, Any] = {
         **generator.identity,
         "prompts": prompts.hexdigest(),
@@ -239,9 +247,10 @@ def generate(
     with SampleLog(output) as log:
         known = {(row.get("task_id"), row.get("sample")) for row in log.rows}
         for batch in plan_batches(requests, size):
-            if all((request.task_id, request.sample) in known for request in batch):
+            missing = [request for request in batch if (request.task_id, request.sample) not in known]
+            if not missing:
                 continue
-            for request, completion in generator.complete(batch, ends, settings):
+            for request, completion in generator.complete(missing if generator.apart else batch, ends, settings):
                 if (request.task_id, request.sample) in known:
                     continue
                 log.append(

@@ -88,6 +88,8 @@ def check_generator(name: str) -> None:
 class VllmGenerator:
     """vLLM, with the same prompts and the same stops. Not run on a device by its authors: tested with a stand-in."""
 
+    apart = False
+
     def __init__(self, model: str, adapter: Path | None, dtype: str) -> None:
         vllm = import_extra("vllm", "vllm", "--backend vllm")
         name = str(Path(model).expanduser())

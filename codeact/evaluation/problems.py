@@ -7,7 +7,7 @@ import hashlib
 import os
 import urllib.parse
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def load_problems(
         if not line.strip():
             continue
         try:
-            problems.append(_problem(dataset, parse_json(line)))
+            problems.append(read_problem(parse_json(line), dataset))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path}, line {number}: no task of {dataset} ({type(error).__name__}: {error}); {remedy_for(dataset)}"
@@ -189,7 +189,12 @@ def _download(dataset: str) -> bytes:
     return content
 
 
-def _problem(dataset: str, row: dict[str, Any]) -> Problem:
+def read_problem(row: Mapping[str, Any], dataset: str) -> Problem:
+    """A row of evalplus' or OpenAI's file of a data set.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
     task_id = str(row["task_id"])
     prefix, number = task_id.split("/")
     if prefix.lower() != dataset:

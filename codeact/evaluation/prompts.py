@@ -33,18 +33,22 @@ _ANSWER_START = "```python"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """``ids``: what the model reads; ``prefix``: what stands in the program before what it writes."""
+    """``ids``: what the model reads; ``prefix``: what stands in the program before what it writes.
+
+    ``text``: what a server is asked, which makes the tokens itself; ``ids`` is empty then.
+    """
 
     ids: tuple[int, ...]
     prefix: str
     stops: tuple[str, ...]
+    text: str = ""
 
 
 class PromptWriter:
     """Writes prompts for one tokenizer.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer; None: a server has it, and the chat's template.
         template: None for a base model; else one of `codeact.text.templates.MODEL_TYPES`, the one it was trained with.
         protocol: "exact", or "paper": wording, white space and token ids of the paper's benchmark/generate.py.
 
@@ -52,21 +56,26 @@ class PromptWriter:
         InputError: the tokenizer does not fit the template.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, protocol: str = "exact") -> None:
+    def __init__(self, tokenizer: Any | None, template: str | None, protocol: str = "exact") -> None:
         self._paper = protocol == "paper"
         self._tokenizer = tokenizer
-        self._template = None if template is None else ConversationTemplate(tokenizer, template)
-        self._bos = leading_bos(tokenizer)
+        self._chat = template is not None
+        self._template = None
+        if template is not None and tokenizer is not None:
+            self._template = ConversationTemplate(tokenizer, template)
+        self._bos = [] if tokenizer is None else leading_bos(tokenizer)
 
     def write(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem."""
         prompt = problem.prompt if self._paper else problem.prompt.strip()
-        if self._template is None:
+        forms = _PAPER_QUESTIONS if self._paper else _QUESTIONS
+        question = problem.question or forms.get(problem.dataset, forms["humaneval"]).replace("{prompt}", prompt)
+        if not self._chat:
             text = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
             stops = (*_STOPS, *_BASE_STOPS.get(problem.dataset, _BASE_STOPS["humaneval"]))
+        elif self._template is None:  # nobody else can begin the answer, so its first fence does not end it
+            return Prompt(ids=(), prefix="", stops=(), text=question)
         else:
-            forms = _PAPER_QUESTIONS if self._paper else _QUESTIONS
-            question = problem.question or forms.get(problem.dataset, forms["humaneval"]).replace("{prompt}", prompt)
             try:
                 asked = self._template.prompt([("user", question)])
             except ValueError as error:
@@ -75,6 +84,8 @@ class PromptWriter:
             text = asked + lead + _ANSWER_START
             script = problem.own is not None and problem.own.script  # which may have all of these
             stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
+        if self._tokenizer is None:
+            return Prompt(ids=(), prefix=text, stops=stops, text=text)
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         bos = self._bos
         if self._paper and self._template is not None and self._template.model_type == "chat":
@@ -85,6 +96,8 @@ class PromptWriter:
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end an answer: EOS, and what the template ends a turn with."""
+        if self._tokenizer is None:
+            return set()
         ends = {self._tokenizer.eos_token_id} - {None}
         if self._template is not None:
             (shown,) = self._template.render([[("user", "a"), ("assistant", "b")]])

@@ -92,6 +92,13 @@ class Results:
             },
         }
 
+    def figures(self) -> dict[str, float]:
+        """pass@k and outcomes, by names such as ``humaneval/plus/pass_at_1`` and ``humaneval/outcome/wrong``."""
+        scores = {kind: self.pass_at(kind) for kind in (("base", "plus") if self.plus else ("base",))}
+        figures = {f"{kind}/pass_at_{k}": value for kind, of in scores.items() for k, value in of.items()}
+        figures |= {f"outcome/{kind}": count for kind, count in self.failures().items()}
+        return {f"{self.problems.dataset}/{name}": value for name, value in figures.items()}
+
     def summary(self) -> str:
         """A Markdown table of pass@k, then what failed and how."""
         kinds = ("base", "plus") if self.plus else ("base",)

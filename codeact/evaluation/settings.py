@@ -31,6 +31,9 @@ class GenerationSettings(Settings):
     max_new_tokens: int = setting(1024, "Tokens of an answer.", ge=1)
     batch_size: int | None = setting(None, "Answers at a time; default: what memory allows.", place=True, ge=1)
     backend: Literal["hf", "vllm"] = setting("hf", "hf or vllm.")
+    server: str | None = setting(None, "Instead: address of an OpenAI-compatible server, http://localhost:8000/v1.")
+    parallel: int = setting(8, "Requests to the server at a time.", place=True, ge=1, le=1024)
+    served: str | None = setting(None, "Name at the server of the model after training.", command=False)
     dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
 
@@ -38,6 +41,13 @@ class GenerationSettings(Settings):
     def _drawn_where_several(self) -> GenerationSettings:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} greedy samples would all be the same; set a temperature above 0 as well")
+        return self
+
+    @model_validator(mode="after")
+    def _left_to_the_server(self) -> GenerationSettings:
+        for name in ("template", "protocol", "batch_size", "backend", "dtype", "device"):
+            if self.server is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} is decided by the server; leave it out")
         return self
 
     @property
@@ -70,6 +80,7 @@ class EvaluateSettings(Settings):
     min_seconds: float = setting(1.0, "A test may take so long, ...", gt=0)
     time_factor: float = setting(4.0, "... or so many times what the reference takes, if that is longer.", gt=0)
     memory_mb: int = setting(4096, "Memory of a program, MiB.", ge=64)
+    report_to: str | None = setting(None, "Trackers of the figures: tensorboard, wandb, mlflow, ...", place=True)
 
     @model_validator(mode="after")
     def _whole_numbers(self) -> EvaluateSettings:

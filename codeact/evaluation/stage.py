@@ -15,6 +15,7 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.parsing import read_json
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
+from codeact.base.trackers import check_trackers, report_figures
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _PREFIXES = {"HumanEval/": "humaneval", "Mbpp/": "mbpp"}
 
 def generate_programs(
     settings: GenerationSettings,
-    model: str,
+    model: str | None,
     output: Path,
     *,
     adapter: str | None = None,
@@ -38,7 +39,7 @@ def generate_programs(
 
     Args:
         settings: which tasks, and how.
-        model: causal language model: a folder or a hub name.
+        model: causal language model: a folder or a hub name; its name at ``settings.server``, None: the only one there.
         output: JSON lines.
         adapter: LoRA adapter on the model: a folder or a hub name.
         limit: only so many tasks.
@@ -48,15 +49,26 @@ def generate_programs(
         InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
     """
     from codeact.base.console import Progress, say
-    from codeact.evaluation.generate import generate
-    from codeact.evaluation.generators import load_generator
+    from codeact.evaluation.generate import Generator, generate
+    from codeact.evaluation.server import Server, ServerGenerator
     from codeact.evaluation.tasks import open_problems
-    from codeact.models.loading import quiet_transformers
 
     problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
-    quiet_transformers()
-    say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
-    generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
+    generator: Generator
+    if settings.server is not None:
+        if adapter is not None:
+            raise InputError("an adapter is loaded by the server; leave --adapter out, and name it by --model")
+        generator = ServerGenerator(Server(settings.server), model, settings.parallel)
+        say(f"asking {generator.model} at {settings.server}")
+    elif model is None:
+        raise InputError("--model is needed: a folder, a hub name, or with --server the name of a model there")
+    else:
+        from codeact.evaluation.generators import load_generator
+        from codeact.models.loading import quiet_transformers
+
+        quiet_transformers()
+        say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
+        generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
     begin, tokens = time.perf_counter(), 0
     with Progress(len(problems.problems) * settings.samples, "samples", "generating") as step:
 
@@ -141,6 +153,7 @@ def evaluate_file(
     from codeact.evaluation.sandbox.sandbox import Sandbox
     from codeact.evaluation.tasks import open_problems
 
+    check_trackers(settings.report_to)
     problems = open_problems(dataset, data, limit, tasks)
     sandbox = Sandbox(limits or settings.limits(), unsafe=unsafe)
     if not sandbox.isolated:
@@ -164,7 +177,9 @@ def evaluate_file(
             progress=step,
         )
     results = replace(results, left_out=left_out, ks=settings.ks)
-    return results, list(write_results(results, samples))
+    files = list(write_results(results, samples))
+    report_figures(settings.report_to, "evaluate", samples.parent, settings, results.figures())
+    return results, files
 
 
 # ------------------------------------------------------------------------------------------------------------- in a run
@@ -206,10 +221,14 @@ class Generate(_Part):
         from codeact.base.devices import check_device
         from codeact.evaluation.generators import check_generator
         from codeact.evaluation.prompts import PromptWriter
+        from codeact.evaluation.server import Server
         from codeact.models.loading import load_tokenizer
 
         settings = run.of(GenerationSettings)
         problems = problems_of(settings).problems
+        if settings.server is not None:
+            Server(settings.server)
+            return
         check_device(settings.device, settings.dtype)
         check_generator(settings.backend)
         writer = PromptWriter(load_tokenizer(run.model), settings.chat, settings.protocol)
@@ -222,13 +241,17 @@ class Generate(_Part):
             "problems": problems_of(settings).fingerprint,
             "model": run.identity(run.model),
             **run.digest(*self.needs),
-            **decisive(settings, "data", "before"),
+            **decisive(settings, "data", "before", "server", "served"),
+            # Not its address, under which it need not come back.
+            **({} if settings.server is None else {"served": self._served(run)}),
         }
 
     def work(self, run: Run) -> Lines:
         """Write what is missing."""
         settings, model, adapter = run.of(GenerationSettings), run.model, None
-        if self.part == "after":
+        if settings.server is not None:
+            model = self._served(run)
+        elif self.part == "after":
             trained = run.output / "model"
             if (trained / "adapter_config.json").exists():
                 adapter = str(trained)
@@ -236,6 +259,10 @@ class Generate(_Part):
                 model = str(trained)
         text = generate_programs(settings, model, programs_path(run, self.part), adapter=adapter)
         return [(f"programs {self.part}", text)]
+
+    def _served(self, run: Run) -> str:
+        """Name of the model at the server."""
+        return run.of(GenerationSettings).served or str(run.output / "model") if self.part == "after" else run.model
 
     def account(self, output: Path) -> Iterator[Entry]:
         """Tasks -> programs."""

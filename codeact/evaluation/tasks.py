@@ -14,7 +14,7 @@ from codeact.base.errors import InputError
 from codeact.base.parsing import parse_json
 from codeact.data.sources import RowError, open_local
 from codeact.evaluation.own_tests import OwnTests, Tests, read_calls, read_program, read_scripts, read_tests
-from codeact.evaluation.problems import Problem, ProblemSet, load_problems
+from codeact.evaluation.problems import DATASETS, Problem, ProblemSet, load_problems, read_problem
 
 _MOST_BYTES = 1 << 28
 _NOT_RUN = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
@@ -53,7 +53,8 @@ def load_tasks(path: Path, limit: int | None = None, tasks: Sequence[str] | None
     - ``tests``: asserts, as text or a list, or pairs ``[input, output]`` or ``{"input", "output"}``;
     - ``test``: a program with ``check(candidate)``, unittest classes or asserts (human-eval, BigCodeBench);
     - ``test_list``, with ``test_imports`` or ``test_setup_code``: asserts (MBPP);
-    - ``public_test_cases`` and ``private_test_cases`` (LiveCodeBench).
+    - ``public_test_cases`` and ``private_test_cases`` (LiveCodeBench);
+    - ``base_input`` and ``plus_input``: a file of evalplus, of any release.
 
     ``prompt`` (or ``complete_prompt``) is code that a completion goes on from, ``entry_point`` the function that is
     tested, ``canonical_solution`` what follows the prompt; ``question``, ``instruct_prompt``, ``question_content`` or
@@ -86,13 +87,22 @@ def load_tasks(path: Path, limit: int | None = None, tasks: Sequence[str] | None
     chosen = [problem for name, problem in problems.items() if tasks is None or name in tasks]
     if not chosen:
         raise InputError(f"{path} holds no task that is asked for")
-    return ProblemSet(dataset="own", problems=tuple(chosen[:limit]), fingerprint=source.fingerprint, source=str(path))
+    (dataset, *others) = {problem.dataset for problem in chosen}
+    return ProblemSet(
+        dataset="own" if others else dataset,
+        problems=tuple(chosen[:limit]),
+        fingerprint=source.fingerprint,
+        source=str(path),
+    )
 
 
 def _problem(row: Mapping[str, Any]) -> Problem:
     task_id = row.get("task_id", row.get("question_id"))
     if task_id is None:
         raise KeyError("task_id")
+    dataset = str(task_id).partition("/")[0].lower()
+    if "base_input" in row and dataset in DATASETS:
+        return read_problem(row, dataset)
     entry_point, canonical = _text(row, "entry_point"), _text(row, "canonical_solution")
     tests = _tests(row, entry_point, bool(canonical))
     return Problem(

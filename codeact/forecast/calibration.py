@@ -109,7 +109,7 @@ def calibrate(
         trial = _Trial(machine, settings, model, rows, tokens, *load_causal_lm(str(folder), device, dtype))
         prompt = trial.score(begin)
         in_time = bool(prompt) and time.perf_counter() - begin < _BUDGET
-        if in_time and "generate" in stages:
+        if in_time and "generate" in stages and settings.generate and settings.generate.server is None:
             trial.generate(prompt)
         if in_time and "train" in stages and training and training.sharding in ("none", "ddp"):
             try:

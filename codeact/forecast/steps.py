@@ -251,6 +251,8 @@ class RunPlan:
         settings, machine, model = self.settings.generate, self.machine, self.model
         assert settings is not None
         count, new, weight = self._programs(), settings.max_new_tokens, self._bytes(settings.dtype)
+        if settings.server is not None:
+            return {"rows": count, "tokens": float(count * new), "seconds": 0.0, "disk": 4.0 * count * new}
         length, rate = PROMPT_TOKENS + new, machine.flops["score"]
         room = max(0.0, machine.memory - machine.base - model.parameters * weight)
         batch = settings.batch_size or largest_batch(model.shape.cache_bytes(length, weight), room, self._kind)
@@ -323,6 +325,8 @@ class RunPlan:
             lines.append("chosen rows are as long as all rows; cdas tends to take longer ones (1.4 times in the demo)")
         if "generate" in stages and self.settings.generate is not None:
             lines.append(f"generation: {self.settings.generate.max_new_tokens:,} tokens an answer, which is the most")
+            if self.settings.generate.server is not None:
+                lines.append("generation by a server: its time is not counted")
         if "evaluate" in stages:
             lines.append(f"evaluation: {PROGRAM_SECONDS:g} s a program; one that hangs takes longer")
         if stages - {"evaluate", "report"}:

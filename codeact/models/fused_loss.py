@@ -20,8 +20,9 @@ def fuse_loss(model: Any) -> bool:
     """Teach a causal model the keyword ``fused_loss``: with it, its loss without its logits; without it, no change.
 
     With ``fused_loss=True`` the model takes ``shift_labels``, what each kept row predicts or -100, and
-    ``num_items_in_batch``, and returns ``loss``: the sum over this batch's targets divided by that number. What it says
-    is right only where logits are ``head(hidden)``, scaled and softcapped or not; ``isolation.split_head`` proves it.
+    ``num_items_in_batch``, and returns ``loss``: the sum over this batch's targets divided by that number. To ``hits``,
+    an int64 tensor (), if it is given, the number of targets that the model holds likeliest is added. What it says is
+    right only where logits are ``head(hidden)``, scaled and softcapped or not; ``isolation.split_head`` proves it.
 
     The head is still called as a module, with hidden states and targets, so that whatever gathers its weights around a
     call (FSDP, ZeRO-3) finds the call that it waits for.
@@ -39,22 +40,22 @@ def fuse_loss(model: Any) -> bool:
         return True
     known, plain_head, plain_forward = read_head(model), head.forward, model.forward
 
-    def head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def head_forward(self: Any, hidden: Tensor, targets: Tensor | None = None, hits: Tensor | None = None) -> Tensor:
         if targets is None:
             return plain_head(hidden)
         # What shards the weights puts others in the place of those that were read.
         hidden, bias = replace(known, bias=self.bias).scaled(hidden)
-        return linear_cross_entropy(hidden, self.weight, targets, bias, known.softcap, IGNORE, reduction="sum")
+        return linear_cross_entropy(hidden, self.weight, targets, bias, known.softcap, IGNORE, "sum", hits)
 
     def forward(self: Any, *arguments: Any, fused_loss: bool = False, **inputs: Any) -> Any:
         if not fused_loss:
             return plain_forward(*arguments, **inputs)
         targets, count = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
-        rows = inputs.pop("logits_to_keep", 0)
+        rows, hits = inputs.pop("logits_to_keep", 0), inputs.pop("hits", None)
         inputs.pop("labels", None)
         hidden = trunk(*arguments, **inputs).last_hidden_state  # (B, T, D)
         hidden = hidden[:, slice(-rows, None) if isinstance(rows, int) else rows]  # the last ones, or a mask (T,)
-        return CausalLMOutputWithPast(loss=head(hidden.flatten(0, -2), targets.flatten()) / count)
+        return CausalLMOutputWithPast(loss=head(hidden.flatten(0, -2), targets.flatten(), hits) / count)
 
     # An attribute of this one model, as accelerate itself wraps `forward` for autocast.
     setattr(head, "forward", types.MethodType(head_forward, head))  # noqa: B010

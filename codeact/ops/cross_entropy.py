@@ -9,7 +9,7 @@ else in a step, never exist, and nothing is computed a second time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    hits: Tensor | None = None,
 ) -> Tensor:
     """Compute ``F.cross_entropy((hidden @ weight.T + bias).float(), targets, reduction=reduction)`` without the logits.
 
@@ -59,6 +60,7 @@ def linear_cross_entropy(
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the softmax (Gemma 2).
         ignore_index: a row with this target is left out: no loss, no gradient, no work, whatever it holds.
         reduction: "mean" over the rows with a target (NaN where there is none, as PyTorch has it), "sum" or "none".
+        hits: int64 (), same device: the number of rows whose target has the largest logit is added to it.
 
     Returns:
         Of shape (), or that of ``targets`` for "none", in nats: float64 for float64 operands, else float32.
@@ -78,6 +80,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         product_dtype=torch.get_autocast_dtype(device_type) if autocast else hidden.dtype,
         sum_dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+        hits=hits,
     )
     shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
     kept_hidden, kept_targets, rows = hidden, targets, None
@@ -98,12 +101,16 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Head:
-    """How logits are made: the dtype of the matrix products, and that of the softmax and of all sums."""
+    """How logits are made: the dtype of the matrix products, and that of the softmax and of all sums.
+
+    ``hits``: of ``linear_cross_entropy``.
+    """
 
     softcap: float | None
     ignore_index: int
     product_dtype: torch.dtype
     sum_dtype: torch.dtype
+    hits: Tensor | None = None
 
 
 _Operand = Tensor | None
@@ -144,6 +151,8 @@ def _in_blocks(
             rows = F.pad(rows, (0, 0, 0, size - count))
         torch.mm(rows, matrix.T, out=block[: len(rows)])
         logits, own = block[:count], None if scale is None else scale[here]
+        if head.hits is not None:  # a softcap leaves the order
+            head.hits.add_(((logits if offset is None else logits + offset).argmax(1) == targets[here]).sum())
         losses[here] = loss_and_slope(logits, targets[here], offset, head.softcap, head.ignore_index, own, any(wanted))
         block[count : len(rows)] = 0
         slope = block[: len(rows)]
@@ -280,7 +289,7 @@ class _LossPerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head = head
+        ctx.head = replace(head, hits=None)
         return _in_blocks(hidden, weight, bias, targets, head, (False, False, False))[0]
 
     @staticmethod

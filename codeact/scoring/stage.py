@@ -15,6 +15,7 @@ from codeact.base.ledger import Entry, changes
 from codeact.base.protocols import resolve_turns
 from codeact.base.settings import Protocol, Settings, decisive, setting
 from codeact.base.stage import Lines, Run, Stage
+from codeact.base.trackers import check_trackers, report_figures
 from codeact.data.settings import DataSettings
 from codeact.text.template_files import Template
 
@@ -63,6 +64,7 @@ class ScoreSettings(Settings):
     )
     check_rows: int = setting(500, "Rows of that sample.", place=True, ge=2)
     check_ratio: float = setting(0.4, "Share of the rows whose overlap is told.", place=True, gt=0, le=1)
+    report_to: str | None = setting(None, "Trackers of the figures: tensorboard, wandb, mlflow, ...", place=True)
 
     @model_validator(mode="after")
     def _within_the_protocol(self) -> ScoreSettings:
@@ -175,6 +177,7 @@ def score_data(
     from codeact.scoring.engines import Begin, LocalPool, Pool, supervise, work_alone
     from codeact.scoring.folder import ScoreFolder
 
+    check_trackers(settings.report_to)
     launched = launched_rank()
     one_of("--engine", engine, get_args(Engine))
     if launched is not None and (engine == "ray" or (workers or 1) > 1):
@@ -293,6 +296,26 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
     return lines
 
 
+def report_scores(settings: ScoreSettings, totals: dict[str, Any], folder: Path) -> None:
+    """Hand counts, speed and the quartiles of IFD to the trackers that are asked for; errors of ``report_figures``."""
+    if settings.report_to is None:
+        return
+    import numpy as np
+
+    from codeact.scoring.folder import ScoreFolder
+
+    ifd = ScoreFolder.open(folder).read()["ifd"].drop_null().to_numpy()
+    names = ("rows", "truncated", "prompt_tokens", "answer_tokens", "tokens", "packs", "seconds")
+    figures = {name: totals[name] for name in names}
+    figures |= {"rows_scored": len(ifd)} | {f"refused/{name}": count for name, count in totals["refused"].items()}
+    if totals["seconds"]:
+        figures["tokens_per_second"] = totals["tokens"] / totals["seconds"]
+    if len(ifd):
+        quartiles = np.quantile(ifd, (0.25, 0.5, 0.75)).tolist()
+        figures |= dict(zip(("ifd_lower_quartile", "ifd_median", "ifd_upper_quartile"), quartiles, strict=True))
+    report_figures(settings.report_to, "score", folder, settings, figures)
+
+
 def _turn_lines(totals: dict[str, Any]) -> Lines:
     """Lines about the answers of conversations."""
     scored, answers = totals["turns"].get("ok", 0), sum(totals["turns"].values())
@@ -368,6 +391,7 @@ class Score(Stage):
         totals = score_data(run.data, run.of(ScoreSettings), folder, **where)
         assert totals is not None, "nobody else works in a run's folder"
         require_scores(totals, folder)
+        report_scores(run.of(ScoreSettings), totals, folder)
         return [*score_lines(totals, folder), *check_scores(run.data, run.of(ScoreSettings), folder)]
 
     def account(self, output: Path) -> Iterator[Entry]:

@@ -56,11 +56,12 @@ def select_rows(
     Raises:
         InputError: scores, embeddings, marks and data do not belong together or cannot be read.
     """
-    from codeact.base.files import locked_folder
+    from codeact.base.files import keep_apart, locked_folder
     from codeact.scoring.folder import ScoreFolder
-    from codeact.selection.audit import write_audit
+    from codeact.selection.audit import audit_path, write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
 
+    keep_apart(audit_path(output), embeddings, marks)
     folder = ScoreFolder.open(scores)
     table = read_scores(folder, [settings.difficulty])
     records = open_scored_data(folder, source)

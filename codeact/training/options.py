@@ -115,6 +115,9 @@ class PackOptions:
     )
     supervised_only: bool = _text(True, "In a pack, the LM head sees only rows that predict a label.")
     fused_loss: bool = _text(True, "Compute the loss in blocks, without holding the logits.")
+    token_accuracy: bool = _text(
+        False, "Log mean_token_accuracy, too: the share of labelled tokens that the model holds likeliest."
+    )
 
     def __post_init__(self) -> None:
         one_of("pad_mode", self.pad_mode, PAD_MODES)

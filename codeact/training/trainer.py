@@ -105,6 +105,8 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             set_attention(causal_lm, options.attention)
         self.fused = options.fused_loss and not arguments.use_liger_kernel and _has_plain_head(causal_lm)
         self.fused = self.fused and fuse_loss(causal_lm)
+        if options.token_accuracy and arguments.use_liger_kernel:
+            raise InputError("Liger's loss says no token's rank; leave out --token_accuracy or --use_liger_kernel")
         rule = PassRule.of(causal_lm)
         # Trainer would otherwise look for columns to remove in items that have none.
         arguments = copy.copy(arguments)
@@ -121,6 +123,7 @@ class PackTrainer(Trainer):  # type: ignore[misc]
             **trainer_arguments,
         )
         self._evaluated: Tensor | None = None
+        self._hits: Tensor | None = None  # since the last log: labelled tokens that the model held likeliest, and all
         self._sharding_checked = False
         self._loss_sum: Tensor | None = None
         self._resumed: tuple[float, int] | None = None
@@ -190,7 +193,34 @@ class PackTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Any:
         """Return Trainer's loss: the sum over this batch's targets divided by the step's number of targets."""
-        return super().compute_loss(model, {**inputs, "fused_loss": True} if self.fused else inputs, *arguments, **more)
+        inputs = {**inputs, "fused_loss": True} if self.fused else inputs
+        if not self.options.token_accuracy:
+            return super().compute_loss(model, inputs, *arguments, **more)
+        hits, labels = self._no_hits(inputs), inputs["shift_labels"]
+        if self.fused:
+            inputs["hits"] = hits[0]
+        loss, output = super().compute_loss(model, inputs, *arguments, **{**more, "return_outputs": True})
+        self._add_hits(hits, output, labels)
+        self._hits = hits if self._hits is None else self._hits + hits
+        return (loss, output) if more.get("return_outputs") else loss
+
+    @staticmethod
+    def _no_hits(inputs: dict[str, Any]) -> Tensor:
+        return torch.zeros(2, dtype=torch.int64, device=inputs["shift_labels"].device)
+
+    def _add_hits(self, hits: Tensor, output: Any, labels: Tensor) -> None:
+        """Add the labelled tokens of a pass, and those among them with the largest logit where no fused loss did."""
+        hits[1] += labels.ne(IGNORE).sum()
+        if not self.fused:
+            hits[0] += (output["logits"].argmax(-1) == labels).sum()
+
+    def log(self, logs: dict[str, float], *arguments: Any, **more: Any) -> None:
+        """Trainer's, with the share of labelled tokens since the last one that the model held likeliest."""
+        if "loss" in logs and self._hits is not None:
+            hit, count = self.accelerator.reduce(self._hits, reduction="sum").tolist()
+            logs["mean_token_accuracy"] = hit / max(count, 1)
+            self._hits = None
+        super().log(logs, *arguments, **more)
 
     def evaluation_loop(
         self,
@@ -201,10 +231,12 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop, with the loss as the mean over all tokens and not over batches."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self._evaluated = torch.zeros(3, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        total, count = self.accelerator.reduce(self._evaluated.to(self.args.device), reduction="sum").tolist()
+        total, count, hit = self.accelerator.reduce(self._evaluated.to(self.args.device), reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        if self.options.token_accuracy:
+            output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = hit / max(count, 1)
         return output._replace(num_samples=len(dataloader.dataset.samples))
 
     def prediction_step(
@@ -212,12 +244,17 @@ class PackTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[Tensor | None, None, None]:
         """Add this batch's loss and number of targets to what ``evaluation_loop`` reports."""
         inputs = self._prepare_inputs(inputs)
-        count = inputs["shift_labels"].ne(IGNORE).sum()
+        count, hits = inputs["shift_labels"].ne(IGNORE).sum(), self._no_hits(inputs)
+        fused: dict[str, Any] = {"fused_loss": True} if self.fused else {}
+        if self.fused and self.options.token_accuracy:
+            fused["hits"] = hits[0]
         with torch.no_grad(), self.compute_loss_context_manager():
-            fused = {"fused_loss": True} if self.fused else {}
-            loss = model(**inputs, **fused, num_items_in_batch=count.clamp(min=1))["loss"].detach()
+            output = model(**inputs, **fused, num_items_in_batch=count.clamp(min=1))
+        loss = output["loss"].detach()
+        if self.options.token_accuracy:
+            self._add_hits(hits, output, inputs["shift_labels"])
         if self._evaluated is not None:
-            self._evaluated += torch.stack([loss.double() * count, count.double()]).cpu()
+            self._evaluated += torch.stack([loss.double() * count, count.double(), hits[0].double()]).cpu()
         return loss, None, None
 
 

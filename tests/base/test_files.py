@@ -78,3 +78,20 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     other.wait()
     with locked_folder(tmp_path / "a", wait=False):
         assert not [*(tmp_path / "a").iterdir()]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("clean", "none.jsonl", "--embeddings", "a/../rows.npy"),
+        ("select", "--scores", "none", "--embeddings", "rows.npy"),
+        ("select", "--scores", "none", "--strategy", "random", "--marks", "rows.rows.parquet"),
+    ],
+)
+def test_what_is_read_is_not_overwritten(command, codeact, tmp_path, monkeypatch):
+    """``rows.jsonl`` and ``rows.npy`` would both have rows.rows.parquet beside them."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = codeact(*command, "--output", "rows.jsonl")
+    assert code == 2
+    assert "rows.rows.parquet belongs to " in err
+    assert "choose another --output" in err

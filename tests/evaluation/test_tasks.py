@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import pickle
 import zlib
@@ -11,6 +12,8 @@ import pytest
 
 from codeact.base.errors import InputError
 from codeact.evaluation.compare import same_output
+from codeact.evaluation.problems import load_problems
+from codeact.evaluation.prompts import PromptWriter
 from codeact.evaluation.tasks import load_tasks, open_problems
 
 pytestmark = pytest.mark.usefixtures("isolated")
@@ -304,3 +307,23 @@ def test_human_eval_itself_is_a_file_of_tasks(human_eval_path):
     problems = load_tasks(human_eval_path).problems
     assert (len(problems), sum(problem.own is None for problem in problems)) == (164, 48)
     assert not any(problem.own.beside for problem in problems if problem.own is not None)
+
+
+def test_a_release_of_evalplus_is_taken_as_it_is(judged, shared_data, tmp_path, tokenizer):
+    """Its rows, and one of a task that only v0.1.0 has; the same problems as by the data set's own name."""
+    lines = gzip.decompress((shared_data / "MbppPlus.jsonl.gz").read_bytes()).decode().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["task_id"] in ("Mbpp/2", "Mbpp/124", "Mbpp/252")]
+    older = {"task_id": "Mbpp/115", "entry_point": "empty_dit", "base_input": [[[[1], []]]], "plus_input": [[[{}]]]}
+    rows.append({**rows[0], **older, "prompt": "", "canonical_solution": "def empty_dit(x):\n    return not any(x)\n"})
+    samples = [{"task_id": row["task_id"], "solution": row["prompt"] + row["canonical_solution"]} for row in rows]
+    samples[0]["solution"] = "def similar_elements(a, b):\n    return tuple(a)"
+    out, report = judged(rows, samples)
+    assert "| mbpp+ | 75.0 % |" in out
+    assert report["samples"]["Mbpp/2"][0]["base"] == "wrong"
+    path = tmp_path / "MbppPlus-v0.1.0.jsonl.gz"
+    path.write_bytes(gzip.compress((tmp_path / "tasks.jsonl").read_bytes()))
+    own, named = load_tasks(path), load_problems("mbpp", path)
+    assert repr(own.problems) == repr(named.problems)
+    assert own.by_id()["Mbpp/115"].base_input == (([{1}, {}],),)
+    asked = PromptWriter(tokenizer, "chat").write(own.problems[0]).ids
+    assert "that comply with the following instruction" in tokenizer.decode(asked)

@@ -12,6 +12,7 @@ from codeact.scoring.loglikelihood import LikelihoodScorer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from codeact.integrations.lm_eval import PackedLM  # noqa: E402
@@ -60,6 +61,38 @@ def test_the_tokens_of_a_pair_are_lm_evals(models):
     theirs._loglikelihood_tokens = lambda pairs, **more: seen.extend(pairs) or [(0.0, True)] * len(pairs)
     theirs.loglikelihood(requests("loglikelihood", [("", "import os")]))
     assert ours.encode("", "import os") == seen[0][1:]
+
+
+BOUNDARIES = [
+    ("foo", "bar"),  # which the two make one word of
+    ("foo", " bar"),
+    ("foo ", "bar"),
+    ("foo  ", " bar"),
+    ("foo\n\t ", "bar"),
+    ("Answer:", "\n"),
+    ("f(", ")"),
+    ("BOSfoo", " bar"),
+    ("BOSfoo ", "bar"),
+    ("", "bar"),
+    ("", " bar"),
+    ("", "BOSbar"),  # lm-eval: that BOS is the context then
+]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_boundaries_white_space_and_bos_are_lm_evals(adds_bos, tokenizer, bos_tokenizer):
+    """The rules of its own tests, which want models of the hub; for a tokenizer that adds a BOS, and for another."""
+    chosen = bos_tokenizer if adds_bos else tokenizer
+    ours, theirs, seen = object.__new__(LikelihoodScorer), object.__new__(HFLM), []
+    ours.tokenizer = theirs.tokenizer = chosen
+    theirs.backend, theirs.add_bos_token, theirs.custom_prefix_token_id = "causal", None, None
+    theirs._loglikelihood_tokens = lambda pairs, **more: seen.extend(pairs) or [(0.0, True)] * len(pairs)
+    pairs = [tuple(part.replace("BOS", chosen.bos_token) for part in pair) for pair in BOUNDARIES]
+    TemplateLM.loglikelihood(theirs, requests("loglikelihood", pairs), disable_tqdm=True)
+    assert [ours.encode(*pair) for pair in pairs] == [(before, after) for _, before, after in seen]
+    firsts = [ours.encode(*pair)[0][:2] for pair in pairs]
+    assert not any(first == [chosen.bos_token_id] * 2 for first in firsts)
+    assert all(first[0] == chosen.bos_token_id for first in firsts) == adds_bos
 
 
 def test_the_same_bits_at_any_batch_size(models):

@@ -142,6 +142,23 @@ def test_autocast_takes_two_dtypes_and_plain_mode_does_not():
         linear_cross_entropy(half, weight, targets)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hits_are_the_rows_whose_target_is_the_likeliest(monkeypatch, reduction, dtype):
+    """In blocks, with ignored rows and a bias; the backward pass counts none again."""
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 5 * 41 * 8)
+    drawn = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=drawn, dtype=dtype, requires_grad=True) for n in (23, 41))
+    bias = 3 * torch.randn(41, generator=drawn, dtype=dtype)
+    targets = (hidden @ weight.T + bias).argmax(1)
+    targets[::3], targets[::4] = 0, -100
+    expected = int(((hidden @ weight.T + bias).argmax(1) == targets).sum())
+    assert 5 < expected < 15
+    hits = torch.tensor(100)
+    linear_cross_entropy(hidden, weight, targets, bias, 2.0, reduction=reduction, hits=hits).sum().backward()
+    assert int(hits) == 100 + expected
+
+
 @pytest.mark.parametrize("ignored", ["no rows", "every row"])
 def test_nothing_to_predict(ignored):
     hidden, weight, targets, bias = problem(0 if ignored == "no rows" else 3, 4, 7, bias=True)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from codeact.base.errors import InputError
-from codeact.training.dataset import PackDataset
+from codeact.training.dataset import EpochSampler, PackDataset
 from codeact.training.options import PackOptions
 from codeact.training.trainer import PackTrainer, _stand_in, train
 from tests.helpers import forked
@@ -251,6 +251,38 @@ def test_evaluation_loss_is_the_mean_over_tokens(tmp_path, mode, fused):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     of_batches = [token_mean(make_model(), held_out[first : first + 3]) for first in range(0, 25, 3)]
     assert np.mean(of_batches) != pytest.approx(expected, rel=1e-4)  # what Trainer would report
+
+
+@pytest.mark.parametrize(("mode", "fused"), [("dynamic_pack", True), ("dynamic_pack", False), ("dynamic_pad", True)])
+def test_token_accuracy_is_that_of_every_sample_alone(tmp_path, mode, fused):
+    """Of two steps of two passes each, and of held-out samples; the weights stand still."""
+    samples, model = make_samples(20), make_model()
+
+    def likeliest(sample):
+        ids = torch.as_tensor(sample.input_ids, dtype=torch.int64)[None]
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits[0, :-1].argmax(-1).numpy()
+
+    for sample in samples:  # else next to nothing would be a hit
+        every_other = (sample.labels[1:] != -100) & (np.arange(1, len(sample.labels)) % 2 == 0)
+        sample.labels[1:][every_other] = likeliest(sample)[every_other]
+    options = PackOptions(max_length=64, pad_mode=mode, fused_loss=fused, token_accuracy=True)
+    arguments = make_arguments(tmp_path, learning_rate=0.0, gradient_accumulation_steps=2, logging_steps=2)
+    trainer = PackTrainer(model, samples, arguments, options, eval_samples=samples)
+    items = [trainer.train_dataset[place] for place in EpochSampler(trainer.train_dataset)]
+
+    def accuracy(some):
+        return sum(int((likeliest(s) == s.labels[1:]).sum()) for s in some) / sum(map(targets, some))
+
+    trainer.train()
+    logged = [entry["mean_token_accuracy"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [accuracy([s for item in items[at : at + 4] for s in item]) for at in range(0, len(items), 4)]
+    assert logged == expected[: len(logged)]
+    assert logged
+    assert all(0.2 < value < 0.8 for value in logged)
+    assert trainer.evaluate()["eval_mean_token_accuracy"] == pytest.approx(accuracy(samples), rel=1e-12)
+    silent = PackTrainer(model, samples, arguments, PackOptions(max_length=64), eval_samples=samples)
+    assert "eval_mean_token_accuracy" not in silent.evaluate()
 
 
 def test_bf16_autocast_stays_near(tmp_path):
