@@ -240,8 +240,13 @@ def _score_in_processes(
     from multiprocessing import active_children, get_context
 
     from codeact.base.console import Progress
+    from codeact.base.machine import free_memory
+    from codeact.models.weight_files import check_fits, loaded_bytes
     from codeact.scoring.folder import ScoreFolder
 
+    # On their way to a GPU weights are in the machine's memory as well.
+    needed = processes * loaded_bytes(settings.model, 4 if settings.dtype == "float32" else 2)
+    check_fits(f"{processes} scoring processes", needed, free_memory(), "this machine", "lower --processes")
     rows, size = len(data.open()), settings.shard_size
     with suppress(InputError):  # nothing is there yet
         size = ScoreFolder.open(output).shard_size

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.machine import free_memory
 from codeact.base.settings import flag_name
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults, refuse_inexact
-from codeact.training.room import check_room, sharding
+from codeact.training.room import check_held, check_room, sharding
 
 if TYPE_CHECKING:
     from codeact.training.arguments import TrainerArguments
@@ -293,6 +294,8 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
             raise InputError(f"{purpose} needs {module}: pip install {install}")
     _check_trackers(flags.report_to)
     check_room(flags)
+    device = _device(flags)
+    check_held(flags, free_memory(device), "this machine" if device.type == "cpu" else str(device))
 
 
 def _check_numbers(flags: argparse.Namespace) -> None:

@@ -304,7 +304,8 @@ def test_batches_hold_prompts_of_like_length(tokenizer, problems) -> None:
 
 def test_the_batch_fits_in_memory(tiny_model, tokenizer, monkeypatch) -> None:
     generator = tiny_generator(tiny_model, tokenizer)
-    monkeypatch.setattr("codeact.evaluation.generate.free_memory", lambda device: 1000 * 2 * 2 * 2 * 12 * 4 * 10)
+    row = 1000 * (2 * 2 * 2 * 12 + 4 * 96) * 4  # keys and values of two layers, and one layer of its prompt
+    monkeypatch.setattr("codeact.evaluation.generate.free_memory", lambda device: row * 10)
     assert generator.batch_size(1000) == 4
     assert generator.batch_size(10**9) == 1
 
