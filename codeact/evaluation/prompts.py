@@ -8,8 +8,8 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.evaluation.problems import Problem
 from codeact.text.formats import Rendered
-from codeact.text.templates import ConversationTemplate
-from codeact.text.tokenizers import leading_bos
+from codeact.text.spans import ControlTexts, SpanEncoder
+from codeact.text.templates import ConversationTemplate, special_tokens
 
 # The paper's: what follows a finished function in an answer. The first two groups hold in both modes.
 _STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\nassert")
@@ -56,17 +56,21 @@ class PromptWriter:
         self._paper = protocol == "paper"
         self._tokenizer = tokenizer
         self._template = None if template is None else ConversationTemplate(tokenizer, template)
-        self._bos = leading_bos(tokenizer)
+        self._encoder = SpanEncoder(tokenizer)
+        # What looks like a control token in a problem is plain text, as in training; the paper's scripts read it as one.
+        self._controls = ControlTexts([] if self._paper else special_tokens(tokenizer))
 
     def write(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem."""
         prompt = problem.prompt if self._paper else problem.prompt.strip()
         if self._template is None:
-            text = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
+            prefix = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
+            (text,), marks = self._controls.hide([prefix])
             stops = (*_STOPS, *_BASE_STOPS.get(problem.dataset, _BASE_STOPS["humaneval"]))
         else:
-            forms = _PAPER_QUESTIONS if self._paper else _QUESTIONS
+            prefix, forms = "", _PAPER_QUESTIONS if self._paper else _QUESTIONS
             question = problem.question or forms.get(problem.dataset, forms["humaneval"]).replace("{prompt}", prompt)
+            (question,), marks = self._controls.hide([question])
             try:
                 asked = self._template.prompt([("user", question)])
             except ValueError as error:
@@ -75,13 +79,10 @@ class PromptWriter:
             text = asked + lead + _ANSWER_START
             script = problem.own is not None and problem.own.script  # which may have all of these
             stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        bos = self._bos
+        ((ids, _),) = self._encoder.encode([self._controls.show(text, marks)])
         if self._paper and self._template is not None and self._template.model_type == "chat":
-            bos = []  # what the template writes, and no more
-        elif bos and ids[:1] == bos:  # a chat template writes the BOS itself
-            del ids[0]
-        return Prompt(ids=(*bos, *ids), prefix="" if self._template else text, stops=stops)
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template's BOS alone
+        return Prompt(ids=tuple(map(int, ids)), prefix=prefix, stops=stops)
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end an answer: EOS, and what the template ends a turn with."""
