@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.cards import figures_table, hub_name, public_name, settings_block, write_card, written_by
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, one_of
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.cleaning.stage import MARKS_FILE
+from codeact.data.forms import FORMS
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
@@ -61,6 +62,7 @@ def select_rows(
     from codeact.selection.audit import write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
 
+    one_of("format", form, FORMS)  # before hours of clustering
     folder = ScoreFolder.open(scores)
     table = read_scores(folder, [settings.difficulty])
     records = open_scored_data(folder, source)
