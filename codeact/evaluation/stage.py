@@ -48,11 +48,13 @@ def generate_programs(
         InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
     """
     from codeact.base.console import Progress, say
+    from codeact.base.files import check_kind
     from codeact.evaluation.generate import generate
     from codeact.evaluation.generators import load_generator
     from codeact.evaluation.tasks import open_problems
     from codeact.models.loading import quiet_transformers
 
+    check_kind(output, folder=False)
     problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     quiet_transformers()
     say(f"loading {model}" + (f" with {adapter}" if adapter else ""))

@@ -93,10 +93,12 @@ def prepare(
 ) -> ScoreJob:
     """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
     from codeact.data.records import BadRow
+    from codeact.base.files import check_kind
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
     from codeact.scoring.folder import ScoreFolder
 
+    check_kind(output, folder=True)
     records = data.open()
     if strict:
         for row in records:
@@ -136,7 +138,9 @@ def _load_scorer(name: str, settings: ScoreSettings, turns: str) -> tuple[Any, I
     from codeact.base.devices import resolve_device, resolve_dtype
     from codeact.models.loading import load_causal_lm, quiet_transformers
     from codeact.scoring.ifd import IfdScorer
+    from codeact.text.templates import check_template
 
+    check_template(settings.template)
     quiet_transformers()
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)

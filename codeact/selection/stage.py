@@ -57,12 +57,13 @@ def select_rows(
     Raises:
         InputError: scores, embeddings, marks and data do not belong together or cannot be read.
     """
-    from codeact.base.files import locked_folder
+    from codeact.base.files import check_kind, locked_folder
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
 
-    one_of("format", form, FORMS)  # before hours of clustering
+    one_of("format", form, FORMS)
+    check_kind(output, folder=False)
     folder = ScoreFolder.open(scores)
     table = read_scores(folder, [settings.difficulty])
     records = open_scored_data(folder, source)

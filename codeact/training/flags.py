@@ -30,7 +30,7 @@ from codeact.training.room import check_held, check_room, sharding
 if TYPE_CHECKING:
     from codeact.training.arguments import TrainerArguments
 
-# Flags of the paper's train.py that have another name here.
+# Flags of the paper's train.py and of others that have another name here.
 _RENAMED = {
     "use_peft_lora": "--lora True",
     "use_4bit_quantization": "--quantize nf4",
@@ -38,6 +38,12 @@ _RENAMED = {
     "use_flash_attn": "--attention flash_attention_2, or nothing: the best attention is found",
     "use_fast_tokenizer": "nothing: the tokenizer is fast where there is a fast one",
     "bnb_4bit_quant_type": "--quantize nf4",
+    "data": "--data_path FILE",
+    "dataset": "--data_path FILE",
+    "train_file": "--data_path FILE",
+    "lr": "--learning_rate",
+    "epochs": "--num_train_epochs",
+    "batch_size": "--per_device_train_batch_size",
     "warmup_ratio": "--warmup_steps 0.03 (below 1 it is a share of the steps)",
 }
 
