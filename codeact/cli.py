@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from codeact import __version__
 from codeact.base.console import aligned, is_text, say, visible
-from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command
+from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command, one_of
 from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
 from codeact.base.stopping import end_as_stopped
@@ -337,9 +337,12 @@ def pack_rows(
     """Pack rows for another trainer: a plan, and the packs in the form that its own reader takes."""
     import datasets
 
-    from codeact.integrations.pack_files import write_packs
+    from codeact.integrations.pack_files import FORMATS, write_packs
     from codeact.models.loading import load_tokenizer
+    from codeact.text.conversations import OVERFLOWS
 
+    one_of("format", form, FORMATS)
+    one_of("on_overflow", on_overflow, OVERFLOWS)
     datasets.disable_progress_bars()
     rows = data.source if data.source.endswith(".npy") else data.open()
     encoder = None if tokenizer is None else load_tokenizer(tokenizer)

@@ -101,7 +101,7 @@ def interpreted_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def codeact(monkeypatch, capsys):
-    """Run ``codeact ARGUMENTS`` in this process: (exit code, stdout, stderr)."""
+    """Run ``codeact ARGUMENTS`` in this process: (exit code, stdout, stderr), neither with the bar of any library."""
     from codeact.cli import main
 
     def run(*arguments) -> tuple[int, str, str]:
@@ -112,6 +112,7 @@ def codeact(monkeypatch, capsys):
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()
+        assert "\r" not in captured.out + captured.err, "a bar is drawn where there is no terminal"
         return code, captured.out, captured.err
 
     return run

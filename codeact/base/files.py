@@ -147,6 +147,17 @@ def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
+def check_kind(path: str | Path, *, folder: bool) -> None:
+    """Refuse to write a folder where a file is, or a file where a folder is; to be asked before a model is loaded.
+
+    Raises:
+        InputError: that is so.
+    """
+    if Path(path).exists() and Path(path).is_dir() != folder:
+        there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise InputError(f"{path} is a {there}, and what is written is a {wanted}; choose another --output")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files in ``folder`` of processes of this machine that were killed while they wrote."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}{socket.gethostname()}-*"):

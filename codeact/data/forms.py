@@ -31,11 +31,13 @@ _TURN_COLUMNS = ("messages", "conversations", "conversation")  # the last is wha
 _PAIRS = [("instruction", "output"), ("instruction", "response")]
 _PAIRS += [(question, answer) for question in ("prompt", "question") for answer in ("completion", "response", "answer")]
 _CONTEXT = ("system", "history", "tools")
-_NOT_READ = ("tool_calls", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
+_NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio", "refusal")
 _TOOLS = "write tools into the system text, calls and results into the texts of assistant and user"
 _TAKE = "or take the row out"
 _MEND = f"write it, {_TAKE}"
-_LEARN_KEYS = ("weight", "train", "training", "loss")
+_LEARN_KEYS = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
+_LEARN_OTHERWISE = ("mask", "loss_mask", "train_detail", "training_detail")  # of parts of a text, or either way round
+_TURN_KEYS = {"role", "content", "from", "value", *_NOT_READ, *_LEARN_KEYS, *_LEARN_OTHERWISE}
 FORMS = ("messages", "sharegpt", "alpaca")
 """What rows are written in."""
 
@@ -104,8 +106,9 @@ class Columns:
         needed = [self.conversation] if self.conversation is not None else [self.question, self.answer]
         return list(dict.fromkeys(name for name in [*needed, *named.names()] if name is not None))
 
-    def told(self, seen: Iterable[str]) -> tuple[str, list[str]]:
-        """What is read, for a person, and the columns that are not, those that usually hold context first."""
+    def told(self, rows: Collection[Mapping[str, Any]]) -> tuple[str, list[str]]:
+        """What is read of these rows, for a person, and what is not, columns that usually hold context first."""
+        seen = dict.fromkeys(name for row in rows for name in row)
         if self.conversation is not None:
             parts = [self.system, f"the turns in {listing([self.conversation])}"]
         else:
@@ -113,6 +116,10 @@ class Columns:
             parts = [self.system, self.history, f"{question} -> {listing([self.answer or ''])}"]
         unused = [name for name in seen if name not in self.names()]
         unused.sort(key=lambda name: name not in (*_CONTEXT, *_TURN_COLUMNS, "input"))
+        talks = [row[name] for row in rows for name in (self.conversation, self.history) if isinstance(row.get(name), list)]
+        turns = [turn for talk in talks for turn in talk if isinstance(turn, Mapping)]
+        keys = dict.fromkeys(key for turn in turns for key in turn if not _is_blank(turn[key]))
+        unused += [f"{key} of turns" for key in keys if key not in _TURN_KEYS]
         return ", ".join(part for part in parts if part is not None), unused
 
 
@@ -240,6 +247,9 @@ def _learn(turn: Mapping[str, Any], number: int) -> bool:
             raise RowError("bad_conversation", f"the {key} of turn {number} is {shown}, neither 0 nor 1")
         if not value:
             return False
+    if other := next((key for key in _LEARN_OTHERWISE if turn.get(key) is not None), None):
+        text = f"turn {number} has {other}, which is not read; give every answer a weight of 0 or 1 instead, {_TAKE}"
+        raise RowError("bad_conversation", text)
     return True
 
 

@@ -108,14 +108,14 @@ class RecordSet:
             raise refusal(f"{self.source} holds no rows; give a file with at least one")
         filled = [(part, start) for part, start in zip(source.parts, self._starts, strict=False) if len(part)]
         samples = {start: self._sample(part) for part, start in filled}
-        seen = list(dict.fromkeys(name for raw in chain(*samples.values()) for name in raw))
-        self.columns = columns.found_in(chain(*samples.values()))
+        first = list(chain(*samples.values()))
+        self.columns = columns.found_in(first)
         for part, start in filled:
             if start == 0 or part.uniform or len(samples[start]) == _SAMPLE:  # what a few rows lack, others may have
                 there = list(dict.fromkeys(name for raw in samples[start] for name in raw))
                 require_columns(self.columns.required(columns), there, f"{self.source}: {self._where(start)} and after")
         self._consumed = frozenset(self.columns.names())
-        read, unused = self.columns.told(seen)
+        read, unused = self.columns.told(first)
         self.reading = f"{self.source}: {len(self):,} row{'s' * (len(self) > 1)}, read as {read}"
         self.reading += f"; columns not used: {listing(unused)}" if unused else ""
         self.reading += f"; files not read: {listing(source.unread)}" if source.unread else ""

@@ -131,9 +131,13 @@ def open_local(path: Path, split: str | None, config_name: str | None) -> Source
 
 
 def _refuse_a_part(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a folder in which files are missing, as their names say: train-00000-of-00002."""
+    """Refuse a folder in which files are missing, as their names say (train-00000-of-00002), or there twice."""
     found: dict[tuple[str, int], int] = {}
+    there = set(names)
     for name in names:
+        plain = next((name.removesuffix(packed) for packed in _PACKED_SUFFIXES if name.endswith(packed)), name)
+        if plain != name and plain in there:
+            raise refusal(f"{folder} holds {plain} and {name}, which is the same, packed; take one away, or rename it")
         if match := re.search(r"(.*)-\d{5}-of-(\d{5})", name):
             key = (match[1], int(match[2]))
             found[key] = found.get(key, 0) + 1
@@ -239,6 +243,10 @@ def _unpacked(file: Path) -> Path:
         raise refusal(f"{file} is a Git LFS pointer and not the data itself; fetch that with: git lfs pull")
     if head.startswith(b"PK\x03\x04"):
         raise refusal(f"{file} is a zip archive; unpack it")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise refusal(f"{file} is what a server answered (HTML or XML) and not the data; fetch that again")
+    if head.startswith(b"PAR1") and _suffix(file) != ".parquet":
+        raise refusal(f"{file} is a Parquet file; let its name end in .parquet")
     opener = next((opener for magic, opener in _UNPACKERS.items() if head.startswith(magic)), None)
     if opener is None:
         return file
@@ -276,11 +284,15 @@ def refuse_missing_path(data: str) -> None:
     known = data.lower().endswith((*_SUFFIXES, *_PACKED_SUFFIXES, *_OTHER_SUFFIXES))
     if not known and not data.startswith((".", "/", "~")) and _HUB_NAME.fullmatch(data):
         return
+    if "://" in data:
+        raise refusal(f"{data} is an address; fetch the file and give its path, or name a data set as OWNER/NAME")
     path = Path(os.path.expanduser(data))
     remedy = f"there is no folder {path.parent}"
     if path.parent.is_dir():
         close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
         remedy = f"did you mean {path.parent / close[0]}?" if close else "check the path"
+    if "*" in path.name:
+        remedy = "give the folder, of which all files are read"
     raise refusal(f"no such file: {path}; {remedy}")
 
 

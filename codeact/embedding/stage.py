@@ -45,9 +45,9 @@ def embed_data(data: DataSettings, settings: EmbedSettings, output: str | Path) 
     from codeact.models.loading import quiet_transformers
 
     records = data.open()
-    dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
-    decides = (records.fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
     if Path(output).exists():
+        dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
+        decides = (records.fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
         try:
             known = read_embeddings(output).metadata
         except InputError:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from codeact.base.console import Progress
 from codeact.base.errors import InputError, require
 from codeact.base.files import atomic_path, locked_folder
+from codeact.base.machine import free_memory
 from codeact.base.parsing import parse_json
 from codeact.data.records import Record, open_records
 
@@ -35,6 +37,7 @@ _METADATA_KEY = b"codeact.embeddings"
 _DIGEST_BLOCKS = 64
 _DIGEST_BLOCK_BYTES = 65_536
 _AGAIN = "run codeact embed again"
+_MEMORY_SHARE = 0.4  # of what is free, for the activations of a layer
 
 logger = logging.getLogger("codeact")
 
@@ -90,7 +93,8 @@ def embed(
         model: a hub name, a folder, or a loaded model, which keeps its own device and dtype. Only safetensors weights
             are read and no code of the model's repository is run. The default is the embedder of CodeACT
             (arXiv 2408.02193).
-        batch_size: texts a batch; batches are of texts of about the same length.
+        batch_size: texts a batch, fewer where so many long ones would not fit into the memory that is free; batches are
+            of texts of about the same length.
         dtype: of the computation: float32, bfloat16, float16, or auto (bfloat16 where the device has it natively).
         progress: show a bar with texts and tokens per second.
 
@@ -124,12 +128,14 @@ def load_embedder(
 
     from codeact.base.devices import resolve_device, resolve_dtype
     from codeact.models.loading import check_config_of_folder, check_weights, existing_model, refused
+    from codeact.models.weight_files import check_fits, loaded_bytes
 
     torch_device = resolve_device(device)
     name = existing_model(os.fspath(model))
     what = f"embedding model {name!r}"
     check_config_of_folder(what, name)
-    model_kwargs = {"use_safetensors": True, "dtype": resolve_dtype(dtype, torch_device)}
+    model_kwargs = {"use_safetensors": True, "dtype": (kind := resolve_dtype(dtype, torch_device))}
+    check_fits(what, 2 * loaded_bytes(name, kind.itemsize), free_memory(), "this machine")  # see _loading_report
     with refused(f"cannot load the {what}", "give a folder with safetensors weights or a hub name as the model"):
         encoder = SentenceTransformer(
             name, device=str(torch_device), model_kwargs=model_kwargs, trust_remote_code=False
@@ -207,8 +213,10 @@ def embed_texts(
     # longest first: a batch that does not fit in memory is the first one, not the one after hours
     order = np.argsort(-lengths, kind="stable")
     vectors: Vectors | None = None
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    start, most = 0, _tokens_that_fit(encoder)
+    while start < len(order):
+        batch = order[start : start + max(1, min(batch_size, most // max(1, int(lengths[order[start]]))))]
+        start += len(batch)
         raw = _encode([texts[position] for position in batch], encoder)
         norms = np.linalg.norm(raw.astype(np.float64), axis=1)
         bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
@@ -438,6 +446,21 @@ def _encode(texts: list[str], encoder: SentenceTransformer) -> Vectors:
         raise InputError(f"a batch of {len(texts)} texts does not fit on the device; lower the batch size") from None
     # length 1 is made here and not by the model, whose dtype may hold it to three digits only
     return np.asarray(vectors, dtype=np.float32)
+
+
+def _tokens_that_fit(encoder: SentenceTransformer) -> int:
+    """Tokens of a batch, padding included, whose activations take a part of the memory that is free.
+
+    Embedders that read 8,192 tokens and more would need tens of GiB for a batch of 64 such texts.
+    """
+    from codeact.ops.flops import ModelShape
+
+    trunk = getattr(encoder[0], "auto_model", None) if hasattr(encoder, "__getitem__") else None
+    shape = ModelShape.from_config(trunk.config) if trunk is not None else None
+    if shape is None:
+        return sys.maxsize
+    a_layer = shape.activation_bytes(1, trunk.dtype.itemsize) / shape.layers
+    return int(_MEMORY_SHARE * free_memory(encoder.device) / a_layer)
 
 
 def _token_counts(texts: list[str], encoder: SentenceTransformer) -> NDArray[np.int64]:

@@ -21,7 +21,15 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from codeact.base.errors import InputError
-from codeact.models.isolation import PassRule, few_layers, forget_longest, only_layers, refusals_of, round_row_by_row
+from codeact.models.isolation import (
+    PassRule,
+    few_layers,
+    forget_longest,
+    only_layers,
+    refusals_of,
+    round_row_by_row,
+    trunk_of,
+)
 
 _GROWTH = 64  # tokens that the cache grows by
 _STEPS = 3  # of a trial
@@ -225,8 +233,8 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
 
     Three prompts of different lengths get three tokens more, and one of them leaves in between; then, on a few layers,
     one prompt of nearly ``longest`` tokens and one of a third of it, which leaves: a model may choose among the keys of
-    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, or one whose
-    recurrent state runs over padding, is decoded in a slower manner.
+    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, one whose recurrent
+    state runs over padding, or one in which later tokens decide what earlier ones become, is decoded in a slower manner.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -241,15 +249,44 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
                 if width <= 11 or layers is None:
                     return manner
                 with only_layers(model, layers):
-                    if _agrees(model, (max(1, width // 3), width), manner):
+                    if _looks_back_only(model, width) and _agrees(model, (max(1, width // 3), width), manner):
                         return manner
     return Manner(batched=False, cached=False)
 
 
-def _agrees(model: PreTrainedModel, lengths: Sequence[int], manner: Manner) -> bool:
+def _looks_back_only(model: PreTrainedModel, length: int) -> bool:
+    """Whether tokens become what they become, whatever follows.
+
+    A model that keeps the keys of the highest scores (DeepSeek 3.2) may choose others among equal ones when the row is
+    longer, in any dtype: scores of few heads after a ReLU are all 0 for many keys.
+    """
+    trunk = trunk_of(model)
+    if trunk is None:
+        return True
+    (ids,) = _prompts(model, (length,))
+    tokens = torch.tensor([ids], device=model.device)
+    whole = trunk(input_ids=tokens, use_cache=False).last_hidden_state.float()
+    most = _tolerance(model) * float(whole.abs().max())
+    for end in (length // 4, length // 2, 3 * length // 4):
+        begin = trunk(input_ids=tokens[:, :end], use_cache=False).last_hidden_state.float()
+        if not float((begin - whole[:, :end]).abs().max()) <= most:
+            return False
+    return True
+
+
+def _prompts(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
     drawn = torch.Generator().manual_seed(0)
     count = model.get_input_embeddings().weight.shape[0]
-    prompts = [torch.randint(count, (length,), generator=drawn).tolist() for length in lengths]
+    return [torch.randint(count, (length,), generator=drawn).tolist() for length in lengths]
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """A share of the largest number: what rounding in another order makes of it."""
+    return 1e-3 if model.dtype == torch.float32 else 5e-2
+
+
+def _agrees(model: PreTrainedModel, lengths: Sequence[int], manner: Manner) -> bool:
+    prompts = _prompts(model, lengths)
     run = _Run(model, PassRule(), lambda *_: False, _STEPS, _Chooser(Sampling(), []), 0, manner)
     groups = [prompts] if manner.batched else [[prompt] for prompt in prompts]
     for group in groups:
@@ -259,8 +296,7 @@ def _agrees(model: PreTrainedModel, lengths: Sequence[int], manner: Manner) -> b
         for _ in range(_STEPS):
             got = next_logits(model, ids, mask, positions, cache).float()
             true = torch.cat([_logits_alone(model, text) for text in texts])
-            tolerance = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(true.abs().max())
-            if not float((got - true).abs().max()) <= tolerance:
+            if not float((got - true).abs().max()) <= _tolerance(model) * float(true.abs().max()):
                 return False
             ids, positions = true.argmax(-1, keepdim=True), positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(texts), 1)], dim=1)

@@ -8,6 +8,7 @@ was killed is that of one that was not.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from codeact.evaluation.decoding import Manner
 
 GENERATORS = ("hf", "vllm")
-_MEMORY_SHARE = 0.4  # of what is free, for the cache: growing it needs it twice for a moment
+_MEMORY_SHARE = 0.4  # of what is free: growing the cache needs it twice for a moment
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 
 
@@ -84,7 +85,7 @@ def largest_batch(row_bytes: float, free: float, device: str) -> int:
     """How many answers to decode together.
 
     Args:
-        row_bytes: of a row's keys and values when the answer has its full length.
+        row_bytes: of a row when the answer has its full length.
         free: bytes that the device has left.
         device: its kind, "cpu" or "cuda".
     """
@@ -103,15 +104,18 @@ class HuggingFaceGenerator:
         self._manner: Manner | None = None
 
     def batch_size(self, longest: int) -> int:
-        """By the memory that is free now."""
+        """By the memory that is free now: keys and values, and what a layer makes of a prompt on the way to them."""
         config = self._model.config.get_text_config()
-        width = config.hidden_size
+        hidden = width = config.hidden_size
         if heads := getattr(config, "num_attention_heads", None):  # else a state, which is smaller than keys would be
             dim = getattr(config, "head_dim", None) or width // heads
             width = (getattr(config, "num_key_value_heads", None) or heads) * dim
+        inner = getattr(config, "intermediate_size", None)
+        numbers = 2 * config.num_hidden_layers * width + 4 * (inner if isinstance(inner, int) else 4 * hidden)
+        if "logits_to_keep" not in inspect.signature(self._model.forward).parameters:  # of every token of a prompt
+            numbers += config.vocab_size
         device = self._model.device
-        row_bytes = 2 * config.num_hidden_layers * width * self._model.dtype.itemsize * longest
-        return largest_batch(row_bytes, free_memory(device), device.type)
+        return largest_batch(numbers * self._model.dtype.itemsize * longest, free_memory(device), device.type)
 
     def complete(
         self, requests: Sequence[Request], ends: set[int], settings: GenerationSettings

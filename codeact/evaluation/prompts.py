@@ -8,8 +8,8 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.evaluation.problems import Problem
 from codeact.text.formats import Rendered
-from codeact.text.templates import ConversationTemplate
-from codeact.text.tokenizers import leading_bos
+from codeact.text.spans import ControlTexts, SpanEncoder
+from codeact.text.templates import ConversationTemplate, special_tokens
 
 # The paper's: what follows a finished function in an answer. The first two groups hold in both modes.
 _STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\nassert")
@@ -63,19 +63,24 @@ class PromptWriter:
         self._template = None
         if template is not None and tokenizer is not None:
             self._template = ConversationTemplate(tokenizer, template)
-        self._bos = [] if tokenizer is None else leading_bos(tokenizer)
+        self._encoder = None if tokenizer is None else SpanEncoder(tokenizer)
+        # What looks like a control token in a problem is plain text, as in training; to the paper's scripts it is one.
+        self._controls = ControlTexts([] if self._paper or tokenizer is None else special_tokens(tokenizer))
 
     def write(self, problem: Problem) -> Prompt:
         """Return the prompt of a problem."""
         prompt = problem.prompt if self._paper else problem.prompt.strip()
         forms = _PAPER_QUESTIONS if self._paper else _QUESTIONS
         question = problem.question or forms.get(problem.dataset, forms["humaneval"]).replace("{prompt}", prompt)
+        prefix = ""
         if not self._chat:
-            text = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
+            prefix = prompt if self._paper else (prompt or problem.question.strip()) + "\n"
+            (text,), marks = self._controls.hide([prefix])
             stops = (*_STOPS, *_BASE_STOPS.get(problem.dataset, _BASE_STOPS["humaneval"]))
         elif self._template is None:  # nobody else can begin the answer, so its first fence does not end it
             return Prompt(ids=(), prefix="", stops=(), text=question)
         else:
+            (question,), marks = self._controls.hide([question])
             try:
                 asked = self._template.prompt([("user", question)])
             except ValueError as error:
@@ -84,15 +89,13 @@ class PromptWriter:
             text = asked + lead + _ANSWER_START
             script = problem.own is not None and problem.own.script  # which may have all of these
             stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
-        if self._tokenizer is None:
-            return Prompt(ids=(), prefix=text, stops=stops, text=text)
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        bos = self._bos
+        if self._encoder is None:
+            return Prompt(ids=(), prefix=prefix, stops=stops, text=prefix)
+        ((ids, _),) = self._encoder.encode([self._controls.show(text, marks)])
         if self._paper and self._template is not None and self._template.model_type == "chat":
-            bos = []  # what the template writes, and no more
-        elif bos and ids[:1] == bos:  # a chat template writes the BOS itself
-            del ids[0]
-        return Prompt(ids=(*bos, *ids), prefix="" if self._template else text, stops=stops)
+            assert self._tokenizer is not None
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # its BOS alone
+        return Prompt(ids=tuple(map(int, ids)), prefix=prefix, stops=stops)
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end an answer: EOS, and what the template ends a turn with."""

@@ -49,10 +49,12 @@ def generate_programs(
         InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
     """
     from codeact.base.console import Progress, say
+    from codeact.base.files import check_kind
     from codeact.evaluation.generate import Generator, generate
     from codeact.evaluation.server import Server, ServerGenerator
     from codeact.evaluation.tasks import open_problems
 
+    check_kind(output, folder=False)
     problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     generator: Generator
     if settings.server is not None:

@@ -137,12 +137,15 @@ def _question(row: Mapping[str, Any], tests: OwnTests | None) -> str:
 def _tests(row: Mapping[str, Any], entry_point: str, reference: bool) -> OwnTests | None:
     if "public_test_cases" in row or "private_test_cases" in row:
         return _live_code_bench(row)
-    if (tests := row.get("tests")) is not None:
+    tests, program = row.get("tests"), row.get("test")
+    if tests is None and isinstance(program, list):
+        tests = program
+    if tests is not None:
         return read_tests(tests_of(tests), beside=True)
     if (listed := row.get("test_list")) is not None:
         setup = row.get("test_imports") or row.get("test_setup_code") or []
         return read_tests([*([setup] if isinstance(setup, str) else setup), *listed], beside=True)
-    if (program := row.get("test")) is not None:
+    if program is not None:
         return read_program(str(program), entry_point, reference)
     raise KeyError("tests, test, test_list or public_test_cases")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 
 from codeact.base.devices import Gpu, resolve_device, resolve_dtype, resolve_peak
 from codeact.base.errors import InputError, MissingExtraError
@@ -25,6 +24,7 @@ from codeact.evaluation.decoding import Manner, Sampling, decode_batches
 from codeact.models.adapters import add_lora
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.loading import load_causal_lm
+from codeact.models.weight_files import local_weights
 from codeact.ops.flops import ModelFacts
 from codeact.run.settings import RunSettings
 from codeact.scoring.ifd import IfdScorer
@@ -128,17 +128,6 @@ def calibrate(
         machine.lines.append(f"{missing}: {how}")
     machine.flops = {"score": rate, "embed": rate, "train": rate, **machine.flops}
     return machine
-
-
-def local_weights(name: str) -> Path | None:
-    """The folder of a model whose weights are on this machine; None if they would have to be fetched."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True))
-        except (OSError, ValueError):
-            return None
-    return folder if list(folder.glob("*.safetensors")) else None
 
 
 def _made_up() -> list[Record]:

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from codeact.base.devices import resolve_device, resolve_dtype
 from codeact.base.errors import InputError, NotHereError, require
+from codeact.base.machine import free_memory
+from codeact.models.weight_files import check_fits, loaded_bytes
 
 
 def quiet_transformers() -> None:
@@ -43,6 +46,7 @@ def load_causal_lm(
         InputError: there is no such model, or it cannot be loaded under those rules.
     """
     name = existing_model(name)
+    _check_room(f"model {name!r}", name, dtype, device, quantization)
     with refused(
         f"cannot load model {name!r}",
         "give a folder with config.json and *.safetensors, or a hub name that this machine can reach",
@@ -61,6 +65,24 @@ def load_causal_lm(
     model = model.eval() if device is None else model.eval().to(device)
     _check_computes(f"model {name!r}", model)
     return model, tokenizer
+
+
+def _check_room(what: str, name: str, dtype: torch.dtype, device: torch.device | None, quantization: Any) -> None:
+    """Refuse weights that do not fit into the CPU's memory, where they are loaded, or where they go from there.
+
+    Raises:
+        NotHereError: they do not.
+    """
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return  # every process keeps a part
+    number = float(dtype.itemsize)
+    if quantization is not None:
+        number = 0.5 if getattr(quantization, "load_in_4bit", False) else 1.0
+    needed = loaded_bytes(name, number)
+    remedy = "take a smaller model" + (", or say --dtype bfloat16" if number == 4 else "")
+    check_fits(what, needed, free_memory(), "this machine", remedy)
+    if device is not None and device.type == "cuda":
+        check_fits(what, needed, free_memory(device), str(device), remedy)
 
 
 @torch.inference_mode()

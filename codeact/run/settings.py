@@ -157,11 +157,19 @@ def shipped(path: Path) -> Path:
 def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
     where = f"line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
+    if item["type"] == "model_type":
+        return f"{where}: it holds keys of its own, such as {next(iter(_section(kind, keys).model_fields))}: ..., below it"
     if item["type"] != "extra_forbidden":
         return ": ".join(filter(None, (where, in_arguments(item["msg"].removeprefix("Value error, ")).lower())))
-    for parent in keys[:-1]:
-        annotation: Any = kind.model_fields[parent].annotation
-        models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
-        kind = next(model for model in models if issubclass(model, BaseModel))
+    kind = _section(kind, keys[:-1])
     closest = difflib.get_close_matches(keys[-1], kind.model_fields, n=1, cutoff=0.0)[0]
     return f"{where}: unknown key; did you mean {closest}?"
+
+
+def _section(kind: type[BaseModel], keys: Sequence[str]) -> type[BaseModel]:
+    """The settings below these keys."""
+    for key in keys:
+        annotation: Any = kind.model_fields[key].annotation
+        models = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+        kind = next(model for model in models if issubclass(model, BaseModel))
+    return kind

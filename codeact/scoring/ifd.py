@@ -427,7 +427,8 @@ def score_ifd(
         tokenizer: its tokenizer; may be None when ``model`` is a name.
         records: what to score: records, or whatever `codeact.data.records.open_records` opens (a path, a list of
             dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars). Rows that hold no record are kept
-            with their reason.
+            with their reason. The ids of the table are the numbers of the rows, also where there is a column "id";
+            ``open_records(rows, Columns(id="id"))`` takes them from it.
         template: a name in ``codeact.text.templates`` (TEMPLATES, CHAT_FORMATS), "chat", or text with ``{question}``.
         max_length: tokens of a sequence at most, BOS included; a longer answer is cut at its end and marked. None:
             2,048, or as many as the model has positions.

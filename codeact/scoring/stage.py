@@ -82,12 +82,14 @@ def prepare(
     data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
 ) -> ScoreJob:
     """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
+    from codeact.base.files import check_kind
     from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
     from codeact.scoring.engines import ScoreJob
     from codeact.scoring.folder import ScoreFolder
 
+    check_kind(output, folder=True)
     records = data.open()
     if strict:
         for row in records:
@@ -127,7 +129,9 @@ def _load_scorer(name: str, settings: ScoreSettings, turns: str) -> tuple[Any, I
     from codeact.base.devices import resolve_device, resolve_dtype
     from codeact.models.loading import load_causal_lm, quiet_transformers
     from codeact.scoring.ifd import IfdScorer
+    from codeact.text.templates import check_template
 
+    check_template(settings.template)
     quiet_transformers()
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
@@ -204,7 +208,13 @@ def score_data(
         data = data.model_copy(update={"source": absolute_name(data.source)})
         settings = settings.model_copy(update={"model": absolute_name(settings.model)})
     else:
+        from codeact.base.machine import free_memory
+        from codeact.models.weight_files import check_fits, loaded_bytes
+
         assert workers is not None
+        # On their way to a GPU weights are in the machine's memory as well.
+        needed = workers * loaded_bytes(settings.model, 4 if settings.dtype == "float32" else 2)
+        check_fits(f"{workers} scoring processes", needed, free_memory(), "this machine", "lower --workers")
         pool, count, share, what = LocalPool(), workers, workers, "processes"
     make = functools.partial(_prepare_worker, data, settings, output, share)
     begin = Begin(folder=output, prepare=make, overwrite=overwrite, strict=strict)

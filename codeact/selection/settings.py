@@ -87,6 +87,8 @@ def check_choice(strategy: str, choice: dict[str, Any], ratio: Any = RATIO) -> N
         for name, there in (("--easiest", choice["easiest"]), ("--sampling", choice["sampling"] != "top")):
             if there:
                 raise InputError(f"{name} is about the difficulty, which strategy {strategy} does not choose by")
+        if choice["difficulty"] != "ifd" and choice["per_question"] != "hardest":
+            raise InputError(f"strategy {strategy} chooses by no --difficulty {choice['difficulty']}; leave it out")
     if choice["easiest"] and choice["sampling"] != "top":
         raise InputError("--sampling proportional draws the difficult ones more often; leave out --easiest")
     if choice["protocol"] == "paper":

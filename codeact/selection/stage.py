@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.cards import figures_table, hub_name, public_name, settings_block, write_card, written_by
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, one_of
 from codeact.base.ledger import Entry, changes
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
 from codeact.cleaning.stage import MARKS_FILE
+from codeact.data.forms import FORMS
 from codeact.data.settings import DataSettings
 from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.scoring.stage import SCORES_FOLDER, ScoreSettings
@@ -56,11 +57,13 @@ def select_rows(
     Raises:
         InputError: scores, embeddings, marks and data do not belong together or cannot be read.
     """
-    from codeact.base.files import keep_apart, locked_folder
+    from codeact.base.files import check_kind, keep_apart, locked_folder
     from codeact.scoring.folder import ScoreFolder
     from codeact.selection.audit import audit_path, write_audit
     from codeact.selection.choose import plan_selection, question_numbers, write_selection
 
+    one_of("format", form, FORMS)
+    check_kind(output, folder=False)
     keep_apart(audit_path(output), embeddings, marks)
     folder = ScoreFolder.open(scores)
     table = read_scores(folder, [settings.difficulty])

@@ -32,6 +32,17 @@ MODEL_TYPES = ("chat", *CHAT_FORMATS)
 """What a model can be trained on, beside a Jinja template of one's own; ``chat`` is the tokenizer's."""
 
 
+def check_template(template: str) -> None:
+    """Refuse a name that is none, before a model is loaded.
+
+    Raises:
+        InputError: it is no name, no text with ``{question}`` and no Jinja template.
+    """
+    template = template_text(template)
+    if not is_jinja(template) and "{question}" not in template:
+        one_of("template", template, [*TEMPLATES, *MODEL_TYPES])
+
+
 class PromptBuilder:
     """Renders the question of a record the way the model will be asked it.
 
@@ -46,6 +57,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self._conversations: ConversationTemplate | None = None
+        check_template(template)
         template = template_text(template)
         if template in MODEL_TYPES or is_jinja(template):
             self._conversations = ConversationTemplate(tokenizer, template)
@@ -53,7 +65,6 @@ class PromptBuilder:
         elif "{question}" in template:
             self.text = template
         else:
-            one_of("template", template, [*TEMPLATES, *CHAT_FORMATS, "chat"])
             self.text = TEMPLATES[template]
 
     @property

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeact.base.errors import InputError, one_of
+from codeact.base.machine import free_memory
 from codeact.base.settings import flag_name
 from codeact.base.yaml_files import located, read_yaml
 from codeact.training.options import DataArguments, ModelArguments, PackOptions, TrainerDefaults, refuse_inexact
-from codeact.training.room import check_room, sharding
+from codeact.training.room import check_held, check_room, sharding
 
 if TYPE_CHECKING:
     from codeact.training.arguments import TrainerArguments
 
-# Flags of the paper's train.py that have another name here.
+# Flags of the paper's train.py and of others that have another name here.
 _RENAMED = {
     "use_peft_lora": "--lora True",
     "use_4bit_quantization": "--quantize nf4",
@@ -37,6 +38,12 @@ _RENAMED = {
     "use_flash_attn": "--attention flash_attention_2, or nothing: the best attention is found",
     "use_fast_tokenizer": "nothing: the tokenizer is fast where there is a fast one",
     "bnb_4bit_quant_type": "--quantize nf4",
+    "data": "--data_path FILE",
+    "dataset": "--data_path FILE",
+    "train_file": "--data_path FILE",
+    "lr": "--learning_rate",
+    "epochs": "--num_train_epochs",
+    "batch_size": "--per_device_train_batch_size",
     "warmup_ratio": "--warmup_steps 0.03 (below 1 it is a share of the steps)",
 }
 
@@ -293,6 +300,8 @@ def _check_together(flags: argparse.Namespace, here: bool) -> None:
             raise InputError(f"{purpose} needs {module}: pip install {install}")
     _check_trackers(flags.report_to)
     check_room(flags)
+    device = _device(flags)
+    check_held(flags, free_memory(device), "this machine" if device.type == "cpu" else str(device))
 
 
 def _check_numbers(flags: argparse.Namespace) -> None:

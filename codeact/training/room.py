@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from codeact.base.console import size
 from codeact.base.errors import InputError
 from codeact.base.machine import GIB
 from codeact.base.parsing import parse_json, read_json
+from codeact.models.weight_files import local_weights, stored_weights
 from codeact.ops.flops import Memory, ModelFacts, ModelShape, ParameterCounts
 
 _EVALUATION = "activations of an evaluation"
@@ -92,6 +92,29 @@ def check_memory(needs: Memory, free: float, tokens: int, where: str) -> None:
     )
 
 
+def check_held(flags: Any, free: float, where: str) -> None:
+    """Refuse a training that holds more than there is before its first batch: weights, gradients and optimizer.
+
+    Args:
+        flags: of the command, by name; a model that has to be fetched is not looked at.
+        free: bytes that are left where it will run.
+        where: what that place is called.
+
+    Raises:
+        InputError: it does not fit; says what to change.
+    """
+    folder = local_weights(str(flags.model_name_or_path)) if flags.model_name_or_path else None
+    planned = PlannedTraining(flags)
+    if folder is None or planned.sharding != "none":  # DeepSpeed and FSDP share it among processes
+        return
+    trained = 0.0 if flags.lora else 4.0 + _optimizer_bytes(flags.optim)
+    needed = sum(stored_weights(folder).values()) * (planned.weight_bytes + trained)
+    if needed > free:
+        what = "weights" if flags.lora else "weights, gradients and optimizer"
+        remedy = "--quantize nf4, or a smaller model" if flags.lora else "--lora True, or --optim adafactor"
+        raise InputError(f"{what} take {size(needed)}, and {size(free)} are left on {where}: {remedy}")
+
+
 def check_room(flags: Any, parameters: int | None = None, steps: int | None = None) -> None:
     """Refuse checkpoints that will not fit on the disk.
 
@@ -106,7 +129,7 @@ def check_room(flags: Any, parameters: int | None = None, steps: int | None = No
     if not flags.output_dir:
         return
     if parameters is None and not flags.lora:
-        parameters = _parameters_in(Path(str(flags.model_name_or_path or "")).expanduser())
+        parameters = sum(stored_weights(Path(str(flags.model_name_or_path or "")).expanduser()).values())
     if not parameters:
         return
     kept, one = checkpoints(flags, parameters, steps)
@@ -145,18 +168,6 @@ def _saves(flags: Any, steps: int | None) -> int:
         steps = flags.max_steps if flags.max_steps > 0 else 1
     every = float(flags.save_steps if flags.save_steps >= 1 else max(1.0, flags.save_steps * steps))
     return 1 + math.floor((steps - 1) / every)  # the last step is saved as well
-
-
-def _parameters_in(folder: Path) -> int | None:
-    """Of a model's folder, by the headers of its weights; None where it has none."""
-    from safetensors import SafetensorError, safe_open
-
-    count = 0
-    with suppress(OSError, SafetensorError):
-        for path in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would wait for ever
-            with safe_open(path, "numpy") as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count or None
 
 
 class PlannedTraining:

@@ -57,6 +57,8 @@ PAIR = [(U, "q"), (A, "a")]
         ({"messages": [{**QA[0], "loss": False}, {**QA[1], "loss": False}, QA[0], {**QA[1], "loss": True}],
           "system": "s"}, [(S, "s"), *PAIR, *PAIR], {2}),
         ({"messages": [QA[0], {**QA[1], "loss": 0.73}]}, PAIR, set()),
+        ({"messages": [QA[0], {**QA[1], "train_on_turn": False}, QA[0], {**QA[1], "trainable": True, "mask": None}]},
+         [*PAIR, *PAIR], {1}),
         ({"messages": None, "conversation": "an id", "instruction": "q", "output": "a"}, PAIR, set()),
     ],
 )  # fmt: skip
@@ -103,6 +105,10 @@ def test_what_alpaca_has_no_words_for(turns: Any, context: Any, text: str) -> No
         ({"messages": [QA[0], {"role": A, "content": None, "tool_calls": [{"id": 1}]}]}, "tool_use", "(tool_calls)"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "tool_use", "function_call"),
         ({"messages": [QA[0], {**QA[1], "reasoning_content": "hm"}]}, "bad_conversation", "has reasoning_content"),
+        ({"messages": [QA[0], {**QA[1], "reasoning": "hm"}]}, "bad_conversation", "has reasoning, which is not read"),
+        ({"messages": [QA[0], {**QA[1], "mask": False}, *QA]}, "bad_conversation", "has mask, which is not read; give"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train_detail": [{}]}]},
+         "bad_conversation", "has train_detail, which is not read; give every answer a weight of 0 or 1"),
         ({"messages": [{"role": U, "content": [{"type": "image_url"}]}, QA[1]]}, "bad_conversation", "'image_url'"),
         ({"messages": [QA[0], {**QA[1], "weight": 0}]}, "bad_conversation", "each has weight 0"),
         ({"messages": [QA[0], {**QA[1], "weight": 0.5}]}, "bad_conversation", "is 0.5, neither 0 nor 1"),
@@ -164,6 +170,8 @@ def test_columns_that_are_named_are_read_and_no_others() -> None:
          "rows: 1 row, read as instruction -> output; columns not used: input, system, path"),
         ({"messages": QA, "system": "s", "instruction": "x\x1b", "\x1b[2J": 0}, None,
          "rows: 1 row, read as system, the turns in messages; columns not used: instruction, '\\x1b[2J'"),
+        ({"messages": [{**QA[0], "name": "bob", "id": None}, {**QA[1], "weight": 1, "images": []}], "score": 3}, None,
+         "rows: 1 row, read as the turns in messages; columns not used: score, name of turns"),
     ],
 )  # fmt: skip
 def test_what_is_read_and_what_is_not_is_told_once(

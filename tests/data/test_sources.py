@@ -139,6 +139,14 @@ def test_a_folder_of_which_files_are_missing_is_refused(tmp_path: Path, name: st
     check(tmp_path, 12)
 
 
+@pytest.mark.parametrize(("plain", "packed"), [("b.jsonl", "b.jsonl.gz"), ("x/b.csv", "x/b.csv.zst")])
+def test_a_file_that_is_there_packed_as_well_does_not_count_twice(tmp_path: Path, plain: str, packed: str) -> None:
+    """As gunzip --keep leaves it."""
+    for name in ("a.jsonl", plain, packed):
+        save(tmp_path / name, LINES)
+    assert f"holds {plain} and {packed}, which is the same, packed; take one away" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
@@ -152,6 +160,9 @@ def test_a_folder_of_which_files_are_missing_is_refused(tmp_path: Path, name: st
         ("a.jsonl.gz", gzip.compress(LINES)[:30] + b"\xff" * 60, "a.jsonl.gz cannot be unpacked"),
         ("a.jsonl.zst", zstd(LINES)[:4] + b"\xff" * 40, "a.jsonl.zst cannot be unpacked"),
         ("a.jsonl", b"PK\x03\x04....", "is a zip archive"),
+        ("a.jsonl", b"\n<!DOCTYPE html><html>404", "is what a server answered (HTML or XML) and not the data"),
+        ("a.csv", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is what a server answered"),
+        ("a.json", b"PAR1....", "is a Parquet file; let its name end in .parquet"),
         ("a.json", json.dumps({"train": ROWS, "test": ROWS}).encode(), "holds several lists of rows: train, test"),
         ("a.json", json.dumps({**COLUMNS, "n": ["1"]}).encode(), "of different lengths: instruction 4, output 4, n 1"),
         ("a.json", json.dumps(ROWS[0], indent=1).encode()[:-4], "as one JSON object on many lines, and cannot be read"),

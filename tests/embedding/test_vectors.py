@@ -92,6 +92,28 @@ def test_batches_are_of_like_lengths_and_the_longest_comes_first():
     assert lengths == [[5, 4], [3, 2], [1, 1]]
 
 
+@pytest.mark.parametrize(("room", "sizes"), [(10**9, [6]), (12, [1, 1, 1, 2, 1]), (1, [1] * 6)])
+def test_a_batch_of_long_texts_is_smaller(monkeypatch, room, sizes):
+    """64 texts of 8,192 tokens would take tens of GiB."""
+    texts = ["w " * count for count in (5, 6, 6, 4, 3, 2)]  # and two tokens each, up to 8
+    encoder = FakeEmbedder()
+    monkeypatch.setattr(embedding, "_tokens_that_fit", lambda _: room)
+    vectors = embed(texts, encoder)
+    assert [len(batch) for batch in encoder.batches] == sizes
+    monkeypatch.undo()
+    np.testing.assert_array_equal(vectors, embed(texts, FakeEmbedder(), batch_size=1))
+
+
+def test_the_tokens_of_a_batch_follow_the_memory_and_the_model(embedder_path, monkeypatch):
+    encoder = load_embedder(embedder_path, device="cpu", dtype="float32")
+    a_token = (4 * 384 + 4 * 384 + 4 * 1536) * 4
+    monkeypatch.setattr(embedding, "free_memory", lambda *_: a_token * 1000)
+    assert embedding._tokens_that_fit(encoder) == 400
+    with pytest.raises(InputError, match="the weights of embedding model .* take .* MiB, and .* MiB are left"):
+        monkeypatch.setattr(embedding, "free_memory", lambda *_: 2**20)
+        load_embedder(embedder_path, device="cpu", dtype="float32")
+
+
 def test_truncated_texts_are_counted_and_logged(caplog):
     # two special tokens: six words fill the eight tokens, seven are too many
     texts = ["w " * 6, "w " * 7, "w " * 100, ""]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from codeact.evaluation.decoding import Manner, Sampling, decode_batches, exact_manner
 from codeact.evaluation.generate import HuggingFaceGenerator
@@ -100,6 +102,51 @@ def test_keys_that_are_chosen_by_blocks_of_the_batch():
     rows = dict(decode_batches(model, prompts, lambda *_: False, 6, Sampling(), range(3)))
     for row, prompt in enumerate(prompts):
         assert greedy_alone(model, prompt, rows[row], switches=True) == rows[row]
+
+
+@pytest.mark.skipif(not known("deepseek_v32"), reason="this transformers has no DeepSeek 3.2")
+class TestEqualScores:
+    """DeepSeek 3.2 keeps the keys of the highest scores; of equal ones a row that is longer may keep others."""
+
+    PROMPTS = tuple(random_ids(length, length) for length in (40, 60, 75, 90))
+
+    def rows(self, model, manner: Manner) -> list[bool]:
+        """Whether each is what it is alone and without a cache."""
+        found = decode_batches(model, self.PROMPTS, lambda *_: False, 6, Sampling(), range(4), manner=manner)
+        rows = dict(found)
+        return [greedy_alone(model, prompt, rows[row], True) == rows[row] for row, prompt in enumerate(self.PROMPTS)]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_cache_would_change_them_and_is_not_used(self, dtype):
+        """It is no rounding: float64 has the same rows wrong."""
+        model = make_model("deepseek_v32", dtype)
+        assert not all(self.rows(model, Manner()))
+        assert exact_manner(model, LONGEST) == Manner(batched=False, cached=False)
+        assert all(self.rows(model, exact_manner(model, LONGEST)))
+
+    def test_where_the_first_of_equal_ones_is_kept_they_are_right(self, monkeypatch):
+        def topk(scores, count, dim=-1):
+            values, places = scores.sort(dim=dim, descending=True, stable=True)
+            return SimpleNamespace(values=values[..., :count], indices=places[..., :count])
+
+        monkeypatch.setattr(torch.Tensor, "topk", topk)
+        model = make_model("deepseek_v32")
+        assert exact_manner(model, LONGEST) == Manner()
+        assert all(self.rows(model, Manner()))
+
+    def test_where_hardly_any_are_equal_they_are_right(self):
+        model = make_model("deepseek_v32 many heads")
+        assert exact_manner(model, LONGEST) == Manner()
+        assert all(self.rows(model, Manner()))
+
+    def test_a_later_token_that_changes_an_earlier_one_is_seen(self, monkeypatch):
+        """Whether the rows of the trial end otherwise for it is chance."""
+        model = make_model("llama")
+        plain = model.model.layers[1].mlp.forward
+        # The fifth token looks at how long the row is, and nobody after it looks at the fifth.
+        mask = torch.arange(LONGEST)[None, :, None] == 4
+        monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda h: plain(h + h.shape[1] * mask[:, : h.shape[1]]))
+        assert exact_manner(model, LONGEST) == Manner(batched=False, cached=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba", "xlstm", "gpt_neo", "bloom"])

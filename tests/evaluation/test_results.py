@@ -173,6 +173,39 @@ def test_time_outs_are_tried_again_side_by_side(problems, sandbox: Sandbox, tmp_
     assert tries == {"a": 2, "b": 2}
 
 
+@pytest.mark.parametrize(
+    ("verdict", "most"),
+    [
+        (Verdict(base="time", plus="time"), 2),  # not four: the machine may have been too busy for so many
+        (Verdict(base="pass", plus="time"), 2),
+        (Verdict(base="memory", plus="memory"), 1),
+        (Verdict(base="crash", plus="crash", message="its process ended with exit code 137"), 1),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_tried_again_has_the_machine_to_itself(
+    verdict: Verdict, most: int, problems, sandbox: Sandbox, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(evaluation, "default_parallel", lambda: 2)
+    tries, beside, running, lock = Counter(), [0], 0, threading.Lock()
+
+    def judge(text: str, *rest: object) -> Verdict:
+        nonlocal running
+        with lock:
+            tries[text] += 1
+            running += tries[text] == 2
+            beside.append(running)
+        threading.Event().wait(0.01)
+        with lock:
+            running -= tries[text] == 2
+        return verdict
+
+    monkeypatch.setattr(evaluation, "judge_program", judge)
+    evaluate(problems, samples(*"abcdef"), sandbox, tmp_path / "v.jsonl", parallel=4)
+    assert set(tries.values()) == {2}
+    assert 1 <= max(beside) <= most
+
+
 @pytest.mark.parametrize("stop", ["^C", "an error"])
 def test_what_runs_is_ended_at_once(stop: str, problems, tmp_path: Path) -> None:
     """The program would run for an hour."""

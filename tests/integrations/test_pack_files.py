@@ -248,6 +248,9 @@ def test_what_cannot_be_written(rows, tokenizer, tmp_path, codeact):
         write_packs(rows, tmp_path, "ms-swift", 64, tokenizer)
     with pytest.raises(InputError, match=r"no row gives a sample that fits \(2 no_label_left\)"):
         write_packs(open_records(rows[:2]), tmp_path / "p", "trl", 2, tokenizer)
+    for flags, message in (("--format trll", "format 'trll' is"), ("--on-overflow cut", "on_overflow 'cut' is")):
+        code, _, err = codeact("pack", tmp_path / "none.npy", *flags.split(), "--output", "p", "--max-length", 9)
+        assert (code, message in err) == (2, True)  # whatever the data is
     assert {path.name for path in tmp_path.iterdir()} == {"lengths.npy", "none.npy", "broken.npy"}
     assert (
         codeact("pack", tmp_path / "lengths.npy", "--capacity", 256, "--output_dir", tmp_path / "plan.parquet")[0] == 0

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from codeact.base.errors import InputError
-from codeact.models import adapters
+from codeact.data.settings import DataSettings
+from codeact.models import adapters, loading
 from codeact.models.adapters import apply_adapter, merge_adapters
 from codeact.models.loading import check_weights, load_causal_lm, model_and_tokenizer
+from codeact.models.weight_files import loaded_bytes
+from codeact.scoring.stage import ScoreSettings, score_data
 from tests.helpers.zoo import logits_alone, make_model, random_ids
 
 CPU = torch.device("cpu")
@@ -253,3 +258,55 @@ class TestAdapters:
         path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": pattern}))
         with pytest.raises(InputError, match=r"does not end within 0\.3 s"):
             apply_adapter(make_model("llama"), adapter)
+
+
+@pytest.fixture
+def huge(folder: Path) -> Path:
+    """2e10 numbers; behind the header is a hole, which takes no room on the disk."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [20000, 10**6], "data_offsets": [0, 80 * 10**9]}}).encode()
+    path = folder / "model.safetensors"
+    path.unlink()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 80 * 10**9)
+    return folder
+
+
+class TestMemory:
+    """The system kills whoever takes more than there is, without a word."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "quantization", "needed"),
+        [
+            (torch.float32, None, 4),
+            (torch.bfloat16, None, 2),
+            (torch.bfloat16, SimpleNamespace(load_in_4bit=True), 0.5),
+            (torch.bfloat16, SimpleNamespace(load_in_4bit=False), 1),
+        ],
+    )
+    def test_weights_that_do_not_fit(self, huge, monkeypatch, dtype, quantization, needed):
+        monkeypatch.setattr(loading, "free_memory", lambda *_: int(needed * 2e10) - 1)
+        with pytest.raises(InputError, match=r"the weights of model .* take .* GiB, and .* left on this machine") as no:
+            load_causal_lm(str(huge), CPU, dtype, quantization)
+        assert ("dtype bfloat16" in str(no.value)) == (dtype == torch.float32)
+        monkeypatch.setattr(loading, "free_memory", lambda *_: int(needed * 2e10))
+        loading._check_room("model x", str(huge), dtype, CPU, quantization)
+
+    def test_a_device_that_is_smaller_than_the_machine(self, huge, monkeypatch):
+        monkeypatch.setattr(loading, "free_memory", lambda device=None: 10**9 if device else 10**12)
+        with pytest.raises(InputError, match="953.67 MiB are left on cuda:1|954 MiB are left on cuda:1"):
+            loading._check_room("model x", str(huge), torch.bfloat16, torch.device("cuda:1"), None)
+
+    def test_as_many_processes_as_there_is_memory_for(self, huge, monkeypatch, tmp_path):
+        monkeypatch.setattr("codeact.base.machine.free_memory", lambda: 10**11)
+        settings = ScoreSettings(model=str(huge))
+        with pytest.raises(InputError, match="the weights of 3 scoring processes take 111.76 GiB.*; lower processes"):
+            score_data(DataSettings(source="rows.jsonl"), settings, tmp_path / "scores", processes=3)
+
+    def test_what_is_not_counted(self, huge, tmp_path):
+        """A model that lies there whole and in parts counts once, bytes stay bytes, what is elsewhere is not known."""
+        (huge / "model-00001-of-00001.safetensors").symlink_to(huge / "model.safetensors")
+        assert loaded_bytes(str(huge), 2) == 4e10
+        save_file({"w": torch.zeros(5, dtype=torch.uint8), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
+        assert loaded_bytes(str(tmp_path), 2) == 5 + 3 * 2
+        assert loaded_bytes("nobody/nothing", 2) == loaded_bytes(str(tmp_path / "none"), 2) == 0

@@ -54,6 +54,8 @@ def complaint(tmp_path):
         ("select: {ratio: .nan}\n", "FILE, line 5: select.ratio: input should be a finite number"),
         ('  template: "a\\0"\n', "FILE, line 5: score.template: the text holds a zero byte"),
         ("forecast: {parameters: .inf}\n", "FILE, line 5: forecast.parameters: input should be a finite number"),
+        ("embed: all-minilm\n", "FILE, line 5: embed: it holds keys of its own, such as model: ..., below it"),
+        ("select: 0.4\n", "FILE, line 5: select: it holds keys of its own, such as ratio: ..., below it"),
         ("generate: {}\n", "FILE: generate needs a section train"),
         ("evaluate: {}\n", "FILE: evaluate needs a section generate"),
         ("score: {model: other}\n", "FILE, line 5: the key score is there twice"),

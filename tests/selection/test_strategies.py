@@ -286,6 +286,7 @@ def test_every_strategy_and_budget_is_its_plain_restatement(
 ):
     table = table_of(rows)
     easiest = easiest and strategy != "longest"
+    difficulty = "ifd" if strategy == "longest" and which != "hardest" else difficulty
     budget = {"budget_tokens": 2 * size} if in_tokens else {"budget_rows": size}
     options = {"difficulty": difficulty, "easiest": easiest, "per_question": which, **budget}
     expected = restated(
@@ -440,6 +441,9 @@ def test_the_line_about_length_counts():
         ({"budget_tokens": 4}, "4 tokens is below the shortest row that may be chosen, row 0 with 5; raise"),
         ({"strategy": "random", "easiest": True}, "easiest is about the difficulty, which strategy random does not"),
         ({"strategy": "longest", "sampling": "proportional"}, "sampling is about the difficulty"),
+        ({"strategy": "longest", "difficulty": "loss"}, "strategy longest chooses by no difficulty loss; leave it out"),
+        ({"strategy": "facility_location", "difficulty": "ifd_loss"}, "strategy facility_location chooses by no diff"),
+        ({"strategy": "random", "difficulty": "loss", "per_question": "first"}, "strategy random chooses by no diff"),
         ({"easiest": True, "sampling": "proportional"}, "leave out easiest"),
         ({"protocol": "paper", "strategy": "longest"}, "knows no strategy longest; leave out protocol paper"),
         ({"protocol": "paper", "difficulty": "loss", "budget_rows": 1}, "no difficulty loss and no budget_rows"),
@@ -599,6 +603,7 @@ def test_selective_ifd_comes_from_the_kept_losses(scored, tmp_path, codeact):
         ),
         (("--protocol", "paper", "--strategy", "facility_location"), "the paper's script knows no --strategy facility"),
         (("--ratio", 0.001), "0.001 of 40 rows is no row; raise --ratio"),
+        (("--format", "sharegtp", "--clusters", 41), "format 'sharegtp' is unknown; choose one of: sharegpt"),
     ],
 )
 def test_the_command_refuses_in_one_line(scored, tmp_path, codeact, arguments, message):

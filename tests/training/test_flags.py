@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, in_arguments
 from codeact.ops.flops import Memory, ModelFacts, ModelShape
 from codeact.training import room
 from codeact.training.flags import check_flags, parse
@@ -88,6 +88,7 @@ def small_disk(monkeypatch):
     """100 GiB free, wherever one looks."""
     usage = type("Usage", (), {"free": 100 << 30})
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr("codeact.training.flags.free_memory", lambda device: 1 << 40)
 
 
 @pytest.fixture
@@ -142,6 +143,25 @@ def test_checkpoints_are_compared_with_the_disk(tmp_path, small_disk, big_model,
     message = r"train: \d checkpoints of about 22.35 GiB and the model need .* GiB, and .* has 100.00 GiB left: lower"
     with pytest.raises(InputError, match=message):
         check_flags(flags, "train", taken=taken)
+
+
+@pytest.mark.parametrize(
+    ("flags", "held", "remedy"),
+    [
+        ({}, 16, "--lora True, or --optim adafactor"),
+        ({"optim": "sgd"}, 8, "--lora True"),
+        ({"lora": True}, 4, "--quantize nf4"),
+        ({"lora": True, "bf16": True}, 2, "--quantize nf4"),
+        ({"deepspeed": "zero3"}, 0, ""),  # every process holds a part
+    ],
+)
+def test_what_training_holds_whatever_its_batch_is_refused_first(big_model, flags, held, remedy):
+    known = check_flags({"bf16": False, **flags}, "train", {"model_name_or_path": str(big_model)}, here=False)
+    room.check_held(known, held * 2e9, "this machine")
+    if held:
+        with pytest.raises(InputError, match=rf"weights.* take .* GiB, and .* GiB are left on cuda:0: ") as caught:
+            room.check_held(known, held * 2e9 - 1, "cuda:0")
+        assert in_arguments(remedy) in str(caught.value)
 
 
 def test_steps_that_are_known_count_exactly(tmp_path, small_disk):
