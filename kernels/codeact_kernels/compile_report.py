@@ -123,8 +123,12 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
             if dtype == torch.bfloat16 and not name:
                 found.append(("", [k2]))
     for dtype in tiles.DTYPES:
-        for name, bias, softcap, scale in (("", None, None, None), (" bias softcap scale", meta(_V), 30.0, meta(_T))):
-            logits, labels = meta(_T, _V, dtype=dtype), meta(_T, dtype=torch.int64)
+        for name, words, bias, softcap, scale in (
+            ("", _V, None, None, None),
+            (" bias softcap scale", _V, meta(_V), 30.0, meta(_T)),
+            (" odd vocabulary", _V + 1, None, None, None),
+        ):
+            logits, labels = meta(_T, _V + 16, dtype=dtype)[:, :words], meta(_T, dtype=torch.int64)
             k4 = loss_slope.loss_slope_launch(logits, labels, bias, softcap, -100, scale, True, meta(_T))
             found.append((f"{str(dtype).removeprefix('torch.')}{name}", [k4]))
     for variant, targets in (("", None), ("targets", meta(_T, dtype=torch.int64))):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from codeact.ops.nll_reference import token_nll_reference
+from tests.ops.test_loss_and_slope import exact as exact_slopes
+from tests.ops.test_loss_and_slope import problem as slope_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Nll = Callable[..., Tensor]
@@ -132,6 +134,37 @@ def check_strides_past_2_31(nll: Nll, align: int = 1) -> None:
     if align == 1:
         assert torch.equal(nll(far_apart(hidden, 1), weight, targets), expected)
         assert torch.equal(nll(hidden, far_apart(weight, 1), targets), expected)
+
+
+def check_slopes(loss_and_slope: Callable[..., Tensor]) -> None:
+    """K4 on rows of one block, of several and of a part of one, with and without all that changes a logit."""
+    for columns, softcap, with_bias, scaled in (
+        (37, None, False, True),
+        (2048, 5.0, True, False),
+        (4101, 5.0, True, True),
+    ):
+        logits, targets, bias, scale = (t.to(DEVICE) for t in slope_problem(5, columns, torch.float32))
+        more = (bias if with_bias else None, softcap)
+        losses, slopes = exact_slopes(logits, targets, *more, scale if scaled else None)
+        wide = torch.full((5, columns + 2057), 7.0, device=DEVICE)  # rows that lie more than a block apart
+        wide[:, :columns] = logits
+        arguments = (*more, -100, scale if scaled else None, True)
+        ours = loss_and_slope(wide[:, :columns], targets, *arguments)
+        torch.testing.assert_close(ours.double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wide[:, :columns].double(), slopes, rtol=1e-5, atol=2e-6)
+        assert (wide[:, columns:] == 7).all()
+
+
+def check_slopes_past_2_31(loss_and_slope: Callable[..., Tensor]) -> None:
+    """Rows 2^30 numbers apart, in the middle of memory, as in ``check_strides_past_2_31``."""
+    half = (1 << 31) + (1 << 12)
+    logits, targets, *_ = (t.to(DEVICE) for t in slope_problem(3, 40, torch.bfloat16))
+    apart = sparse(2 * half, torch.bfloat16)[half:].as_strided((3, 40), ((1 << 30) + 16, 1), half)
+    apart.copy_(logits)
+    targets[:] = 7
+    expected = loss_and_slope(logits, targets, None, None, -100, None, True)
+    assert torch.equal(loss_and_slope(apart, targets, None, None, -100, None, True), expected)
+    assert torch.equal(apart, logits)
 
 
 CHECKS = (

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from codeact_kernels import compile_report, linear_nll, segments, tiles
+from codeact_kernels import compile_report, linear_nll, loss_slope, segments, tiles
 from codeact_kernels.compile_report import SHARED_LIMIT, TARGETS, Report, problems
 
 
@@ -120,12 +120,15 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch):
 
     monkeypatch.setattr(linear_nll, "launches", recorded(linear_nll.launches))
     monkeypatch.setattr(segments, "segment_launch", recorded(segments.segment_launch))
+    monkeypatch.setattr(loss_slope, "loss_slope_launch", recorded(loss_slope.loss_slope_launch))
     monkeypatch.setattr(linear_nll, "architecture_of", lambda device: "sm_90")
     tile = tiles.tile_for(torch.bfloat16, "sm_90")
     hidden, weight = torch.zeros(9, 64, dtype=torch.bfloat16), torch.zeros(300, 64, dtype=torch.bfloat16)
     linear_nll.linear_nll(hidden, weight, torch.zeros(9, dtype=torch.int64))
     segments.segment_sums(torch.zeros(9), torch.tensor([0, 9], dtype=torch.int32))
-    assert [kernel.fn.__name__ for kernel, *_ in launched] == ["partial_nll_descriptors", "merge_nll", "sum_segments"]
+    loss_slope.loss_and_slope(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), None, None, -100, None, True)
+    names = ["partial_nll_descriptors", "merge_nll", "sum_segments", "loss_slope"]
+    assert [kernel.fn.__name__ for kernel, *_ in launched] == names
     for kernel, _, _, options in launched:
         assert options == compiled[kernel.fn.__name__]
     assert launched[0][1] == (-(-300 // tile.block_v),)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from codeact_kernels import linear_nll, segments
+from codeact_kernels import linear_nll, loss_slope, segments
 
 from tests.kernels import agreement
 from tests.kernels.test_segments import check_ignored_and_empty, check_long_sums
@@ -118,3 +118,37 @@ def test_broken_sums_are_caught(tmp_path, old, new, check):
     copy = broken(segments, tmp_path, old, new)
     with pytest.raises(AssertionError):
         check(copy.segment_sums)
+
+
+@pytest.mark.parametrize("check", [agreement.check_slopes, agreement.check_slopes_past_2_31])
+def test_slopes(check):
+    check(loss_slope.loss_and_slope)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("slope *= 1.0 - tanh * tanh", "slope *= 1.0", id="no derivative of the softcap"),
+        pytest.param("tl.where(kept, slope * factor, 0.0)", "slope * factor", id="ignored rows slope"),
+        pytest.param('x = tl.where(inside, x, float("-inf"))', "x += 0.0", id="no vocabulary mask"),
+        pytest.param("total * tl.exp2((largest - shift) * _LOG2E)", "total", id="sums not rescaled"),
+        pytest.param("picked, at, bias, whole + lanes", "picked, at, bias, lanes", id="the first block twice"),
+        pytest.param("_sloped(at, bias, whole + lanes", "_sloped(at, bias, lanes", id="no slopes at the end"),
+        pytest.param(
+            "range(0, whole, BLOCK):\n            _sl", "range(BLOCK, whole, BLOCK):\n            _sl", id="nor before"
+        ),
+        pytest.param("tl.load(scale + row)", "tl.load(scale)", id="the first row's scale"),
+        pytest.param("tl.store(at + lane, slope, mask=lane < V)", "tl.store(at + lane, slope)", id="past a row's end"),
+        pytest.param("(lane == target).to(tl.float32)", "(lane == 0).to(tl.float32)", id="another target's slope"),
+    ],
+)
+def test_broken_slopes_are_caught(tmp_path, old, new):
+    copy = broken(loss_slope, tmp_path, old, new)
+    with pytest.raises(AssertionError):
+        agreement.check_slopes(copy.loss_and_slope)
+
+
+def test_int32_offsets_of_rows_are_caught(tmp_path):
+    copy = broken(loss_slope, tmp_path, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)")
+    with pytest.raises(AssertionError):
+        agreement.check_slopes_past_2_31(copy.loss_and_slope)
