@@ -104,19 +104,24 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    found = []
+    found: list[tuple[str, list[Launch]]] = []
     for dtype in tiles.DTYPES:
-        tile = tiles.tile_for(dtype, chip)
-        for name, bias, softcap, padding in (
-            ("", None, None, 0),
-            (" bias softcap", meta(_V, dtype=dtype), 30.0, 0),
+        bias = meta(_V, dtype=dtype)
+        variants = [
+            ("", None, None, 0, tiles.tile_for(dtype, chip)),
+            (" bias softcap", bias, 30.0, 0, tiles.tile_for(dtype, chip, softcap=True)),
             # Rows that lie 1 number apart from a multiple of 16 bytes: no descriptor, no wide loads.
-            (" unaligned", None, None, 1),
-        ):
+            (" unaligned", None, None, 1, tiles.tile_for(dtype, chip)),
+        ]
+        if dtype == torch.bfloat16:
+            for tile in tiles.candidates_for(chip)[1:]:
+                shape = f"{tile.block_t} x {tile.block_v} x {tile.block_d}, {tile.stages} stages"
+                variants.append((f" bias, to try: {shape}", bias, None, 0, tile))
+        for name, offset, softcap, padding, tile in variants:
             hidden = meta(_T, _D + padding, dtype=dtype)[:, :_D]
             weight = meta(_V, _D + padding, dtype=dtype)[:, :_D]
             partials, target_logits = meta(triton.cdiv(_V, tile.block_v) * _T), meta(_T)
-            operands = (hidden, weight, bias, meta(_T, dtype=torch.int64), partials, target_logits, meta(_T))
+            operands = (hidden, weight, offset, meta(_T, dtype=torch.int64), partials, target_logits, meta(_T))
             k1, k2 = linear_nll.launches(*operands, softcap, -100, tile)
             variant = f"{str(dtype).removeprefix('torch.')}{name}"
             found.append((variant, [k1]))

@@ -54,7 +54,7 @@ def test_nothing_spills_and_shared_memory_suffices(reports, chip):
 )
 def test_tensor_cores_do_the_work(reports, chip, instruction):
     half = [r for r in of(reports, chip) if "float32" not in r.variant]
-    assert len(half) == 6
+    assert len(half) == 6 + len(tiles.candidates_for(chip)[1:])
     for r in half:
         assert any(name.startswith(instruction) for name in r.matrix), r
 
@@ -62,7 +62,8 @@ def test_tensor_cores_do_the_work(reports, chip, instruction):
 @pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
 def test_descriptors_become_tma_loads(reports, chip):
     found = of(reports, chip, "partial_nll_descriptors")
-    assert len(found) == 4  # two dtypes, plain and with bias and softcap
+    # Two dtypes, plain and with bias and softcap; and what may be tried.
+    assert len(found) == 4 + len(tiles.candidates_for(chip)[1:])
     assert all(r.copies for r in found)
     assert not any(r.copies for r in of(reports, chip) if r.kernel == "partial_nll")
 
@@ -70,6 +71,30 @@ def test_descriptors_become_tma_loads(reports, chip):
 @pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
 def test_exact_float32_products_do_not_use_tf32(reports, chip):
     assert all(not r.matrix for r in of(reports, chip) if "float32" in r.variant)
+
+
+def test_two_programs_of_sm_90s_tile_fit_on_a_multiprocessor(reports):
+    """Its shared memory is 228 KiB, of which a program takes 1 KiB beside its own; its registers are 65,536."""
+    for r in of(reports, "sm_90", "partial_nll_descriptors"):
+        if "to try" not in r.variant:
+            assert 2 * (r.shared + 1024) <= 228 << 10
+            assert 2 * 256 * r.registers <= 65_536
+
+
+def test_a_wide_tile_may_be_tried_on_sm_90(reports):
+    assert [r.stack for r in of(reports, "sm_90") if "bias, to try: 128 x 256 x 64, 3 stages" in r.variant] == [0]
+
+
+def test_tiles_are_data_that_can_be_written_anew(tmp_path):
+    wide = tiles.candidates_for("sm_90")[2]
+    assert wide.block_v == 256
+    text = tiles.with_tile(tiles.TABLE.read_text(), "sm_90", wide, "the fastest on a card")
+    (tmp_path / "tiles.toml").write_text(text)
+    before, after = tiles.read_table(), tiles.read_table(tmp_path / "tiles.toml")
+    assert after["sm_90"].pop("half") == [wide]
+    assert before["sm_90"].pop("half") == [tiles.tile_for(torch.bfloat16, "sm_90")]
+    assert after == before
+    assert "source = 'the fastest on a card'" in text
 
 
 def test_sm_80s_tile_fits_smaller_relatives(reports):

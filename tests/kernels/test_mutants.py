@@ -24,7 +24,7 @@ def broken(module, tmp_path: Path, old: str, new: str):
     return copy
 
 
-MASK = 'logits = tl.where(inside[None, :], logits, float("-inf"))'
+MASK = 'logits = tl.where((column < V - first)[None, :], logits, float("-inf"))'
 CAP = "logits = softcap * _tanh(logits / softcap)"
 HIDDEN_OFFSET = "T - 1).to(tl.int64)"
 WEIGHT_OFFSET = "V - 1).to(tl.int64)"
@@ -35,7 +35,7 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
     [
         pytest.param(
             CAP,
-            f"{MASK}\n        {CAP}\n    inside = column < BLOCK_V",
+            f"{MASK}\n        {CAP}\n        V = first + BLOCK_V",
             agreement.check_ragged_vocabulary_under_a_small_cap,
             id="softcap after the mask",
         ),
@@ -49,7 +49,7 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
             id="softcap before the bias",
         ),
         pytest.param(
-            "total * tl.exp(largest - shift) +",
+            "total * tl.exp2(largest - shift) +",
             "total +",
             agreement.check_many_vocabulary_tiles,
             id="sums not rescaled",
@@ -61,11 +61,18 @@ WEIGHT_OFFSET = "V - 1).to(tl.int64)"
             id="rescaled by the old maximum",
         ),
         pytest.param(
-            'shift = tl.where(largest == float("-inf"), 0.0, largest)',
-            "shift = largest",
+            'shift = tl.where(largest == float("-inf"), 0.0, largest * _LOG2E)',
+            "shift = largest * _LOG2E",
             agreement.check_tokens_forbidden_by_the_bias,
             id="a tile of -inf",
         ),
+        pytest.param(
+            "tl.max(here.to(tl.int32), axis=0) > 0",
+            "tl.min(here.to(tl.int32), axis=0) > 0",
+            agreement.check_bias_comes_before_softcap,
+            id="targets of tiles full of them only",
+        ),
+        pytest.param(") / _LOG2E", ")", agreement.check_bias_comes_before_softcap, id="a loss in bits"),
         pytest.param(
             "tile = first + tl.arange(0, BLOCK_TILES)",
             "tile = (first + tl.arange(0, BLOCK_TILES) + 17 * T) % tiles",
