@@ -13,6 +13,7 @@ import os
 from typing import Any
 from unittest import mock
 
+import codeact_kernels.layers
 import codeact_kernels.linear_nll
 import codeact_kernels.loss_slope
 import codeact_kernels.segments  # noqa: F401  # registers the operators

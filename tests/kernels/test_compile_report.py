@@ -35,6 +35,7 @@ def of(reports, chip, kernel="partial_nll"):
 def test_every_kernel_is_there(reports, chip):
     found = {r.kernel for r in reports if r.chip == chip}
     expected = {"partial_nll", "merge_nll", "loss_slope", "sum_segments"}
+    expected |= {"rms_norm_rows", "rms_norm_slopes", "gate", "gate_slopes", "rotation"}
     assert found == (expected | {"partial_nll_descriptors"} if chip in ("sm_90", "sm_100") else expected)
     dtypes = {r.variant.split()[0] for r in of(reports, chip)}
     assert dtypes == {"bfloat16", "float16", "float32"}
