@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import torch
-from codeact_kernels.linear_nll import GROUP_T, MAX_TOKENS
+from codeact_kernels.linear_nll import MAX_TOKENS
 from codeact_kernels.tiles import tile_for
 
 from benchmarks.measure import Report, main, table
@@ -86,7 +86,7 @@ def floor(model: str, chip_name: str, tokens: int) -> Floor:
     flops = 2.0 * tokens * D * V
     tiles_v = -(-V // tile.block_v)
     groups = sum(
-        -(-min(MAX_TOKENS, tokens - first) // (GROUP_T * tile.block_t)) for first in range(0, tokens, MAX_TOKENS)
+        -(-min(MAX_TOKENS, tokens - first) // (tile.group_t * tile.block_t)) for first in range(0, tokens, MAX_TOKENS)
     )
     operands, results = 2.0 * (tokens * D + V * D), 12.0 * tokens
     k1_bytes = 2.0 * tokens * D + 2.0 * V * D * groups + 8.0 * tokens * tiles_v + results

@@ -1,4 +1,4 @@
-"""Scoring with the compiled core between the products of a model's layers, wherever a layer computes what it does."""
+"""One pass over memory between the products of a model's layers, wherever a layer computes what ``ops.layers`` does."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from codeact.ops.layers import fusable, rms_norm, rotate, silu_multiply
+from codeact.ops.layers_reference import rotate_reference
 
 _ROTARY = "apply_rotary_pos_emb"
 
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """While it lasts, RMSNorm, SiLU x gate and rotary embedding take one pass over memory each, without gradients.
+    """While it lasts, RMSNorm, SiLU x gate and rotary embedding take one pass over memory each.
 
-    A module is replaced if it gives on random input what the compiled core gives; whatever differs (another
-    activation, weights of 1 + w, rotary embedding of a part of a head) stays as it is.
+    A module is replaced if it gives on random input what its replacement gives; whatever differs (another activation,
+    weights of 1 + w, rotary embedding of a part of a head) stays as it is. With gradients on a GPU only: on the CPU
+    what asks for them goes the model's own way.
     """
     changed: list[nn.Module] = []
     rotaries: dict[types.ModuleType, Any] = {}
@@ -114,16 +116,16 @@ def _rotates_plainly(plain: Callable[..., Any]) -> bool:
         return False
     random = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(shape, generator=random) for shape in ((1, 3, 5, 8), (1, 1, 5, 8), *[(1, 5, 8)] * 2))
-    return _agree(lambda: plain(q, k, cos, sin), lambda: _fused_rotary(plain)(q, k, cos, sin), 1e-6)
+    return _agree(lambda: plain(q, k, cos, sin), lambda: [rotate_reference(t, cos[0], sin[0]) for t in (q, k)], 1e-6)
 
 
 def _same(module: nn.Module, fused: Callable[[Tensor], Tensor], like: Tensor, width: int) -> bool:
     """Whether a module and its replacement give the same for random rows, but for the order of sums; tried once."""
     if not fusable(like.detach()):
         return False
-    known = module.__dict__.setdefault("_codeact_fusable", {})
-    if like.dtype not in known:
+    known, key = module.__dict__.setdefault("_codeact_fusable", {}), (like.device.type, like.dtype)
+    if key not in known:
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 4, width, generator=random).to(like.dtype)
-        known[like.dtype] = _agree(lambda: [module(x)], lambda: [fused(x)], 4 * torch.finfo(like.dtype).eps)
-    return bool(known[like.dtype])
+        x = torch.randn(1, 4, width, generator=random).to(like.device, like.dtype)
+        known[key] = _agree(lambda: [module(x)], lambda: [fused(x)], 4 * torch.finfo(like.dtype).eps)
+    return bool(known[key])

@@ -28,11 +28,17 @@ REDUCTIONS = ("mean", "sum", "none")
 # are read once a block; more bring little.
 _BLOCK_BYTES = 1 << 27
 # On a device a block has the same number of rows whatever the number of tokens: its products have one shape, and a row
-# has the same bits in any batch.
-_DEVICE_BLOCK_BYTES = 1 << 30
+# has the same bits in any batch. What is made beside operands and gradients takes no more than this many bytes.
+_DEVICE_BYTES = 1 << 30
 _DEVICE_BLOCK_ROWS = 4096
-# Elements of a part of the head's gradient that is made in the products' dtype before it is added: it stays in a cache.
+# Words of a row of a block on a device are rounded up to so many: odd vocabularies too are read 16 bytes at a time.
+_DEVICE_LINE = 16
+# Elements of a part of the head's gradient that is made in the products' dtype before it is added: on the CPU it stays
+# in a cache.
 _PART = 1 << 20
+_DEVICE_PART = 1 << 24
+# Elements of a part of a block whose losses PyTorch makes, in several float32 copies.
+_TORCH_PART = 1 << 22
 
 
 def linear_cross_entropy(
@@ -131,50 +137,77 @@ def _in_blocks(
     or in the weight's own. All blocks of logits lie in the same memory: the system would map and zero a fresh one each
     time.
     """
-    vocabulary, matrix = weight.shape[0], weight.to(head.product_dtype)
+    tokens, vocabulary, matrix = len(hidden), weight.shape[0], weight.to(head.product_dtype)
     offset = None if bias is None else bias.to(head.sum_dtype)
-    of_row = max(vocabulary, 1) * head.product_dtype.itemsize
-    on_cpu = hidden.device.type == "cpu"
-    most, rows_of_all = (_BLOCK_BYTES, len(hidden)) if on_cpu else (_DEVICE_BLOCK_BYTES, _DEVICE_BLOCK_ROWS)
-    size = max(1, min(most // of_row, rows_of_all))
-    block = hidden.new_empty(size, vocabulary, dtype=head.product_dtype)
+    on_cpu, line = hidden.device.type == "cpu", vocabulary
+    if on_cpu:
+        size = max(1, min(_BLOCK_BYTES // (max(vocabulary, 1) * head.product_dtype.itemsize), tokens))
+    else:
+        line = -(-vocabulary // _DEVICE_LINE) * _DEVICE_LINE
+        size = _rows_of_block(line, hidden, head.product_dtype)
+        if missing := max(0, size - tokens):
+            hidden = F.pad(hidden, (0, 0, 0, missing))
+            targets = F.pad(targets, (0, missing), value=head.ignore_index)
+            scale = None if scale is None else F.pad(scale, (0, missing))
+    block = hidden.new_empty(size, line, dtype=head.product_dtype)[:, :vocabulary]
     losses = hidden.new_empty(len(hidden), dtype=head.sum_dtype)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     # One block needs no sum: its product is the gradient, and summing in float32 would take longer than the product.
-    alone = on_cpu and len(hidden) <= size and weight.dtype == head.product_dtype
-    of_weight = torch.zeros_like(weight, dtype=head.sum_dtype) if wanted[1] and not (alone and len(hidden)) else None
+    alone = on_cpu and tokens <= size and weight.dtype == head.product_dtype
+    of_weight = torch.zeros_like(weight, dtype=head.sum_dtype) if wanted[1] and not (alone and tokens) else None
     of_bias = weight.new_zeros(vocabulary, dtype=head.sum_dtype) if wanted[2] else None
-    for first in range(0, len(hidden), size):
+    done = 0
+    while done < tokens:
+        # On a device the last block reaches back: to rows that are computed again, to the same bits, and not counted.
+        first = done if on_cpu else min(done, len(hidden) - size)
         here = slice(first, first + size)
-        rows, count = hidden[here].to(head.product_dtype), len(targets[here])
-        if not on_cpu and count < size:
-            rows = F.pad(rows, (0, 0, 0, size - count))
-        torch.mm(rows, matrix.T, out=block[: len(rows)])
-        logits, own = block[:count], None if scale is None else scale[here]
+        rows, own = hidden[here].to(head.product_dtype), None if scale is None else scale[here]
+        slope = torch.mm(rows, matrix.T, out=block[: len(rows)])
         if head.hits is not None:  # a softcap leaves the order
-            head.hits.add_(((logits if offset is None else logits + offset).argmax(1) == targets[here]).sum())
-        losses[here] = loss_and_slope(logits, targets[here], offset, head.softcap, head.ignore_index, own, any(wanted))
-        block[count : len(rows)] = 0
-        slope = block[: len(rows)]
-        if of_hidden is not None:
-            of_hidden[here] = (slope @ matrix)[:count]
+            guesses = (slope if offset is None else slope + offset).argmax(1)
+            head.hits.add_((guesses == targets[here])[done - first :].sum())
+        losses[here] = loss_and_slope(slope, targets[here], offset, head.softcap, head.ignore_index, own, any(wanted))
+        if of_hidden is not None and of_hidden.dtype == slope.dtype:
+            torch.mm(slope, matrix, out=of_hidden[here])
+        elif of_hidden is not None:
+            of_hidden[here] = slope @ matrix
+        if first < done:
+            slope[: done - first].zero_()
         if wanted[1] and alone:
             of_weight = slope.T @ rows
         elif of_weight is not None:
-            _add_product(of_weight, slope, rows)
+            # A row that is ignored has no slope, but 0 x infinity is no number.
+            kept = rows if on_cpu else rows.masked_fill((targets[here] == head.ignore_index)[:, None], 0.0)
+            _add_product(of_weight, slope, kept)
         if of_bias is not None:
             of_bias += slope.sum(0, dtype=of_bias.dtype)
-    return losses, (of_hidden, of_weight, of_bias)
+        done = first + size
+    return losses[:tokens], (None if of_hidden is None else of_hidden[:tokens], of_weight, of_bias)
+
+
+def _rows_of_block(line: int, hidden: Tensor, product_dtype: torch.dtype) -> int:
+    """Rows of a block on a device: 4,096, halved until what is made beside operands and gradients fits.
+
+    That is a row's logits; the row padded, of its gradient too; in the products' dtype; without ignored ones; and its
+    gradient in that dtype. Then the parts: those of the head's gradient, or of the losses where PyTorch makes them.
+    """
+    of_row = line * product_dtype.itemsize + hidden.shape[1] * (2 * hidden.itemsize + 3 * product_dtype.itemsize)
+    parts = max(_DEVICE_PART * product_dtype.itemsize, 6 * 4 * _TORCH_PART)
+    rows = _DEVICE_BLOCK_ROWS
+    while rows > 1 and rows * of_row + parts > _DEVICE_BYTES:
+        rows //= 2
+    return rows
 
 
 def _add_product(total: Tensor, slope: Tensor, rows: Tensor) -> None:
     """Add ``slope.T @ rows``, (V, D), to the gradient of the head."""
     if total.dtype == slope.dtype:
         total.addmm_(slope.T, rows)
-    elif total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif total.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        # ROCm's refuses float32 sums of 16-bit operands.
         torch.addmm(total, slope.T, rows, out_dtype=total.dtype, out=total)
     else:
-        some = max(1, _PART // max(rows.shape[1], 1))
+        some = max(1, (_PART if total.device.type == "cpu" else _DEVICE_PART) // max(rows.shape[1], 1))
         for first in range(0, len(total), some):
             total[first : first + some] += slope[:, first : first + some].T @ rows
 
@@ -225,7 +258,13 @@ def loss_and_slope(
 
         losses: Tensor = run(logits, targets, bias, softcap, ignore_index, scale, slope)
         return losses
-    return _torch_loss_and_slope(logits, targets, bias, softcap, ignore_index, scale, slope)
+    losses = logits.new_empty(len(logits), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    some = max(1, _TORCH_PART // max(logits.shape[1], 1))
+    for first in range(0, len(logits), some):
+        here = slice(first, first + some)
+        own = None if scale is None else scale[here]
+        losses[here] = _torch_loss_and_slope(logits[here], targets[here], bias, softcap, ignore_index, own, slope)
+    return losses
 
 
 def _torch_loss_and_slope(
@@ -278,9 +317,9 @@ class _SummedLoss(torch.autograd.Function):
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` in ``dtype``. The factor stays in float32: 1 / tokens would lose bits in bfloat16."""
-    if grad.device.type == "cpu":  # where a factor of one element is taken as it is, whatever the other's dtype
-        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-    return (grad.to(factor.dtype) * factor).to(dtype)
+    if grad.device.type != "cpu":  # where a factor without dimensions is taken as it is, whatever the other's dtype
+        factor = factor.view([1] * grad.ndim)
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 class _LossPerRow(torch.autograd.Function):

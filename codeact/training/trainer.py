@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from codeact.base.errors import InputError
+from codeact.models.fused_layers import fused_layers
 from codeact.models.fused_loss import fuse_loss
 from codeact.models.isolation import PassRule, packing_attention, prove_isolation, set_attention, split_head
 from codeact.ops.attention import computes_16_bits_only
@@ -130,6 +132,11 @@ class PackTrainer(Trainer):  # type: ignore[misc]
         self.monitor = monitor
         if monitor is not None:
             monitor.attach(self)
+
+    def train(self, *arguments: Any, **more: Any) -> Any:
+        """Trainer's, on a GPU with one pass over memory for what lies between a layer's products."""
+        with fused_layers(self.model) if _fuses_layers(self.args) else nullcontext():
+            return super().train(*arguments, **more)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **more: Any) -> Tensor:
         """Count the batch and compute it; before the first one, see that the model is sharded if it has to be."""
@@ -345,6 +352,12 @@ def _stand_in(attention: str, device: torch.device, parameter: Tensor) -> str:
     """
     runs = parameter.is_cuda and parameter.dtype in (torch.bfloat16, torch.float16)
     return "sdpa" if computes_16_bits_only(attention, device) and not runs else attention
+
+
+def _fuses_layers(arguments: TrainingArguments) -> bool:
+    """Not where weights are sharded, which are not there to be tried, and not over Liger's own."""
+    on_gpu = arguments.device.type == "cuda"
+    return on_gpu and sharding_asked_for(arguments) is None and not arguments.use_liger_kernel
 
 
 def _has_weights(model: Any) -> bool:

@@ -2,9 +2,9 @@
 
     python -m codeact_kernels.compile_report [--chip sm_90 ...] [--json FILE]
 
-What is compiled is what ``linear_nll``, ``loss_and_slope`` and ``segment_sums`` launch for one realistic problem,
-through Triton's own launch path with a driver that only names a chip. Registers and stack (spilled registers show
-there) are ptxas's and LLVM's numbers; matrix instructions are counted in the machine code. Exit code 1 if a kernel
+What is compiled is what ``linear_nll``, ``loss_and_slope``, ``segment_sums`` and ``layers`` launch for one realistic
+problem, through Triton's own launch path with a driver that only names a chip. Registers and stack (spilled registers
+show there) are ptxas's and LLVM's numbers; matrix instructions are counted in the machine code. Exit code 1 if a kernel
 spills, needs more shared memory than the chip has, or lacks the matrix instructions that its dtype should get.
 """
 
@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from codeact_kernels import linear_nll, loss_slope, segments, tiles
+from codeact_kernels import layers, linear_nll, loss_slope, segments, tiles
 from codeact_kernels.tiles import Launch
 
 TARGETS = {
@@ -47,7 +47,7 @@ COPY = re.compile(r"\bUTMALDG\b")
 _MATRIX_OF_CHIP = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 # T is odd on purpose: it must not matter. D and V are Llama-3-8B's.
-_T, _D, _V, _SAMPLES = 1023, 4096, 128256, 7
+_T, _D, _V, _WIDE, _SAMPLES = 1023, 4096, 128256, 14336, 7
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,29 +104,48 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    found = []
+    found: list[tuple[str, list[Launch]]] = []
     for dtype in tiles.DTYPES:
-        tile = tiles.tile_for(dtype, chip)
-        for name, bias, softcap, padding in (
-            ("", None, None, 0),
-            (" bias softcap", meta(_V, dtype=dtype), 30.0, 0),
+        bias = meta(_V, dtype=dtype)
+        variants = [
+            ("", None, None, 0, tiles.tile_for(dtype, chip)),
+            (" bias softcap", bias, 30.0, 0, tiles.tile_for(dtype, chip, softcap=True)),
             # Rows that lie 1 number apart from a multiple of 16 bytes: no descriptor, no wide loads.
-            (" unaligned", None, None, 1),
-        ):
+            (" unaligned", None, None, 1, tiles.tile_for(dtype, chip)),
+        ]
+        if dtype == torch.bfloat16:
+            for tile in tiles.candidates_for(chip)[1:]:
+                shape = f"{tile.block_t} x {tile.block_v} x {tile.block_d}, {tile.stages} stages"
+                variants.append((f" bias, to try: {shape}", bias, None, 0, tile))
+        for name, offset, softcap, padding, tile in variants:
             hidden = meta(_T, _D + padding, dtype=dtype)[:, :_D]
             weight = meta(_V, _D + padding, dtype=dtype)[:, :_D]
             partials, target_logits = meta(triton.cdiv(_V, tile.block_v) * _T), meta(_T)
-            operands = (hidden, weight, bias, meta(_T, dtype=torch.int64), partials, target_logits, meta(_T))
+            operands = (hidden, weight, offset, meta(_T, dtype=torch.int64), partials, target_logits, meta(_T))
             k1, k2 = linear_nll.launches(*operands, softcap, -100, tile)
             variant = f"{str(dtype).removeprefix('torch.')}{name}"
             found.append((variant, [k1]))
             if dtype == torch.bfloat16 and not name:
                 found.append(("", [k2]))
     for dtype in tiles.DTYPES:
-        for name, bias, softcap, scale in (("", None, None, None), (" bias softcap scale", meta(_V), 30.0, meta(_T))):
-            logits, labels = meta(_T, _V, dtype=dtype), meta(_T, dtype=torch.int64)
+        for name, words, bias, softcap, scale in (
+            ("", _V, None, None, None),
+            (" odd vocabulary, bias softcap scale", _V + 1, meta(_V + 1), 30.0, meta(_T)),
+        ):
+            logits, labels = meta(_T, _V + 16, dtype=dtype)[:, :words], meta(_T, dtype=torch.int64)
             k4 = loss_slope.loss_slope_launch(logits, labels, bias, softcap, -100, scale, True, meta(_T))
             found.append((f"{str(dtype).removeprefix('torch.')}{name}", [k4]))
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        x, gates, weight = meta(_T, _D, dtype=dtype), meta(_T, _WIDE, dtype=dtype), meta(_D, dtype=dtype)
+        scales, parts = meta(_T), meta(triton.cdiv(_T, 32), _D)
+        found.append((name, [layers.norm_launch(x, weight, 1e-5, x, scales)]))
+        found.append((name, [layers.norm_slopes_launch(x, x, weight, scales, x, parts)]))
+        found.append((name, [layers.gate_launch(gates, gates, gates)]))
+        found.append((name, [layers.gate_slopes_launch(gates, gates, gates, gates, gates)]))
+        heads, angles = meta(_T, 32, 128, dtype=dtype).transpose(0, 1), meta(_T, 128, dtype=dtype)
+        for direction, backward in (("", False), (" backward", True)):
+            found.append((name + direction, [layers.rotation_launch(heads, angles, angles, heads, backward)]))
     for variant, targets in (("", None), ("targets", meta(_T, dtype=torch.int64))):
         outputs = (meta(_SAMPLES, dtype=torch.float64), meta(_SAMPLES, dtype=torch.int32))
         bounds = meta(_SAMPLES + 1, dtype=torch.int32)

@@ -1,9 +1,10 @@
 """Negative log-likelihood of every token from hidden states and the LM head, without the logits, in two kernels.
 
-K1, one program per (token tile, vocabulary tile): the tile's logits in float32 -> their log-sum-exp, and the target's
-logit for those rows whose target is among the columns. K2, per token tile: the partial results of all vocabulary tiles,
-merged in the order of the vocabulary. There are no atomics, every sum has a fixed order, and tiles do not depend on the
-number of tokens: the same row gives the same bits in any batch on the same chip.
+K1, one program per (token tile, vocabulary tile): the tile's logits in float32 -> their log-sum-exp (to base 2,
+as the hardware has it), and the target's logit for those rows whose target is among the columns. K2, per token tile:
+the partial results of all vocabulary tiles, merged in the order of the vocabulary. There are no atomics, every sum has
+a fixed order, and tiles do not depend on the number of tokens: the same row gives the same bits in any batch on the
+same chip.
 
 Shapes: T tokens, D hidden size, V vocabulary. Not run on a device by its authors: proven in Triton's interpreter
 against float64, and compiled ahead of time for the chips in ``tiles.py`` (``compile_report.py``).
@@ -30,11 +31,10 @@ from codeact_kernels.tiles import (
     tile_for,
 )
 
+_LOG2E = tl.constexpr(1.4426950408889634)
 # Tokens of one launch. It bounds the partial results, of 4 bytes per token and vocabulary tile: 63 MiB for V = 128256
 # (the float32 logits of these tokens would be 8 GiB). More tokens are more launches, and the same bits.
 MAX_TOKENS = 16384
-# Token tiles that share a vocabulary tile while it is in the L2 cache: 16 x 128 rows of D = 4096 bfloat16 are 16 MiB.
-GROUP_T = 16
 # K2's tile: its tokens lie beside one another in memory, so that loads are whole.
 _MERGE_T, _MERGE_TILES = 32, 32
 
@@ -86,26 +86,28 @@ def _finish_tile(
     rows = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_V)
     first = tile_v * BLOCK_V
-    inside = column < V - first
     if HAS_BIAS:
-        logits += tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        logits += tl.load(bias + first + column, mask=column < V - first, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         logits = softcap * _tanh(logits / softcap)
-    # After the softcap, which would turn -inf into a finite -softcap.
-    logits = tl.where(inside[None, :], logits, float("-inf"))
+    # After the softcap, which would turn -inf into a finite -softcap; in the one tile that reaches past the end.
+    if first + BLOCK_V > V:
+        logits = tl.where((column < V - first)[None, :], logits, float("-inf"))
 
     largest = tl.max(logits, axis=1)
     # A tile may hold nothing but -inf (a bias that forbids tokens): -inf - -inf would be NaN.
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    lse = shift + tl.log(tl.sum(tl.exp(logits - shift[:, None]), axis=1))
+    shift = tl.where(largest == float("-inf"), 0.0, largest * _LOG2E)
+    bits = shift + tl.log2(tl.sum(tl.exp2(logits * _LOG2E - shift[:, None]), axis=1))
     present = rows < T
-    tl.store(partials + tile_v.to(tl.int64) * T + rows, lse, mask=present)
+    tl.store(partials + tile_v.to(tl.int64) * T + rows, bits, mask=present)
 
     target = tl.load(targets + rows, mask=present, other=-1) - first
     here = (target >= 0) & (target < BLOCK_V) & (target < V - first)
-    place = tl.where(here, target, -1).to(tl.int32)
-    picked = tl.sum(tl.where(column[None, :] == place[:, None], logits, 0.0), axis=1)
-    tl.store(target_logits + rows, picked, mask=present & here)
+    # Most tiles hold no row's target.
+    if tl.max(here.to(tl.int32), axis=0) > 0:
+        place = tl.where(here, target, -1).to(tl.int32)
+        picked = tl.sum(tl.where(column[None, :] == place[:, None], logits, 0.0), axis=1)
+        tl.store(target_logits + rows, picked, mask=present & here)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -193,7 +195,7 @@ def partial_nll_descriptors(
 
 @triton.jit(do_not_specialize=["T", "ignore_index"])
 def merge_nll(
-    partials,  # (tiles, T): a token's partial results are T apart, those of neighbours side by side
+    partials,  # (tiles, T), to base 2: a token's are T apart, those of neighbours side by side
     target_logits,
     targets,
     nll,
@@ -215,9 +217,9 @@ def merge_nll(
         part = tl.load(at, mask=(tile < tiles)[:, None] & present[None, :], other=float("-inf"))
         raised = tl.maximum(largest, tl.max(part, axis=0))
         shift = tl.where(raised == float("-inf"), 0.0, raised)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(part - shift[None, :]), axis=0)
+        total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(part - shift[None, :]), axis=0)
         largest = raised
-    lse = tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
+    lse = (tl.where(largest == float("-inf"), 0.0, largest) + tl.log2(total)) / _LOG2E
     target = tl.load(targets + rows, mask=present, other=0)
     known = (target >= 0) & (target < V)
     # A target outside the vocabulary: the host does not look, for it would have to wait, so the row says so: NaN.
@@ -248,7 +250,7 @@ def launches(
         "BLOCK_T": tile.block_t,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
-        "GROUP_T": GROUP_T,
+        "GROUP_T": tile.group_t,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **ROUNDING,
@@ -282,7 +284,7 @@ def compute_nll(
         return nll
     if weight.shape[0] == 0:
         return nll.fill_(torch.nan).masked_fill_(targets == ignore_index, 0.0)
-    tile = tile_for(hidden.dtype, architecture_of(hidden.device))
+    tile = tile_for(hidden.dtype, architecture_of(hidden.device), softcap is not None)
     rows = min(tokens, MAX_TOKENS)
     partials = nll.new_empty(triton.cdiv(weight.shape[0], tile.block_v) * rows)
     target_logits = nll.new_empty(rows)

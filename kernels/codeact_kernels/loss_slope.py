@@ -19,17 +19,51 @@ def _tanh(x):
 
 
 @triton.jit
-def _finished(at, bias, lane, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _finished(at, bias, lane, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr):
     """A block of logits with bias and softcap, -infinity past the row's end; and the tanh of the softcap."""
     inside = lane < V
-    x = tl.load(at + lane, mask=inside, other=0.0).to(tl.float32)
+    # Whole blocks go without a mask, of which a compiler knows nothing where V is odd.
+    x = (tl.load(at + lane) if WHOLE else tl.load(at + lane, mask=inside, other=0.0)).to(tl.float32)
     tanh = x
     if HAS_BIAS:
-        x += tl.load(bias + lane, mask=inside, other=0.0)
+        x += tl.load(bias + lane) if WHOLE else tl.load(bias + lane, mask=inside, other=0.0)
     if HAS_SOFTCAP:
         tanh = _tanh(x / softcap)
         x = softcap * tanh
-    return tl.where(inside, x, float("-inf")), tanh
+    if not WHOLE:
+        x = tl.where(inside, x, float("-inf"))
+    return x, tanh
+
+
+@triton.jit
+def _summed(
+    largest, total, picked, at, bias, lane, target, V, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The lanes' largest logits, sums of exponentials below those, and target's logit, with one more block."""
+    x, _ = _finished(at, bias, lane, V, softcap, HAS_BIAS, HAS_SOFTCAP, WHOLE)
+    picked += tl.where(lane == target, x, 0.0)
+    raised = tl.maximum(largest, x)
+    shift = tl.where(raised == float("-inf"), 0.0, raised)
+    total = total * tl.exp2((largest - shift) * _LOG2E) + tl.exp2((x - shift) * _LOG2E)
+    return raised, total, picked
+
+
+@triton.jit
+def _sloped(
+    at, bias, lane, target, kept, factor, top, sums, V, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write the slopes of a block over its logits."""
+    x, tanh = _finished(at, bias, lane, V, softcap, HAS_BIAS, HAS_SOFTCAP, WHOLE)
+    slope = tl.exp2((x - top) * _LOG2E) / sums - (lane == target).to(tl.float32)
+    if HAS_SOFTCAP:
+        slope *= 1.0 - tanh * tanh
+    slope = tl.where(kept, slope * factor, 0.0).to(at.dtype.element_ty)
+    if WHOLE:
+        tl.store(at + lane, slope)
+    else:
+        tl.store(at + lane, slope, mask=lane < V)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -61,13 +95,15 @@ def loss_slope(
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     picked = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, V, BLOCK):
-        x, _ = _finished(at, bias, first + lanes, V, softcap, HAS_BIAS, HAS_SOFTCAP)
-        picked += tl.where(first + lanes == target, x, 0.0)
-        raised = tl.maximum(largest, x)
-        shift = tl.where(raised == float("-inf"), 0.0, raised)
-        total = total * tl.exp2((largest - shift) * _LOG2E) + tl.exp2((x - shift) * _LOG2E)
-        largest = raised
+    whole = V // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        largest, total, picked = _summed(
+            largest, total, picked, at, bias, first + lanes, target, V, softcap, HAS_BIAS, HAS_SOFTCAP, True
+        )
+    if whole < V:
+        largest, total, picked = _summed(
+            largest, total, picked, at, bias, whole + lanes, target, V, softcap, HAS_BIAS, HAS_SOFTCAP, False
+        )
     top = tl.max(largest, axis=0)
     # Lanes past the end of a short row saw nothing: -infinity below whatever is the top.
     sums = tl.sum(total * tl.exp2((largest - top) * _LOG2E), axis=0)
@@ -76,13 +112,10 @@ def loss_slope(
         factor = 1.0
         if HAS_SCALE:
             factor = tl.load(scale + row)
-        for first in range(0, V, BLOCK):
-            x, tanh = _finished(at, bias, first + lanes, V, softcap, HAS_BIAS, HAS_SOFTCAP)
-            slope = tl.exp2((x - top) * _LOG2E) / sums - (first + lanes == target).to(tl.float32)
-            if HAS_SOFTCAP:
-                slope *= 1.0 - tanh * tanh
-            slope = tl.where(kept, slope * factor, 0.0)
-            tl.store(at + first + lanes, slope.to(logits.dtype.element_ty), mask=first + lanes < V)
+        for first in range(0, whole, BLOCK):
+            _sloped(at, bias, first + lanes, target, kept, factor, top, sums, V, softcap, HAS_BIAS, HAS_SOFTCAP, True)
+        if whole < V:
+            _sloped(at, bias, whole + lanes, target, kept, factor, top, sums, V, softcap, HAS_BIAS, HAS_SOFTCAP, False)
 
 
 def loss_slope_launch(

@@ -1,4 +1,4 @@
-"""How much of (tokens, vocabulary, hidden size) one program of K1 computes, per architecture and dtype.
+"""How much of (tokens, vocabulary, hidden size) one program of K1 computes, per architecture and dtype: tiles.toml.
 
 A tile never depends on the number of tokens: with it the order of every sum is fixed, and a row has the same bits in
 whatever batch it stands.
@@ -7,7 +7,10 @@ whatever batch it stands.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,35 +28,56 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Shape of K1's tile, its warps and pipeline stages, and whether tensor descriptors (TMA) feed it."""
+    """Shape of K1's tile, its warps and pipeline stages; how many token tiles share the vocabulary's; its TMA.
+
+    ``group_t`` token tiles run beside one another on one vocabulary tile while it is in the L2 cache: 16 x 128 rows of
+    D = 4096 bfloat16 are 16 MiB. ``descriptors``: the chip's copy engine feeds it, by tensor descriptors.
+    """
 
     block_t: int
     block_v: int
     block_d: int
     warps: int
     stages: int
+    group_t: int = 16
     descriptors: bool = False
 
 
-# Checked by ``python -m codeact_kernels.compile_report``: no register spills, shared memory within the chip's limit.
-# 128 x 256 spills on sm_90. sm_80's tile also fits the 99 KiB of sm_86, sm_89 and sm_120. None was timed on a device.
-_HALF = {
-    "sm_80": Tile(block_t=128, block_v=128, block_d=32, warps=8, stages=4),
-    "sm_90": Tile(block_t=128, block_v=128, block_d=64, warps=8, stages=4, descriptors=True),
-    "sm_100": Tile(block_t=128, block_v=128, block_d=64, warps=8, stages=4, descriptors=True),
-    "gfx942": Tile(block_t=128, block_v=128, block_d=64, warps=8, stages=2),
-}
-# Exact float32 products run outside the tensor cores (linear_nll.py says why), where smaller tiles keep to registers.
-_SINGLE = {
-    "sm_80": Tile(block_t=64, block_v=64, block_d=16, warps=4, stages=3),
-    "sm_90": Tile(block_t=64, block_v=64, block_d=16, warps=4, stages=3),
-    "sm_100": Tile(block_t=64, block_v=64, block_d=16, warps=4, stages=3),
-    "gfx942": Tile(block_t=64, block_v=64, block_d=32, warps=4, stages=2),
-}
+TABLE = Path(__file__).with_name("tiles.toml")
+_SHAPE = tuple(field.name for field in fields(Tile) if field.name != "descriptors")
+
+
+def read_table(path: Path = TABLE) -> dict[str, dict[str, list[Tile]]]:
+    """Architecture -> "half", "softcap" and "single" (a tile each) and "candidates", as a file like ours has them."""
+    table: dict[str, Any] = tomllib.loads(path.read_text())
+
+    def tile(shape: list[int], descriptors: bool) -> Tile:
+        return Tile(**dict(zip(_SHAPE, shape, strict=True)), descriptors=descriptors)
+
+    def tiles(name: str, entry: Any, descriptors: bool) -> list[Tile]:
+        shapes = entry if name == "candidates" else [entry]
+        return [tile(shape, descriptors and name != "single") for shape in shapes]
+
+    return {
+        architecture: {k: tiles(k, v, entries["descriptors"]) for k, v in entries.items() if k != "descriptors"}
+        for architecture, entries in table.items()
+        if isinstance(entries, dict)
+    }
+
+
+def with_tile(text: str, architecture: str, tile: Tile, source: str) -> str:
+    """The text of such a file with another tile for bfloat16 and float16, and with where that choice comes from."""
+    before, name, after = text.partition(f"\n[{architecture}]\n")
+    shape = [getattr(tile, field) for field in _SHAPE]
+    after = re.sub(r"^half = .*$", f"half = {shape}", after, count=1, flags=re.MULTILINE)
+    return re.sub(r"^source = .*$", f"source = '{source}'", before, count=1, flags=re.MULTILINE) + name + after
+
+
+_TILES = read_table()
 # A tile costs the interpreter 6 to 25 ms whatever its size; small ones meet more edges.
 _INTERPRETED = Tile(block_t=16, block_v=32, block_d=16, warps=1, stages=1)
 
-ARCHITECTURES = tuple(_HALF)
+ARCHITECTURES = tuple(_TILES)
 
 
 _INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -64,11 +88,19 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
-def tile_for(dtype: torch.dtype, architecture: str) -> Tile:
+def tile_for(dtype: torch.dtype, architecture: str, softcap: bool = False) -> Tile:
     """Return K1's tile for operands of ``dtype`` on ``architecture``: one of ARCHITECTURES, or "interpreter"."""
     if architecture == "interpreter":
         return _INTERPRETED
-    return (_SINGLE if dtype == torch.float32 else _HALF)[architecture]
+    kind = "single" if dtype == torch.float32 else "softcap" if softcap else "half"
+    return _TILES[architecture][kind][0]
+
+
+def candidates_for(architecture: str) -> list[Tile]:
+    """Return the tiles for bfloat16 and float16 to try on ``architecture``, first the one that is taken."""
+    if architecture == "interpreter":
+        return [_INTERPRETED, replace(_INTERPRETED, block_t=32)]
+    return [*_TILES[architecture]["half"], *_TILES[architecture]["candidates"]]
 
 
 def architecture_of(device: torch.device) -> str:

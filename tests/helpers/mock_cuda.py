@@ -13,6 +13,7 @@ import os
 from typing import Any
 from unittest import mock
 
+import codeact_kernels.layers
 import codeact_kernels.linear_nll
 import codeact_kernels.loss_slope
 import codeact_kernels.segments  # noqa: F401  # registers the operators
@@ -108,6 +109,17 @@ def _attention(q, k, v, bounds_q, bounds_k, max_q, max_k, is_causal=False, scale
     return torch.cat(parts), q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.uint64)
 
 
+def _addmm(total, first, second, out_dtype, *, beta=1, alpha=1, out):
+    """``torch.addmm(out_dtype=, out=)`` with the refusals of PyTorch's CUDA and ROCm libraries; the CPU has none."""
+    half = (torch.bfloat16, torch.float16)
+    assert first.dtype == second.dtype, "mat1 and mat2 must have the same dtype"
+    assert out_dtype == first.dtype or (out_dtype == torch.float32 and first.dtype in half)
+    assert out.dtype == out_dtype, "out_dtype must be the same as the dtype of the provided out tensor"
+    assert total.dtype in (out_dtype, first.dtype), "self dtype must match either out_dtype or mat1 dtype"
+    assert torch.version.hip is None, "gemm input type and output type float is not supported for ROCm"
+    return out.copy_(beta * total + alpha * (first.float() @ second.float()))
+
+
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on the CPU tensors inside, as a device would; or say why a device would not."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -132,7 +144,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.torch_attn._varlen_attn.default:
         return tree_map(wrap, _attention(*inner_args, **inner_kwargs))
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if func.namespace == "codeact" else {}):
-        result = tree_map(wrap, func(*inner_args, **inner_kwargs))
+        run = _addmm if func is aten.addmm.dtype_out else func
+        result = tree_map(wrap, run(*inner_args, **inner_kwargs))
     if func.namespace != "aten":
         return result
     return return_and_correct_aliasing(func, args, kwargs, result)

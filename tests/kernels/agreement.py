@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from codeact.ops.nll_reference import token_nll_reference
+from tests.ops.test_loss_and_slope import exact as exact_slopes
+from tests.ops.test_loss_and_slope import problem as slope_problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Nll = Callable[..., Tensor]
@@ -84,18 +86,21 @@ def check_inside_poisoned_buffers(nll: Nll, dtype: torch.dtype = torch.float32, 
 
 
 def check_same_bits_in_any_batch(nll: Nll) -> None:
-    """Alone, in pieces, in another order, beside other rows: a row keeps its bits. 2048 = 64 tiles: two steps of K2.
+    """Alone, in pieces, in another order, beside other rows: a row keeps its bits. 1056 = 33 tiles: two steps of K2.
 
     The operands are eighths, whose products and sums are exact: the interpreter's products come from the CPU's BLAS,
     whose order of sums depends on the place of a row in the tile, as a GPU's does not.
     """
-    hidden, weight, targets = problem(35, 2048, 12)
+    hidden, weight, _ = problem(35, 1056, 12)
     hidden, weight = (hidden * 8).round() / 8, (weight * 8).round() / 8
-    together = nll(hidden, weight, targets)
+    # Log-sum-exps near 0 and the likeliest targets: small losses, in which the last bit of a sum shows.
+    bias = torch.full((1056,), -12.5, device=DEVICE)
+    targets = (hidden @ weight.T).argmax(dim=1)
+    together = nll(hidden, weight, targets, bias=bias)
     for first, last in ((0, 1), (16, 35), (7, 26)):
-        assert torch.equal(nll(hidden[first:last], weight, targets[first:last]), together[first:last])
+        assert torch.equal(nll(hidden[first:last], weight, targets[first:last], bias=bias), together[first:last])
     order = torch.randperm(35, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    assert torch.equal(nll(hidden[order], weight, targets[order]), together[order])
+    assert torch.equal(nll(hidden[order], weight, targets[order], bias=bias), together[order])
 
 
 def sparse(numbers: int, dtype: torch.dtype) -> Tensor:
@@ -132,6 +137,37 @@ def check_strides_past_2_31(nll: Nll, align: int = 1) -> None:
     if align == 1:
         assert torch.equal(nll(far_apart(hidden, 1), weight, targets), expected)
         assert torch.equal(nll(hidden, far_apart(weight, 1), targets), expected)
+
+
+def check_slopes(loss_and_slope: Callable[..., Tensor]) -> None:
+    """K4 on rows of one block, of several and of a part of one, with and without all that changes a logit."""
+    for columns, softcap, with_bias, scaled in (
+        (37, None, False, True),
+        (2048, 5.0, True, False),
+        (4101, 5.0, True, True),
+    ):
+        logits, targets, bias, scale = (t.to(DEVICE) for t in slope_problem(5, columns, torch.float32))
+        more = (bias if with_bias else None, softcap)
+        losses, slopes = exact_slopes(logits, targets, *more, scale if scaled else None)
+        wide = torch.full((5, columns + 2057), 7.0, device=DEVICE)  # rows that lie more than a block apart
+        wide[:, :columns] = logits
+        arguments = (*more, -100, scale if scaled else None, True)
+        ours = loss_and_slope(wide[:, :columns], targets, *arguments)
+        torch.testing.assert_close(ours.double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wide[:, :columns].double(), slopes, rtol=1e-5, atol=2e-6)
+        assert (wide[:, columns:] == 7).all()
+
+
+def check_slopes_past_2_31(loss_and_slope: Callable[..., Tensor]) -> None:
+    """Rows 2^30 numbers apart, in the middle of memory, as in ``check_strides_past_2_31``."""
+    half = (1 << 31) + (1 << 12)
+    logits, targets, *_ = (t.to(DEVICE) for t in slope_problem(3, 40, torch.bfloat16))
+    apart = sparse(2 * half, torch.bfloat16)[half:].as_strided((3, 40), ((1 << 30) + 16, 1), half)
+    apart.copy_(logits)
+    targets[:] = 7
+    expected = loss_and_slope(logits, targets, None, None, -100, None, True)
+    assert torch.equal(loss_and_slope(apart, targets, None, None, -100, None, True), expected)
+    assert torch.equal(apart, logits)
 
 
 CHECKS = (

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from codeact_kernels import compile_report, linear_nll, segments, tiles
+from codeact_kernels import compile_report, linear_nll, loss_slope, segments, tiles
 from codeact_kernels.compile_report import SHARED_LIMIT, TARGETS, Report, problems
 
 
@@ -35,6 +35,7 @@ def of(reports, chip, kernel="partial_nll"):
 def test_every_kernel_is_there(reports, chip):
     found = {r.kernel for r in reports if r.chip == chip}
     expected = {"partial_nll", "merge_nll", "loss_slope", "sum_segments"}
+    expected |= {"rms_norm_rows", "rms_norm_slopes", "gate", "gate_slopes", "rotation"}
     assert found == (expected | {"partial_nll_descriptors"} if chip in ("sm_90", "sm_100") else expected)
     dtypes = {r.variant.split()[0] for r in of(reports, chip)}
     assert dtypes == {"bfloat16", "float16", "float32"}
@@ -54,7 +55,7 @@ def test_nothing_spills_and_shared_memory_suffices(reports, chip):
 )
 def test_tensor_cores_do_the_work(reports, chip, instruction):
     half = [r for r in of(reports, chip) if "float32" not in r.variant]
-    assert len(half) == 6
+    assert len(half) == 6 + len(tiles.candidates_for(chip)[1:])
     for r in half:
         assert any(name.startswith(instruction) for name in r.matrix), r
 
@@ -62,7 +63,8 @@ def test_tensor_cores_do_the_work(reports, chip, instruction):
 @pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
 def test_descriptors_become_tma_loads(reports, chip):
     found = of(reports, chip, "partial_nll_descriptors")
-    assert len(found) == 4  # two dtypes, plain and with bias and softcap
+    # Two dtypes, plain and with bias and softcap; and what may be tried.
+    assert len(found) == 4 + len(tiles.candidates_for(chip)[1:])
     assert all(r.copies for r in found)
     assert not any(r.copies for r in of(reports, chip) if r.kernel == "partial_nll")
 
@@ -70,6 +72,30 @@ def test_descriptors_become_tma_loads(reports, chip):
 @pytest.mark.parametrize("chip", ["sm_90", "sm_100"])
 def test_exact_float32_products_do_not_use_tf32(reports, chip):
     assert all(not r.matrix for r in of(reports, chip) if "float32" in r.variant)
+
+
+def test_two_programs_of_sm_90s_tile_fit_on_a_multiprocessor(reports):
+    """Its shared memory is 228 KiB, of which a program takes 1 KiB beside its own; its registers are 65,536."""
+    for r in of(reports, "sm_90", "partial_nll_descriptors"):
+        if "to try" not in r.variant:
+            assert 2 * (r.shared + 1024) <= 228 << 10
+            assert 2 * 256 * r.registers <= 65_536
+
+
+def test_a_wide_tile_may_be_tried_on_sm_90(reports):
+    assert [r.stack for r in of(reports, "sm_90") if "bias, to try: 128 x 256 x 64, 3 stages" in r.variant] == [0]
+
+
+def test_tiles_are_data_that_can_be_written_anew(tmp_path):
+    wide = tiles.candidates_for("sm_90")[2]
+    assert wide.block_v == 256
+    text = tiles.with_tile(tiles.TABLE.read_text(), "sm_90", wide, "the fastest on a card")
+    (tmp_path / "tiles.toml").write_text(text)
+    before, after = tiles.read_table(), tiles.read_table(tmp_path / "tiles.toml")
+    assert after["sm_90"].pop("half") == [wide]
+    assert before["sm_90"].pop("half") == [tiles.tile_for(torch.bfloat16, "sm_90")]
+    assert after == before
+    assert "source = 'the fastest on a card'" in text
 
 
 def test_sm_80s_tile_fits_smaller_relatives(reports):
@@ -120,12 +146,15 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch):
 
     monkeypatch.setattr(linear_nll, "launches", recorded(linear_nll.launches))
     monkeypatch.setattr(segments, "segment_launch", recorded(segments.segment_launch))
+    monkeypatch.setattr(loss_slope, "loss_slope_launch", recorded(loss_slope.loss_slope_launch))
     monkeypatch.setattr(linear_nll, "architecture_of", lambda device: "sm_90")
     tile = tiles.tile_for(torch.bfloat16, "sm_90")
     hidden, weight = torch.zeros(9, 64, dtype=torch.bfloat16), torch.zeros(300, 64, dtype=torch.bfloat16)
     linear_nll.linear_nll(hidden, weight, torch.zeros(9, dtype=torch.int64))
     segments.segment_sums(torch.zeros(9), torch.tensor([0, 9], dtype=torch.int32))
-    assert [kernel.fn.__name__ for kernel, *_ in launched] == ["partial_nll_descriptors", "merge_nll", "sum_segments"]
+    loss_slope.loss_and_slope(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), None, None, -100, None, True)
+    names = ["partial_nll_descriptors", "merge_nll", "sum_segments", "loss_slope"]
+    assert [kernel.fn.__name__ for kernel, *_ in launched] == names
     for kernel, _, _, options in launched:
         assert options == compiled[kernel.fn.__name__]
     assert launched[0][1] == (-(-300 // tile.block_v),)

@@ -25,8 +25,8 @@ def variant(request, monkeypatch, device):
         pytest.skip("this device has no TMA")
     launched = []
 
-    def chosen(dtype, architecture):
-        return dataclasses.replace(tile_for(dtype, architecture), descriptors=request.param == "descriptors")
+    def chosen(*arguments):
+        return dataclasses.replace(tile_for(*arguments), descriptors=request.param == "descriptors")
 
     def recorded(*arguments):
         found = real(*arguments)

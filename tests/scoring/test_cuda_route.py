@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from codeact.models import fused_layers
 from codeact.models.isolation import set_attention
 from codeact.ops import attention as varlen
 from codeact.ops import nll
@@ -44,6 +45,7 @@ def make_scorer(monkeypatch, tokenizer):
             # Making a scorer runs the model alone and packed, and compares on the host: that is once, not per pack.
             monkeypatch.setattr(ifd, "split_head", split_without_check)
             monkeypatch.setattr(ifd, "prove_isolation", lambda *_: None)
+            monkeypatch.setattr(fused_layers, "_same", lambda *_: True)  # so are the layers compared
             move_module(model)
         scorer = IfdScorer(model, tokenizer, max_length=64, tokens_per_pack=64)
         set_attention(model, scorer.attention)  # as while it scores
@@ -109,8 +111,13 @@ def test_all_packs_take_one_transfer_to_the_host(make_scorer, mock):
     scorer = make_scorer("cuda")
     sequences, spans = SAMPLES * 3, SPANS * 3
     mock.transfers_allowed = 1
-    sums, cost = scorer._nll_sums(sequences, spans, None)
+    mock.seen.clear()
+    with fused_layers.fused_layers(scorer.model):  # as while it scores
+        sums, cost = scorer._nll_sums(sequences, spans, None)
     assert cost.packs > 2
+    names = [func.name() for func, _, _ in mock.seen]
+    per_pack = {"codeact::rms_norm": 5, "codeact::silu_multiply": 2, "codeact::rotate": 4}
+    assert {name: names.count(name) / cost.packs for name in per_pack} == per_pack
     assert mock.transfers_allowed == 0
     assert np.isfinite(sums).all()
     assert sums[:4] == pytest.approx(sums[4:8], rel=0.02)

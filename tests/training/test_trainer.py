@@ -195,6 +195,27 @@ def test_loss_is_the_token_mean_of_the_step_under_accumulation(tmp_path, options
     assert losses(trainer) == pytest.approx(expected, rel=1e-6)
 
 
+def test_layers_fused_on_a_gpu_learn_what_the_model_by_itself_does(tmp_path, monkeypatch):
+    """By Triton's interpreter, over two steps, so that the second shows the gradients of the first."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from codeact.ops import layers
+    from codeact.training import trainer as module
+
+    runs = {}
+    for name in ("plain", "fused"):
+        if name == "fused":
+            assert not module._fuses_layers(make_arguments(tmp_path))  # on the CPU
+            monkeypatch.setattr(layers, "_on_gpu", lambda tensor: True)
+            monkeypatch.setattr(module, "_fuses_layers", lambda arguments: True)
+        model = make_model()
+        trainer = train(model, make_samples(4), make_arguments(tmp_path, max_steps=2), PACK)
+        runs[name] = (losses(trainer), weights(model))
+        assert not any("forward" in part.__dict__ for part in model.model.modules())
+    assert runs["fused"][0] == pytest.approx(runs["plain"][0], rel=1e-5)
+    torch.testing.assert_close(runs["fused"][1], runs["plain"][1], rtol=0, atol=1e-5)
+    assert not torch.equal(runs["fused"][1], runs["plain"][1]), "that was the model by itself"
+
+
 def test_epochs_are_packed_anew_and_the_seed_decides(tmp_path):
     samples = make_samples(40, seed=2)
 
