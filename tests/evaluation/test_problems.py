@@ -136,9 +136,9 @@ def test_problems_are_downloaded_once(release, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (gzip.compress(b'{"task_id": "HumanEval/0"}'), r"has sha256 .*, expected .*: refused"),
+        (gzip.compress(b'{"task_id": "HumanEval/0"}', mtime=0), r"has sha256 .*, expected .*: refused"),
         (b"<html>Sign in to this network</html>", "cannot download the problems of humaneval"),
-        (gzip.compress(json.dumps(ROW).encode() + b"\n")[:-9], "cannot download the problems of humaneval"),
+        (gzip.compress(json.dumps(ROW).encode() + b"\n", mtime=0)[:-9], "cannot download the problems of humaneval"),
         (b"", "refused|cannot download"),
         (404, "HTTP Error 404"),
         (503, "HTTP Error 503"),
