@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from codeact.scoring.loglikelihood import LikelihoodScorer
+from tests.helpers import forked
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -127,7 +127,7 @@ def test_its_command_line(tiny_model_path, tmp_path):
     results = []
     for model in ("codeact", "hf"):
         options = ("--model", model, "--model_args", arguments, "--device", "cpu", "--output_path", tmp_path / model)
-        done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
+        done = forked.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         (file,) = (tmp_path / model).rglob("results_*.json")
         results.append(json.loads(file.read_text())["results"]["tiny"]["acc,none"])
