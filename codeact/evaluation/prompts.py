@@ -57,7 +57,7 @@ class PromptWriter:
         self._tokenizer = tokenizer
         self._template = None if template is None else ConversationTemplate(tokenizer, template)
         self._encoder = SpanEncoder(tokenizer)
-        # What looks like a control token in a problem is plain text, as in training; the paper's scripts read it as one.
+        # What looks like a control token in a problem is plain text, as in training; the paper's scripts obey it.
         self._controls = ControlTexts([] if self._paper else special_tokens(tokenizer))
 
     def write(self, problem: Problem) -> Prompt:
@@ -81,7 +81,9 @@ class PromptWriter:
             stops = _CLOSING_FENCE if script else (*_STOPS, *_CLOSING_FENCE)
         ((ids, _),) = self._encoder.encode([self._controls.show(text, marks)])
         if self._paper and self._template is not None and self._template.model_type == "chat":
-            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template's BOS alone
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]  # the template's BOS alone
         return Prompt(ids=tuple(map(int, ids)), prefix=prefix, stops=stops)
 
     def end_ids(self) -> set[int]:

@@ -92,8 +92,8 @@ def prepare(
     data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
 ) -> ScoreJob:
     """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
-    from codeact.data.records import BadRow
     from codeact.base.files import check_kind
+    from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
     from codeact.scoring.folder import ScoreFolder
