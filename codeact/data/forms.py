@@ -116,9 +116,10 @@ class Columns:
             parts = [self.system, self.history, f"{question} -> {listing([self.answer or ''])}"]
         unused = [name for name in seen if name not in self.names()]
         unused.sort(key=lambda name: name not in (*_CONTEXT, *_TURN_COLUMNS, "input"))
-        talks = [row[name] for row in rows for name in (self.conversation, self.history) if isinstance(row.get(name), list)]
+        listed = (row.get(name) for row in rows for name in (self.conversation, self.history) if name is not None)
+        talks = [talk for talk in listed if isinstance(talk, list)]
         turns = [turn for talk in talks for turn in talk if isinstance(turn, Mapping)]
-        keys = dict.fromkeys(key for turn in turns for key in turn if not _is_blank(turn[key]))
+        keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None)
         unused += [f"{key} of turns" for key in keys if key not in _TURN_KEYS]
         return ", ".join(part for part in parts if part is not None), unused
 

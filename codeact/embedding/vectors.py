@@ -457,7 +457,7 @@ def _tokens_that_fit(encoder: SentenceTransformer) -> int:
 
     trunk = getattr(encoder[0], "auto_model", None) if hasattr(encoder, "__getitem__") else None
     shape = ModelShape.from_config(trunk.config) if trunk is not None else None
-    if shape is None:
+    if trunk is None or shape is None:
         return sys.maxsize
     a_layer = shape.activation_bytes(1, trunk.dtype.itemsize) / shape.layers
     return int(_MEMORY_SHARE * free_memory(encoder.device) / a_layer)

@@ -233,8 +233,9 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
 
     Three prompts of different lengths get three tokens more, and one of them leaves in between; then, on a few layers,
     one prompt of nearly ``longest`` tokens and one of a third of it, which leaves: a model may choose among the keys of
-    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, one whose recurrent
-    state runs over padding, or one in which later tokens decide what earlier ones become, is decoded in a slower manner.
+    long rows in another way, or lose tokens when a pass holds many. An architecture without a cache, one whose
+    recurrent state runs over padding, or one in which later tokens decide what earlier ones become, is decoded in a
+    slower manner.
 
     Args:
         model: a causal language model in evaluation mode.

@@ -158,7 +158,9 @@ def _complaint(item: Any, tree: Any, kind: type[BaseModel]) -> str:
     keys = [str(part) for part in item["loc"]]
     where = f"line {line_of(tree, keys)}: {'.'.join(keys)}" if keys else ""
     if item["type"] == "model_type":
-        return f"{where}: it holds keys of its own, such as {next(iter(_section(kind, keys).model_fields))}: ..., below it"
+        return (
+            f"{where}: it holds keys of its own, such as {next(iter(_section(kind, keys).model_fields))}: ..., below it"
+        )
     if item["type"] != "extra_forbidden":
         return ": ".join(filter(None, (where, in_arguments(item["msg"].removeprefix("Value error, ")).lower())))
     kind = _section(kind, keys[:-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from benchmarks.pages import PAGES, figures, fill, newest
@@ -51,3 +53,16 @@ def test_what_no_run_of_the_benchmarks_tells_is_refused(known):
     assert fill("<!--= train.speed -->5<!--=-->", known)[1] == ["there is no figure train.speed"]
     assert fill("4.76 samples/s (commit e600be4)", known)[1] == ["figures of commit e600be4 are not from the results"]
     assert fill("23.8 s (commit fe20269)", known)[1] == []  # of a run of its own, and said to be
+
+
+def test_what_is_counted_in_words_is_counted():
+    """Numbers that no benchmark gives: how many attacks there are, and on what the benchmarks ran."""
+    from tests.evaluation import attacks
+
+    pages, results = {page.name: page.read_text() for page in PAGES}, newest()
+    attacked = len(attacks.BODIES) + len(attacks.PROGRAMS)
+    for name in ("README.md", "evaluate.md"):
+        assert re.findall(r"(\d+) attacks", pages[name]) == [str(attacked)], name
+    machine = (f"on {results['cpus']} cores of an {results['cpu']}", f"Python {results['python'].rpartition('.')[0]}")
+    for name in ("README.md", "figures.md"):
+        assert all(words in pages[name] for words in machine), name

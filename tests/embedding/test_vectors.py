@@ -109,8 +109,8 @@ def test_the_tokens_of_a_batch_follow_the_memory_and_the_model(embedder_path, mo
     a_token = (4 * 384 + 4 * 384 + 4 * 1536) * 4
     monkeypatch.setattr(embedding, "free_memory", lambda *_: a_token * 1000)
     assert embedding._tokens_that_fit(encoder) == 400
-    with pytest.raises(InputError, match="the weights of embedding model .* take .* MiB, and .* MiB are left"):
-        monkeypatch.setattr(embedding, "free_memory", lambda *_: 2**20)
+    monkeypatch.setattr(embedding, "free_memory", lambda *_: 2**20)
+    with pytest.raises(InputError, match=r"the weights of embedding model .* take .* MiB, and .* MiB are left"):
         load_embedder(embedder_path, device="cpu", dtype="float32")
 
 

@@ -145,7 +145,9 @@ class TestEqualScores:
         plain = model.model.layers[1].mlp.forward
         # The fifth token looks at how long the row is, and nobody after it looks at the fifth.
         mask = torch.arange(LONGEST)[None, :, None] == 4
-        monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda h: plain(h + h.shape[1] * mask[:, : h.shape[1]]))
+        monkeypatch.setattr(
+            model.model.layers[1].mlp, "forward", lambda h: plain(h + h.shape[1] * mask[:, : h.shape[1]])
+        )
         assert exact_manner(model, LONGEST) == Manner(batched=False, cached=False)
 
 

@@ -159,7 +159,7 @@ def test_what_training_holds_whatever_its_batch_is_refused_first(big_model, flag
     known = check_flags({"bf16": False, **flags}, "train", {"model_name_or_path": str(big_model)}, here=False)
     room.check_held(known, held * 2e9, "this machine")
     if held:
-        with pytest.raises(InputError, match=rf"weights.* take .* GiB, and .* GiB are left on cuda:0: ") as caught:
+        with pytest.raises(InputError, match=r"weights.* take .* GiB, and .* GiB are left on cuda:0: ") as caught:
             room.check_held(known, held * 2e9 - 1, "cuda:0")
         assert in_arguments(remedy) in str(caught.value)
 
