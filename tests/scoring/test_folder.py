@@ -187,11 +187,21 @@ LAUNCHERS = (
 )
 
 
-def test_a_process_of_a_launcher_starts_no_others(data_path, tiny_model_path, tmp_path, monkeypatch):
-    for name, value in LAUNCHERS[0].items():
+@pytest.mark.parametrize(
+    ("environment", "more", "message"),
+    [
+        (LAUNCHERS[0], {"workers": 2}, "each is a worker; leave out workers"),
+        (LAUNCHERS[1], {"engine": "ray"}, "each is a worker; leave out engine ray"),
+        ({}, {"engine": "torchrun"}, "no launcher started this: say torchrun"),
+        ({}, {"engine": "dask"}, "engine 'dask' is unknown; choose one of: "),
+        ({}, {"address": "h:1"}, "address is of a Ray cluster; say engine ray"),
+    ],
+)
+def test_engines_that_do_not_fit(data_path, tiny_model_path, tmp_path, monkeypatch, environment, more, message):
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="each is a worker; leave out workers"):
-        score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", workers=2)
+    with pytest.raises(InputError, match=message):
+        score_data(DataSettings(source=str(data_path)), settings(tiny_model_path), tmp_path / "scores", **more)
 
 
 @pytest.mark.parametrize("environment", LAUNCHERS)
