@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from codeact.base.claims import read_workers
 from codeact.base.errors import InputError
 from codeact.base.files import TEMPORARY_PREFIX
 from codeact.data.records import Record, write_jsonl
@@ -177,7 +176,6 @@ def test_torchrun_shares_the_shards(data_path, tiny_model_path, tmp_path, uninte
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("rows scored") == 1
     assert done.stdout.count(f"all shards are done; another worker makes {folder}/scores.parquet") == 1
-    assert sum(record.parts for record in read_workers(folder)) == 24
     assert_same_table(folder, uninterrupted)
 
 
