@@ -171,9 +171,10 @@ class Worker:
             raise InputError(
                 f"cannot write {self._path}: {error.strerror or error}; free space or choose another --output"
             ) from None
-        for other in read_workers(self._folder):
-            if not other.lives(self.began):  # what it still claims is free with or without its record
-                (self._path.parent / f"{other.name}.json").unlink(missing_ok=True)
+        others = [other for other in read_workers(self._folder) if other.name != self.name]
+        if not any(other.lives(self.began) for other in others):  # of a job before; what they still claim is free
+            for other in others:
+                self._path.with_name(f"{other.name}.json").unlink(missing_ok=True)
         self._thread.start()
         return self
 
@@ -277,7 +278,7 @@ class Worker:
             return claim.reason
         now = self._now()
         record = _read_worker(self._path.with_name(f"{claim.worker}.json")) if claim.worker else None
-        # Without a record it is dead, as whoever begins removes those; without a name the claim is just being made.
+        # Without a record it is of a job before; without a name the claim is just being made.
         held = record.lives(now) if record is not None else not claim.worker and now - claim.made <= LEASE
         return None if held else f"worker {claim.worker} ended in it"
 

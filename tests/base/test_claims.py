@@ -126,6 +126,17 @@ def test_a_part_over_which_workers_die_is_given_up_and_tried_anew_by_a_rerun(wor
         assert not witness.take("c")
 
 
+def test_records_stay_while_somebody_lives(tmp_path):
+    names = []
+    with Worker(tmp_path) as first:
+        with Worker(tmp_path) as second:
+            names += [first.name, second.name]
+        with Worker(tmp_path) as third:
+            assert {record.name for record in read_workers(tmp_path)} == {*names, third.name}
+    with Worker(tmp_path) as later:
+        assert [record.name for record in read_workers(tmp_path)] == [later.name]
+
+
 def test_who_comes_back_after_a_takeover_does_no_harm(tmp_path):
     with Worker(tmp_path) as slow, Worker(tmp_path) as fast:
         assert slow.take("a")
