@@ -79,10 +79,10 @@ def keep_apart(written: Path, *read: str | Path | None) -> None:
         InputError: it is one of them.
     """
     for path in read:
-        if path is not None and written.resolve() in (
-            Path(path).resolve(),
-            Path(path).resolve().with_suffix(".rows.parquet"),
-        ):
+        if path is None:
+            continue
+        read_here = Path(path).resolve()
+        if written.resolve() in (read_here, read_here.with_suffix(".rows.parquet")):
             raise InputError(f"{written} belongs to {path} and would be overwritten; choose another --output")
 
 
