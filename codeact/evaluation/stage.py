@@ -53,6 +53,9 @@ def generate_programs(
     from codeact.evaluation.server import Server, ServerGenerator
     from codeact.evaluation.tasks import open_problems
 
+    if settings.server is None:  # what these libraries lack is said before anything is downloaded
+        from codeact.evaluation.generators import load_generator
+        from codeact.models.loading import quiet_transformers
     problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     generator: Generator
     if settings.server is not None:
@@ -63,9 +66,6 @@ def generate_programs(
     elif model is None:
         raise InputError("--model is needed: a folder, a hub name, or with --server the name of a model there")
     else:
-        from codeact.evaluation.generators import load_generator
-        from codeact.models.loading import quiet_transformers
-
         quiet_transformers()
         say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
         generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)
