@@ -48,14 +48,14 @@ def generate_programs(
     Raises:
         InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
     """
+    if settings.server is None:  # what these libraries lack is said before anything is downloaded
+        from codeact.evaluation.generators import load_generator
+        from codeact.models.loading import quiet_transformers
     from codeact.base.console import Progress, say
     from codeact.evaluation.generate import Generator, generate
     from codeact.evaluation.server import Server, ServerGenerator
     from codeact.evaluation.tasks import open_problems
 
-    if settings.server is None:  # what these libraries lack is said before anything is downloaded
-        from codeact.evaluation.generators import load_generator
-        from codeact.models.loading import quiet_transformers
     problems = open_problems(settings.dataset, settings.data, limit, settings.tasks)
     generator: Generator
     if settings.server is not None:
