@@ -1,4 +1,4 @@
-"""What scoring and evaluation came to, for TensorBoard, wandb, mlflow and what else accelerate has a tracker for."""
+"""Figures of scoring, evaluation and the lab for TensorBoard, wandb, mlflow and what else accelerate knows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def report_figures(
         stage: its name, which goes before that of every figure.
         folder: of the results; files of a tracker go to ``runs`` in it, or where TENSORBOARD_LOGGING_DIR says.
         settings: what the figures are of.
-        figures: by names of letters, digits, ``_`` and ``/``, which all trackers take.
+        figures: by names of letters, digits, ``_``, ``-`` and ``/``, which all trackers take.
     """
     values = {name: value for name, value in settings.model_dump(mode="json").items() if value is not None}
     values = {

@@ -48,6 +48,9 @@ def generate_programs(
     Raises:
         InputError: tasks or model cannot be read, or ``output`` holds samples of other settings.
     """
+    if settings.server is None:  # what these libraries lack is said before anything is downloaded
+        from codeact.evaluation.generators import load_generator
+        from codeact.models.loading import quiet_transformers
     from codeact.base.console import Progress, say
     from codeact.base.files import check_kind
     from codeact.evaluation.generate import Generator, generate
@@ -65,9 +68,6 @@ def generate_programs(
     elif model is None:
         raise InputError("--model is needed: a folder, a hub name, or with --server the name of a model there")
     else:
-        from codeact.evaluation.generators import load_generator
-        from codeact.models.loading import quiet_transformers
-
         quiet_transformers()
         say(f"loading {model}" + (f" with {adapter}" if adapter else ""))
         generator = load_generator(model, adapter, settings.backend, settings.dtype, settings.device)

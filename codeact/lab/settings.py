@@ -39,6 +39,7 @@ class LabSettings(Settings):
     max_new_tokens: int = setting(0, "... and write programs of so many tokens for them, and run these.", ge=0)
     minutes: float | None = setting(None, "Begin no training that would end later.", place=True, gt=0)
     train: dict[str, Any] = setting({}, "Flags of codeact train.")
+    report_to: str | None = setting(None, "Trackers of the losses: tensorboard, wandb, mlflow, ...", place=True)
 
     @model_validator(mode="after")
     def _something_to_compare(self) -> LabSettings:

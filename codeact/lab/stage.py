@@ -17,6 +17,7 @@ from codeact.base.files import atomic_path
 from codeact.base.parsing import read_json
 from codeact.base.settings import decisive
 from codeact.base.stage import Lines, Run, Stage
+from codeact.base.trackers import check_trackers, report_figures
 from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.lab.compare import Trial, compare
 from codeact.lab.settings import Arm, LabSettings
@@ -70,6 +71,7 @@ class Lab(Stage):
             taken = (*TAKEN_FLAGS, "seed", "eval_ratio", "eval_path")
             check_training(run.of(LabSettings).train, "lab.train", taken, run.model)
             _problems(run.of(LabSettings).tasks)
+            check_trackers(run.of(LabSettings).report_to)
 
     def inputs(self, run: Run) -> dict[str, Any]:
         """Scores, vectors, the model, and what is compared."""
@@ -98,6 +100,8 @@ class Lab(Stage):
             longest = max(longest, time.monotonic() - start)
         results = {trial: read_json(path) for trial, path in paths.items() if path.exists()}
         comparison = compare(settings, results, pool.held_clusters)
+        figures = {f"{t.name}/held_out_loss": sum(r["losses"]) / sum(r["loss_tokens"]) for t, r in results.items()}
+        report_figures(settings.report_to, "lab", run.output / LAB_FOLDER, settings, figures)
         page = run.output / LAB_FOLDER / "lab.md"
         with atomic_path(page) as temporary:
             temporary.write_text(comparison.page(stopped), encoding="utf-8")

@@ -408,3 +408,8 @@ def test_tasks_of_ones_own_are_counted(elsewhere, tmp_path):
     made = forecast(changed(elsewhere, generate={"dataset": "own", "data": path}, evaluate={}))
     rows = {step.name: step.rows for step in made.steps if step.name.startswith(("generate", "evaluate"))}
     assert set(rows.values()) == {2}
+    asked = {"dataset": "own", "data": path, "server": "http://localhost:1/v1"}
+    plan = forecast(changed(elsewhere, generate=asked, evaluate={}))
+    (step,) = (step for step in plan.steps if step.name == "generate.before")
+    assert (step.rows, step.seconds) == (2, 0.0)
+    assert "generation by a server: its time is not counted" in plan.table()

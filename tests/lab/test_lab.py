@@ -190,6 +190,9 @@ def test_a_lab_that_is_stopped_goes_on_and_shares_what_it_did(config, codeact, m
     assert len(done) == 3
 
     monkeypatch.setattr(stage, "_try", real)
+    told = []
+    monkeypatch.setattr(stage, "report_figures", lambda *arguments: told.append(arguments))
+    change(config, report_to="tensorboard")
     code, out, err = codeact("lab", config)
     assert code == 0, err
     assert "score: done already" in err
@@ -204,6 +207,9 @@ def test_a_lab_that_is_stopped_goes_on_and_shares_what_it_did(config, codeact, m
         *(f"{arm}-600-{seed}" for arm in ("random", "longest", "cdas") for seed in (0, 1)),
         *(f"all-{seed}" for seed in (0, 1)),
     }
+    ((*where, _, figures),) = told
+    assert where == ["tensorboard", "lab", Path("run/lab")]
+    assert figures == {f"{n}/held_out_loss": sum(t["losses"]) / sum(t["loss_tokens"]) for n, t in trials.items()}
     assert not any(Path("run/lab-trials/work").iterdir())  # what was trained is gone
     for name, trial in trials.items():
         assert trial["loss_tokens"] == trials["untrained-0"]["loss_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -126,6 +127,15 @@ def test_a_command_names_its_extra_in_one_line(python, tmp_path, line):
     assert re.fullmatch(rf'codeact: error: .* needs \w+: pip install "codeact\[{extra}\]"', last)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "cache").exists()  # nothing is downloaded before
+
+
+def test_a_server_needs_no_extra(python, tmp_path):
+    task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": " pass"}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**task, "base_input": [[]]}) + "\n")
+    options = "--dataset humaneval --data tasks.jsonl --server http://127.0.0.1:9/v1 --output s.jsonl"
+    result = python("-m", "codeact", "generate", *options.split())
+    assert "no server answers at http://127.0.0.1:9/v1: " in result.stderr
+    assert result.returncode == 2
 
 
 def test_what_no_extra_mends_is_no_missing_extra(monkeypatch):
