@@ -128,24 +128,26 @@ def problems(chip: str) -> list[tuple[str, list[Launch]]]:
             if dtype == torch.bfloat16 and not name:
                 found.append(("", [k2]))
     for dtype in tiles.DTYPES:
-        for name, words, bias, softcap, scale in (
+        for name, words, of_words, softcap, scale in (
             ("", _V, None, None, None),
             (" odd vocabulary, bias softcap scale", _V + 1, meta(_V + 1), 30.0, meta(_T)),
         ):
             logits, labels = meta(_T, _V + 16, dtype=dtype)[:, :words], meta(_T, dtype=torch.int64)
-            k4 = loss_slope.loss_slope_launch(logits, labels, bias, softcap, -100, scale, True, meta(_T))
+            k4 = loss_slope.loss_slope_launch(logits, labels, of_words, softcap, -100, scale, True, meta(_T))
             found.append((f"{str(dtype).removeprefix('torch.')}{name}", [k4]))
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        x, gates, weight = meta(_T, _D, dtype=dtype), meta(_T, _WIDE, dtype=dtype), meta(_D, dtype=dtype)
-        scales, parts = meta(_T), meta(triton.cdiv(_T, 32), _D)
-        found.append((name, [layers.norm_launch(x, weight, 1e-5, x, scales)]))
-        found.append((name, [layers.norm_slopes_launch(x, x, weight, scales, x, parts)]))
-        found.append((name, [layers.gate_launch(gates, gates, gates)]))
-        found.append((name, [layers.gate_slopes_launch(gates, gates, gates, gates, gates)]))
-        heads, angles = meta(_T, 32, 128, dtype=dtype).transpose(0, 1), meta(_T, 128, dtype=dtype)
-        for direction, backward in (("", False), (" backward", True)):
-            found.append((name + direction, [layers.rotation_launch(heads, angles, angles, heads, backward)]))
+    half = torch.bfloat16
+    x, gates, weight = meta(_T, _D, dtype=half), meta(_T, _WIDE, dtype=half), meta(_D, dtype=half)
+    scales, parts = meta(_T), meta(triton.cdiv(_T, 32), _D)
+    heads, angles = meta(_T, 32, 128, dtype=half).transpose(0, 1), meta(_T, 128, dtype=half)
+    for variant, launch in (
+        ("bfloat16", layers.norm_launch(x, weight, 1e-5, x, scales)),
+        ("bfloat16", layers.norm_slopes_launch(x, x, weight, scales, x, parts)),
+        ("bfloat16", layers.gate_launch(gates, gates, gates)),
+        ("bfloat16", layers.gate_slopes_launch(gates, gates, gates, gates, gates)),
+        ("bfloat16", layers.rotation_launch(heads, angles, angles, heads, False)),
+        ("bfloat16 backward", layers.rotation_launch(heads, angles, angles, heads, True)),
+    ):
+        found.append((variant, [launch]))
     for variant, targets in (("", None), ("targets", meta(_T, dtype=torch.int64))):
         outputs = (meta(_SAMPLES, dtype=torch.float64), meta(_SAMPLES, dtype=torch.int32))
         bounds = meta(_SAMPLES + 1, dtype=torch.int32)

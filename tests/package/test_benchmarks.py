@@ -30,6 +30,20 @@ def calls_of(**settings) -> tuple[list[str], dict[str, Timing]]:
     return calls, times
 
 
+def test_the_roofline_of_scoring_adds_up():
+    """80,000 rows of 200 + 400 tokens by a 7B model: 80 million tokens, 1.06e18 operations; half an hour on an H100."""
+    roofline = pytest.importorskip("benchmarks.roofline", reason="Triton is not installed")
+    scored = {
+        (s.model, s.chip): s for s in (roofline.scoring(m, c) for m in roofline.SCORED for c in roofline.SCORED_ON)
+    }
+    one = scored["CodeLlama-7B", "H100"]
+    assert 80_000 * one.tokens == 80e6
+    assert 80_000 * one.floor_seconds * 989e12 == pytest.approx(1.06e18, rel=0.01)
+    assert 25 < 80_000 * one.code_seconds / 60 < 36
+    assert all(s.floor_seconds < s.code_seconds for s in scored.values())
+    assert len(roofline.scoring_table(scored.values()).splitlines()) == 2 + 4 * 4
+
+
 def test_every_arm_runs_equally_often_and_not_always_in_the_same_order():
     calls, times = calls_of()
     assert {len(timing.seconds) for timing in times.values()} == {6}
