@@ -156,7 +156,11 @@ def test_a_file_that_is_there_packed_as_well_does_not_count_twice(tmp_path: Path
         ("a.jsonl", b"\x00\x01\x02\n\x03", "no row can be read"),
         ("a.jsonl", b"[1, 2]\n" * 4200, "no row can be read; a.jsonl row 0 (line 1): the row is a list"),
         ("a.json", json.dumps(["text"] * 300).encode(), "no row can be read"),
-        ("a.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000), mtime=0)[:-900], "a.jsonl.gz cannot be unpacked"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(random.Random(0).randbytes(5000), mtime=0)[:-900],
+            "a.jsonl.gz cannot be unpacked",
+        ),
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:30] + b"\xff" * 60, "a.jsonl.gz cannot be unpacked"),
         ("a.jsonl.zst", zstd(LINES)[:4] + b"\xff" * 40, "a.jsonl.zst cannot be unpacked"),
         ("a.jsonl", b"PK\x03\x04....", "is a zip archive"),
