@@ -106,6 +106,7 @@ def codeact(monkeypatch, capsys):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["codeact", *map(str, arguments)])
+        capsys.readouterr()  # of what a fixture has loaded
         code = 0
         try:
             main()

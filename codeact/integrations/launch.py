@@ -45,7 +45,7 @@ def job_file(system: str, command: Sequence[str], settings: LaunchSettings) -> s
         raise InputError("only score shares its work among workers: codeact launch slurm -- score DATA --model M ...")
     for name in ("--workers", "--processes", "--engine", "--address"):
         if any(word == name or word.startswith(f"{name}=") for word in command):
-            raise InputError(f"leave {name} out of the command behind --; the job says it")
+            raise InputError(f"leave {name} out of the command that is launched; the job says it")
     return {"slurm": _slurm, "ray": _ray, "k8s": _kubernetes}[system](["codeact", *command], settings)
 
 

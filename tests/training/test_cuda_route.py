@@ -121,4 +121,5 @@ def test_float32_packs_on_a_gpu_are_refused_before_anything_is_loaded(monkeypatc
 )
 def test_what_a_gpu_computes_is_not_refused(monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (70 << 30, 80 << 30))
     check_flags(flags, "train")
