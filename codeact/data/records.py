@@ -31,6 +31,7 @@ import numpy as np
 from codeact.base.files import atomic_path
 from codeact.base.parsing import check_depth
 from codeact.data.forms import Columns, Turn, read_id, read_talk
+from codeact.data.kept import Arrays, kept_of_rows
 from codeact.data.sources import (
     Part,
     Raw,
@@ -48,6 +49,7 @@ from codeact.data.sources import (
 )
 
 _BLOCK = 4096  # rows of one step of a pass over the whole set
+_MANY = 1 << 18  # rows whose ids take seconds to compare
 _SAMPLE = 100  # rows that show whether a column exists at all
 
 logger = logging.getLogger("codeact")
@@ -216,6 +218,17 @@ class RecordSet:
     @cached_property
     def _duplicates(self) -> dict[int, int]:
         """For every row whose id an earlier row has the first such row."""
+        if len(self) < _MANY:
+            return self._find_duplicates()
+
+        def make() -> Arrays:
+            found = self._find_duplicates()
+            return {"rows": np.array([*found], np.int64), "firsts": np.array([*found.values()], np.int64)}
+
+        pairs = kept_of_rows(self.fingerprint, "twice", make)
+        return dict(zip(pairs["rows"].tolist(), pairs["firsts"].tolist(), strict=True))
+
+    def _find_duplicates(self) -> dict[int, int]:
         hashes, readable = np.zeros(len(self), np.int64), np.zeros(len(self), np.bool_)
         for start in range(0, len(self), _BLOCK):
             for row, identifier in self._ids(start, start + _BLOCK):

@@ -20,17 +20,17 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.base.parsing import TooDeepError, check_depth, json_depths, parse_json, refuse_pipes, safe_recursion
+from codeact.data.kept import Arrays, kept_of_file
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")  # a file is unpacked by its first bytes, whatever its name
@@ -42,8 +42,6 @@ _CHUNK = 1 << 24  # bytes of a file looked at in one go
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"  # JSON's own white space; bytes.strip() would also take \v and \f
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-_Int64 = npt.NDArray[np.int64]
 
 
 class RowError(Exception):
@@ -301,11 +299,15 @@ def _digest(files: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
         try:
-            with file.open("rb") as handle:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
+            total.update(kept_of_file(file, "sha256", partial(_file_digest, file))["digest"].tobytes())
         except OSError as error:
             raise refusal(f"cannot read {file}: {error.strerror or error}") from None
     return total.hexdigest()
+
+
+def _file_digest(file: Path) -> Arrays:
+    with file.open("rb") as handle:
+        return {"digest": np.frombuffer(hashlib.file_digest(handle, "sha256").digest(), np.uint8)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON
@@ -325,10 +327,9 @@ class _JsonPart:
         self._file = file
         self._stamp = _stamp(file.plain)
         self.is_array = _first_byte(file) == b"[" and file.suffix == ".json"
-        if self.is_array:
-            self._bounds, self._blank = _index_array(file), np.empty(0, np.int64)
-        else:
-            self._bounds, self._blank = _index_lines(file.plain)
+        index = partial(_index_array, file) if self.is_array else partial(_index_lines, file.plain)
+        found = kept_of_file(file.plain, "array" if self.is_array else "lines", index)
+        self._bounds, self._blank = found["bounds"], found["blank"]
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -388,7 +389,7 @@ def _first_byte(file: _File) -> bytes:
     return b""
 
 
-def _index_lines(path: Path) -> tuple[_Int64, _Int64]:
+def _index_lines(path: Path) -> Arrays:
     """Bounds of the lines that are not blank; and for every blank line the number of the row after it."""
     starts, blank_lines, rows = [], [np.empty(0, np.int64)], 0
     with path.open("rb") as handle:
@@ -409,11 +410,12 @@ def _index_lines(path: Path) -> tuple[_Int64, _Int64]:
             blank_lines.append(np.cumsum(~blank)[blank] + rows)
             rows += len(starts[-1])
             offset += len(chunk)
-    return np.concatenate([*starts, [offset]]).astype(np.int64), np.concatenate(blank_lines).astype(np.int64)
+    bounds, blank = np.concatenate([*starts, [offset]]), np.concatenate(blank_lines)
+    return {"bounds": bounds.astype(np.int64), "blank": blank.astype(np.int64)}
 
 
 @safe_recursion()
-def _index_array(file: _File) -> _Int64:
+def _index_array(file: _File) -> Arrays:
     """Bounds of the elements of the one array that the file holds; the objects read on the way are let go at once."""
     # Bytes that are not UTF-8 become single surrogates here and are found again in their own row.
     data = file.plain.read_bytes()
@@ -435,7 +437,8 @@ def _index_array(file: _File) -> _Int64:
         place = f"line {error.lineno} column {error.colno} (row {max(len(starts) - 1, 0)})"
         raise refusal(f"{file.path} {place}: {error.msg}; {remedy}") from None
     sizes = [len(text[a:b].encode(errors="surrogateescape")) for a, b in pairwise([0, *starts, position])]
-    return np.cumsum(sizes, dtype=np.int64) + (len(_BOM) if data.startswith(_BOM) else 0)
+    bounds = np.cumsum(sizes, dtype=np.int64) + (len(_BOM) if data.startswith(_BOM) else 0)
+    return {"bounds": bounds, "blank": np.empty(0, np.int64)}
 
 
 def _after_space(text: str, position: int) -> int:
