@@ -50,9 +50,8 @@ browser:
 demo: models sandbox
 	$(BIN)/codeact demo $(DEMO_ARGS)
 
-# A worker more than CPUs, as a quarter of the time a test waits.
 test: models sandbox browser
-	$(BIN)/python -m pytest -n $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # MATRIX_ARGS="base-lowest" takes minutes, all of it hours.
 test-matrix: $(BIN)/codeact sandbox

@@ -161,7 +161,7 @@ def work_alone(job: ScoreJob, *, show: bool) -> dict[str, Any] | None:
     with Worker(folder.folder) as worker:
         missing = folder.missing()
         others, asked = Tally(folder.folder, worker.name), time.monotonic()
-        with Progress(_rows(folder, missing), "rows", _doing(folder, missing), show=show) as bar:
+        with Progress(_rows(folder, missing), "rows", _doing(folder, len(missing)), show=show) as bar:
 
             def step(rows: float, tokens: int) -> None:
                 nonlocal asked
@@ -183,8 +183,8 @@ def _rows(folder: ScoreFolder, shards: list[int]) -> int:
     return sum(map(folder.shard_rows, shards))
 
 
-def _doing(folder: ScoreFolder, missing: list[int]) -> str:
-    return f"scoring {len(missing)} of {folder.shards} shards"
+def _doing(folder: ScoreFolder, missing: int) -> str:
+    return f"scoring {missing} of {folder.shards} shards"
 
 
 # ------------------------------------------------------------------------------------ workers that this process starts
@@ -257,8 +257,10 @@ def supervise(
                 folder = open_folder()
                 begin = replace(begin, overwrite=False, strict=False, since=min(r.began for r in records))
                 missing = folder.missing()
-                told = f"{_doing(folder, missing)} with {workers} {what}"
-                bar = stack.enter_context(Progress(_rows(folder, missing), "rows", told))
+                since = sum(record.parts for record in records)  # small ones are done before anybody looks
+                rows = min(_rows(folder, missing) + since * folder.shard_size, folder.rows)
+                told = f"{_doing(folder, len(missing) + since)} with {workers} {what}"
+                bar = stack.enter_context(Progress(rows, "rows", told))
                 for index in range(1, workers if missing else 1):
                     pool.start(index, begin)
                     running.add(index)
