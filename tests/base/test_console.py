@@ -108,15 +108,16 @@ def test_shares_that_add_up_to_a_hair_more_are_all(capsys, clock):
     assert "1 of 1 rows, about 0.0 s left" in capsys.readouterr().err
 
 
-def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch):
+def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch, clock):
     terminal = open_terminal(monkeypatch)
     with Progress(40, "rows", "scoring") as step:
+        clock.seconds += 1
         step(10, 1000)
         say("a line")
         logging.getLogger("codeact.test").warning("logged")
         step(30, 1000)
     shown = terminal.getvalue()
-    assert re.search(r"scoring: 100% \|#+\| 40 of 40 rows \[[\d:]+<[\d:]+, [\d,]+ tokens/s\]", shown)
+    assert re.search(r"scoring: 100% \|#+\| 40 of 40 rows \[[\d:]+<[\d:]+, 2,000 tokens/s\]", shown)
     before = shown.split("a line\n")[0]
     assert before.endswith("\r")  # the bar was taken away first
 

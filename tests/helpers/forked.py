@@ -8,6 +8,7 @@ looks at imports, or sets what is read by them, wants a new interpreter: ``subpr
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -17,11 +18,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from subprocess import PIPE, CalledProcessError, CompletedProcess, TimeoutExpired
+from typing import NoReturn
 
 LOADED = (
     "codeact.cli",
@@ -125,11 +129,11 @@ def served() -> None:
             if select.select([asked], [], [], WAIT)[0]:
                 line = asked.readline()
                 if not line:
-                    return None
+                    return
                 request = json.loads(line)
                 number = os.fork()
                 if not number:
-                    return _work(request)
+                    _ended(request)
                 running[number] = Path(request["folder"])
                 print(number, flush=True)
             for number in list(running):
@@ -140,8 +144,27 @@ def served() -> None:
                     (folder / "ending").rename(folder / "ended")
 
 
+def _ended(request: dict) -> NoReturn:
+    """End as an interpreter does, but for what libraries that this command never used say of their leaks."""
+    code = 0
+    try:
+        _work(request)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _work(request: dict) -> None:
-    """What a new interpreter does with these arguments; how it ends is up to this one."""
+    """What a new interpreter does with these arguments."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     kept = os.dup(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from codeact.lab.compare import Trial, compare
 from codeact.lab.differences import Difference, differences
 from codeact.lab.settings import Arm, LabSettings
 from tests.conftest import make_records
+
+TRACKER = "tensorboard" if importlib.util.find_spec("tensorboard") else None
 
 
 def test_a_constant_difference_is_exact_and_noise_is_noise():
@@ -192,7 +195,7 @@ def test_a_lab_that_is_stopped_goes_on_and_shares_what_it_did(config, codeact, m
     monkeypatch.setattr(stage, "_try", real)
     told = []
     monkeypatch.setattr(stage, "report_figures", lambda *arguments: told.append(arguments))
-    change(config, report_to="tensorboard")
+    change(config, report_to=TRACKER)
     code, out, err = codeact("lab", config)
     assert code == 0, err
     assert "score: done already" in err
@@ -208,7 +211,7 @@ def test_a_lab_that_is_stopped_goes_on_and_shares_what_it_did(config, codeact, m
         *(f"all-{seed}" for seed in (0, 1)),
     }
     ((*where, _, figures),) = told
-    assert where == ["tensorboard", "lab", Path("run/lab")]
+    assert where == [TRACKER, "lab", Path("run/lab")]
     assert figures == {f"{n}/held_out_loss": sum(t["losses"]) / sum(t["loss_tokens"]) for n, t in trials.items()}
     assert not any(Path("run/lab-trials/work").iterdir())  # what was trained is gone
     for name, trial in trials.items():
