@@ -231,11 +231,9 @@ class Worker:
         assert self._part is not None
         for attempt in range(self._attempt + 1):
             self._claim_path(self._part, attempt).unlink(missing_ok=True)
-        self.rows, self.tokens, self.parts = (
-            self.rows + self._part_rows,
-            self.tokens + self._part_tokens,
-            self.parts + done,
-        )
+        self.rows += self._part_rows
+        self.tokens += self._part_tokens
+        self.parts += done
         self._drop()
 
     def fail(self, reason: str) -> None:

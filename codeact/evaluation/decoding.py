@@ -250,7 +250,9 @@ def exact_manner(model: PreTrainedModel, longest: int) -> Manner:
                 if width <= 11 or layers is None:
                     return manner
                 with only_layers(model, layers):
-                    if _looks_back_only(model, width) and _agrees(model, (max(1, width // 3), width), manner):
+                    if not _looks_back_only(model, width):
+                        break  # whatever the manner
+                    if _agrees(model, (max(1, width // 3), width), manner):
                         return manner
     return Manner(batched=False, cached=False)
 

@@ -86,6 +86,11 @@ def work(job: ScoreJob, worker: Worker, step: Step) -> None:
         InputError: something that the user can mend; or all that is left are shards over which workers died or failed.
     """
     folder, failures, start = job.folder, 0, 0
+
+    def count(rows: float, tokens: int) -> None:
+        worker.count(rows, tokens)
+        step(rows, tokens)
+
     missing = folder.missing()
     while missing:
         claimed = worker.claimed()
@@ -102,11 +107,6 @@ def work(job: ScoreJob, worker: Worker, step: Step) -> None:
             if folder.is_done(shard):  # since it was looked at
                 worker.finish(done=False)
                 continue
-
-            def count(rows: float, tokens: int) -> None:
-                worker.count(rows, tokens)
-                step(rows, tokens)
-
             try:
                 folder.score(job.records, job.scorer, [shard], count)
             except InputError:

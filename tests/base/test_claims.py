@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,9 @@ def test_many_at_once_take_every_part_once(tmp_path):
             barrier.wait()
 
     barrier = threading.Barrier(8)
-    threads = [threading.Thread(target=run) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        for ended in [pool.submit(run) for _ in range(8)]:
+            ended.result()
     assert sorted(taken, key=int) == [f"{part}" for part in range(30)]
 
 

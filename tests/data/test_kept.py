@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,22 +141,19 @@ def test_a_cache_that_cannot_be_written_to_costs_time_only(tmp_path, passes, mon
 def test_who_comes_meanwhile_waits_and_maps_it(tmp_path, passes):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES * 50)
-    made, found = threading.Barrier(2), []
+    both_ask = threading.Barrier(2)
 
     def make() -> kept.Arrays:
         passes.append("made")
         time.sleep(0.05)
         return {"bounds": np.arange(1000)}
 
-    def ask() -> None:
-        made.wait()
-        found.append(kept.kept_of_file(path, "lines", make)["bounds"])
+    def ask() -> np.ndarray:
+        both_ask.wait()
+        return kept.kept_of_file(path, "lines", make)["bounds"]
 
-    both = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        found = [asked.result() for asked in [pool.submit(ask) for _ in range(2)]]
     assert passes == ["made"]
     assert np.array_equal(*found)
     assert any(isinstance(array, np.memmap) for array in found)

@@ -52,7 +52,7 @@ class Popen:
         assert python == sys.executable
         assert kind in ("-m", "-c"), f"a new interpreter is wanted: {command}"
         self.text, self.returncode = text, None
-        self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        self._folder = Path(tempfile.mkdtemp(dir=_home().name))
         streams = {"stdout": stdout, "stderr": stderr}
         self._piped = [name for name, where in streams.items() if where == PIPE]
         asked = {
@@ -100,6 +100,12 @@ def run(command, *, check, capture_output=False, text=False, env=None, cwd=None,
     if check and process.returncode:
         raise CalledProcessError(process.returncode, command, out, err)
     return CompletedProcess(command, process.returncode, out, err)
+
+
+@cache
+def _home() -> tempfile.TemporaryDirectory[str]:
+    """Of what the processes say, for as long as this one lives."""
+    return tempfile.TemporaryDirectory(prefix="forked-")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -63,11 +64,9 @@ def test_equal_workers_do_no_shard_twice(folder, table, monkeypatch, misses):
         merges.append(work_alone(job, show=False))
 
     barrier = threading.Barrier(5)
-    threads = [threading.Thread(target=run) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(5) as pool:
+        for ended in [pool.submit(run) for _ in range(5)]:
+            ended.result()
     assert sorted(done) == list(range(SHARDS))
     assert len([totals for totals in merges if totals is not None]) == 1
     assert merged(folder).equals(table)
