@@ -220,7 +220,7 @@ def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score, or of a run.")],
 ) -> None:
     """Say how far the workers of a score folder are, on all machines; it reads files only."""
-    from codeact.scoring.status import status_text
+    from codeact.workers.status import status_text
 
     _tell(status_text(folder))
 

@@ -6,7 +6,7 @@
     DIR/turns.parquet                   of conversations, a row for every answer (a shard has it beside it, too)
 
 A shard file appears whole or not at all, so what exists is done and a rerun does the rest. Any number of processes and
-machines may share the folder: who does which shard is in ``workers`` and ``claims``, see ``codeact.base.claims``.
+machines may share the folder: who does which shard is in ``workers`` and ``claims``, see ``codeact.workers.claims``.
 """
 
 from __future__ import annotations

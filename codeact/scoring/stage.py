@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from codeact.data.forms import Columns
-    from codeact.scoring.engines import ScoreJob
+    from codeact.workers.engines import ScoreJob
     from codeact.scoring.ifd import IfdScorer
 
 SCORES_FOLDER, TABLE, TURN_TABLE = "scores", "scores/scores.parquet", "scores/turns.parquet"
@@ -86,7 +86,7 @@ def prepare(
     from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
-    from codeact.scoring.engines import ScoreJob
+    from codeact.workers.engines import ScoreJob
     from codeact.scoring.folder import ScoreFolder
 
     check_kind(output, folder=True)
@@ -178,7 +178,7 @@ def score_data(
     """
     from codeact.base.errors import one_of
     from codeact.data.sources import absolute_name
-    from codeact.scoring.engines import Begin, LocalPool, Pool, supervise, work_alone
+    from codeact.workers.engines import Begin, LocalPool, Pool, supervise, work_alone
     from codeact.scoring.folder import ScoreFolder
 
     check_trackers(settings.report_to)
@@ -201,7 +201,7 @@ def score_data(
     output = Path(output).absolute()
     pool: Pool
     if engine == "ray":
-        from codeact.scoring.ray_pool import RayPool
+        from codeact.workers.ray_pool import RayPool
 
         pool = RayPool(address, workers, output)
         count, share, what = pool.workers, 1, "workers on Ray"  # which gives each its cores

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from codeact.base.errors import InputError
-from codeact.scoring.engines import ScoreJob
+from codeact.workers.engines import ScoreJob
 from codeact.scoring.folder import ScoreFolder
 from codeact.scoring.table import SCHEMA
 
@@ -73,7 +73,7 @@ class Scorer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def prepare(  # as ``codeact.scoring.engines.Begin`` has it, with what goes before as arguments of its own
+def prepare(  # as ``codeact.workers.engines.Begin`` has it, with what goes before as arguments of its own
     folder: Path, shards: int, seconds: float, index: int = 0, overwrite: bool = False, strict: bool = False
 ) -> ScoreJob:
     """A job of ``shards`` shards of 3 rows; faults are in ``folder.parent / "faults"``."""

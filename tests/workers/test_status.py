@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from codeact.base.claims import LEASE, Worker
+from codeact.workers.claims import LEASE, Worker
 from codeact.base.errors import InputError
-from codeact.scoring.engines import work_alone
-from codeact.scoring.status import status_text
+from codeact.workers.engines import work_alone
+from codeact.workers.status import status_text
 from tests.helpers import made_up_scores
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from codeact import __version__
 from codeact.base.errors import InputError, import_extra
-from codeact.scoring.engines import Begin, WorkerDied
+from codeact.workers.engines import Begin, WorkerDied
 
 _OWN_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
@@ -174,7 +174,7 @@ def _actor_class() -> type:
 
         def run(self, refused: str | None, index: int, begin: Begin) -> str | None:
             from codeact.base.errors import InputError
-            from codeact.scoring.engines import run_worker
+            from codeact.workers.engines import run_worker
 
             if refused:
                 return refused

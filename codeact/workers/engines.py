@@ -24,7 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from codeact.base.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
+from codeact.workers.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
 from codeact.base.console import Progress, counted, say
 from codeact.base.errors import InputError
 
@@ -57,7 +57,7 @@ class Begin:
         prepare: ``prepare(index, overwrite, strict)`` opens the data and loads the model for worker ``index``.
         overwrite: discard scores made with other settings.
         strict: stop at the first bad row.
-        since: deaths over a shard count from then on; see ``codeact.base.claims.Worker``.
+        since: deaths over a shard count from then on; see ``codeact.workers.claims.Worker``.
     """
 
     folder: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from codeact.base.claims import WorkerRecord, read_claims, read_workers
+from codeact.workers.claims import WorkerRecord, read_claims, read_workers
 from codeact.base.console import aligned, counted, duration, percent, short
 from codeact.scoring.folder import ScoreFolder
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from codeact.base.claims import Worker, read_claims
+from codeact.workers.claims import Worker, read_claims
 from codeact.base.errors import InputError
-from codeact.scoring import engines
-from codeact.scoring.engines import Begin, LocalPool, supervise, work, work_alone
+from codeact.workers import engines
+from codeact.workers.engines import Begin, LocalPool, supervise, work, work_alone
 from codeact.scoring.folder import ScoreFolder
 from tests.helpers import made_up_scores
 

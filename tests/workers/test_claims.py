@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from codeact.base import claims
-from codeact.base.claims import LEASE, TRIES, Tally, Worker, read_claims, read_workers
+from codeact.workers.claims import LEASE, TRIES, Tally, Worker, read_claims, read_workers
 from codeact.base.errors import InputError
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from codeact.base.claims import read_workers
+from codeact.workers.claims import read_workers
 from codeact.base.errors import InputError
-from codeact.scoring.engines import Begin, supervise, work_alone
+from codeact.workers.engines import Begin, supervise, work_alone
 from codeact.scoring.folder import ScoreFolder
-from codeact.scoring.ray_pool import RayPool
+from codeact.workers.ray_pool import RayPool
 from tests.helpers import made_up_scores
 
 pytestmark = [
@@ -123,7 +123,7 @@ def test_a_node_that_is_killed(cluster, folder):
 )
 def test_what_cannot_be_is_one_clear_line(cluster, folder, monkeypatch, what, message):
     if what == "version":
-        monkeypatch.setattr("codeact.scoring.ray_pool.__version__", "9.9.9")
+        monkeypatch.setattr("codeact.workers.ray_pool.__version__", "9.9.9")
     if what == "refused":
         (folder.parent / "faults" / "4.refuse").touch()
     if what == "folder":  # as if the driver's folder lay on its own disk
@@ -138,9 +138,9 @@ DRIVER = """if True:
     import os, sys
     from functools import partial
     from pathlib import Path
-    from codeact.scoring.engines import Begin, supervise
+    from codeact.workers.engines import Begin, supervise
     from codeact.scoring.folder import ScoreFolder
-    from codeact.scoring.ray_pool import RayPool
+    from codeact.workers.ray_pool import RayPool
     from tests.helpers import made_up_scores
     folder = Path(sys.argv[1])
     pool = RayPool(None, 1, folder)
