@@ -27,8 +27,9 @@ from codeact.embedding.stage import EmbedSettings
 from codeact.evaluation.settings import EvaluateSettings, GenerationSettings, VerifySettings
 from codeact.integrations.launch import LaunchSettings
 from codeact.run.flow import LedgerError, open_flow
-from codeact.scoring.stage import ScoreSettings, launched_rank
+from codeact.scoring.stage import ScoreSettings
 from codeact.selection.settings import SelectSettings
+from codeact.workers.choice import WorkerSettings, launched_rank
 
 app = typer.Typer(
     help=(
@@ -142,22 +143,15 @@ def harvest(
 def score(
     data: DataSettings,
     settings: ScoreSettings,
+    where: WorkerSettings,
     output: Annotated[Path, flag("Folder of the scores; a rerun does only what is missing there.")],
-    workers: Annotated[
-        int | None, flag("Processes that score, one a GPU or a share of the CPUs each; default: 1, on Ray all.", min=1)
-    ] = None,
-    engine: Annotated[str, flag("Who runs them.", metavar="[local|ray|torchrun]")] = "local",
-    address: Annotated[
-        str | None, flag("Ray cluster; default: one of this machine's own, for the run.", metavar="HOST:PORT")
-    ] = None,
     overwrite: Annotated[bool, flag("Discard scores of other settings in --output.", "--overwrite")] = False,
     strict: Annotated[bool, flag("Stop at the first bad row.", "--strict")] = False,
 ) -> None:
     """Score every row by Instruction-Following Difficulty."""
     from codeact.scoring.stage import check_scores, report_scores, score_data
 
-    where: Any = {"workers": workers, "engine": engine, "address": address}
-    totals = score_data(data, settings, output, **where, overwrite=overwrite, strict=strict)
+    totals = score_data(data, settings, output, **where.model_dump(), overwrite=overwrite, strict=strict)
     if totals is None:
         _tell(f"all shards are done; another worker makes {output}/scores.parquet")
     else:
@@ -217,10 +211,12 @@ def merge(
 
 @command()
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of codeact score, or of a run.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of codeact score or of a run, or FILE.npy of codeact embed.")
+    ],
 ) -> None:
-    """Say how far the workers of a score folder are, on all machines; it reads files only."""
-    from codeact.workers.status import status_text
+    """Say how far the workers of score or embed are, on all machines; it reads files only."""
+    from codeact.run.status import status_text
 
     _tell(status_text(folder))
 
@@ -229,10 +225,10 @@ def status(
 def launch(
     settings: LaunchSettings,
     system: Annotated[str, typer.Argument(metavar="slurm|ray|k8s", help="What the cluster runs.")],
-    words: Annotated[list[str], typer.Argument(metavar="-- score ...", help="The command of every worker.")],
+    words: Annotated[list[str], typer.Argument(metavar="-- score|embed ...", help="The command of every worker.")],
     submitted: Annotated[bool, flag("Hand it to the cluster, by sbatch, ray or kubectl.", "--submit")] = False,
 ) -> None:
-    """Print the job file by which a cluster starts the workers of codeact score."""
+    """Print the job file by which a cluster starts the workers of codeact score or embed."""
     from codeact.integrations.launch import job_file, submit
 
     text = job_file(system, words, settings)
@@ -246,12 +242,14 @@ def launch(
 def embed(
     data: DataSettings,
     settings: EmbedSettings,
+    where: WorkerSettings,
     output: Annotated[Path, flag("FILE.npy to write; the row ids go to FILE.rows.parquet beside it.")],
 ) -> None:
-    """Embed the questions."""
+    """Embed the questions; a rerun does only what is missing."""
     from codeact.embedding.stage import embed_data
 
-    embed_data(data, settings, output)
+    if embed_data(data, settings, output, **where.model_dump()) is None:
+        _tell(f"all shards are done; another worker makes {output}")
 
 
 @command()
@@ -542,7 +540,7 @@ def _run() -> None:
 def _refuse_launchers() -> None:
     """Only scoring and training share their work under torchrun and srun; others would do it once a process."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    if launched_rank() is not None and command not in (None, "score", "status", "train", "doctor"):
+    if launched_rank() is not None and command not in (None, "score", "embed", "status", "train", "doctor"):
         raise InputError(
             f"codeact {command} is the work of one process, and a launcher started several; leave that out"
         )

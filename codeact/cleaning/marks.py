@@ -25,7 +25,7 @@ from codeact.cleaning.shingles import MOST_TEXTS, HashBlock
 from codeact.data.records import BadRow, Record, RecordSet
 
 if TYPE_CHECKING:
-    from codeact.embedding.vectors import EmbeddingTable
+    from codeact.embedding.files import EmbeddingTable
 
 GRAM = 5
 """Tokens of the n-grams that rows are compared by."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from codeact.cleaning.contamination import EvaluationTask
-    from codeact.embedding.vectors import EmbeddingTable
+    from codeact.embedding.files import EmbeddingTable
 
 MARKS_FILE = "cleaned.rows.parquet"
 NEAREST_TOLD = 3
@@ -140,7 +140,7 @@ def _marks(
     scratch: Path,
 ) -> pa.Table:
     from codeact.cleaning.marks import Thresholds, mark_rows
-    from codeact.embedding.vectors import read_embeddings
+    from codeact.embedding.files import read_embeddings
 
     limits = Thresholds(**settings.model_dump(include={"near", "overlap", "words", "similar"}))
     table = read_embeddings(embeddings) if embeddings is not None and settings.similar else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from codeact.base.stage import Lines, Run, Stage
 from codeact.data.settings import DataSettings
 
 if TYPE_CHECKING:
-    from codeact.embedding.vectors import EmbeddingMetadata
+    from codeact.embedding.files import EmbeddingMetadata
+    from codeact.workers.choice import Engine
+    from codeact.workers.engines import Job, Place
 
-EMBEDDINGS_FILE = "embeddings.npy"
+EMBEDDINGS_FILE, SHARDS_FOLDER = "embeddings.npy", "embeddings.shards"
 
 
 class EmbedSettings(Settings):
@@ -27,46 +30,98 @@ class EmbedSettings(Settings):
     batch_size: int = setting(64, "Texts of a batch.", place=True, ge=1)
     dtype: str = setting("auto", "auto (bfloat16 where the hardware has it), float32, bfloat16 or float16.")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.", place=True)
+    shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
 
 
-def embed_data(data: DataSettings, settings: EmbedSettings, output: str | Path) -> EmbeddingMetadata:
-    """Embed the questions of a data set into ``output`` (.npy); done already for this data and model: nothing to do.
+def prepare(
+    data: DataSettings,
+    settings: EmbedSettings,
+    output: str | Path,
+    place: Place | None = None,
+    first: bool = True,
+) -> Job:
+    """Open the data, load the model and claim the folder of the shards.
+
+    Arguments and errors as in ``embed_data``; ``place`` and ``first`` as in ``codeact.workers.engines.Begin``.
+    """
+    from codeact.embedding.folder import EmbeddingFolder, in_use
+    from codeact.embedding.vectors import embedder_fingerprint, load_embedder
+    from codeact.models.loading import quiet_transformers
+    from codeact.workers.engines import Job
+
+    if place is not None and (device := place.take()) and settings.device == "auto":
+        settings = settings.model_copy(update={"device": device})
+    records = data.open()
+    quiet_transformers()
+    encoder = load_embedder(settings.model, device=settings.device, dtype=settings.dtype)
+    known = {
+        "data": {"source": data.source, "rows": len(records), "fingerprint": records.fingerprint},
+        "model": {"name": settings.model, "fingerprint": embedder_fingerprint(settings.model)},
+        "dtype": str(getattr(encoder, "dtype", "")).removeprefix("torch."),
+        "shard_size": settings.shard_size,
+    }
+    folder = EmbeddingFolder(EmbeddingFolder.beside(output), known)
+    folder.claim(overwrite=first and not in_use(folder.folder))
+    return Job(folder, functools.partial(folder.embed, records, encoder, settings.batch_size))
+
+
+def embed_data(
+    data: DataSettings,
+    settings: EmbedSettings,
+    output: str | Path,
+    *,
+    workers: int | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
+) -> EmbeddingMetadata | None:
+    """Embed the questions of a data set into ``output`` (.npy), doing only the shards that are missing.
+
+    Done already for this data and model: nothing to do. Whoever calls it with the same arguments while it runs shares
+    the work.
+
+    Args:
+        data: the data set.
+        settings: how.
+        output: the file; see ``codeact.embedding.files``.
+        workers, engine, address: as in ``codeact.scoring.stage.score_data``.
 
     Returns:
-        What the file holds.
+        What the file holds; None where another worker puts it together.
 
     Raises:
-        InputError: data or model cannot be read, or ``output`` cannot be written.
+        InputError: data or model cannot be read, ``output`` cannot be written, another process is at work on it with
+            other settings; or shards cannot be embedded, all others being done.
     """
     from codeact.base.console import say
-    from codeact.base.devices import resolve_device, resolve_dtype
     from codeact.base.files import remove_leftovers
-    from codeact.embedding.vectors import embed_records, embedder_fingerprint, read_embeddings
-    from codeact.models.loading import quiet_transformers
+    from codeact.data.sources import absolute_name
+    from codeact.embedding.files import read_embeddings
+    from codeact.embedding.folder import EmbeddingFolder, remove_shards
+    from codeact.workers.choice import check_engine
+    from codeact.workers.engines import Begin, share_out
 
-    records = data.open()
-    if Path(output).exists():
-        dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
-        decides = (records.fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
-        try:
-            known = read_embeddings(output).metadata
-        except InputError:
-            known = None  # of a killed or another run: made anew
-        known = known if known and known.rows else None  # of no rows: refused again
-        if known and (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == decides:
-            say(f"{output} is up to date: {known.rows:,} embeddings")
-            return known
-    quiet_transformers()
+    check_engine(engine, workers, address)
+    folder = EmbeddingFolder.beside(output)
+    known = _known(data, settings, Path(output)) if Path(output).exists() else None
+    if known:
+        say(f"{output} is up to date: {known.rows:,} embeddings")
+        return known
+    if engine == "ray":  # what its nodes see
+        data = data.model_copy(update={"source": absolute_name(data.source)})
+        settings = settings.model_copy(update={"model": absolute_name(settings.model)})
+        folder = folder.absolute()
+    elif workers is not None and workers > 1:
+        from codeact.models.weight_files import check_copies
+
+        check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
     remove_leftovers(Path(output).parent)
-    metadata = embed_records(
-        records,
-        output,
-        settings.model,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        dtype=settings.dtype,
-        progress=True,
-    )
+    begin = Begin(folder=folder, prepare=functools.partial(prepare, data, settings, folder.with_suffix(".npy")))
+    how: Any = {"workers": workers, "engine": engine, "address": address}
+    totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **how)
+    remove_shards(folder)
+    if totals is None:
+        return None
+    metadata = read_embeddings(output).metadata
     say(
         f"embedded {metadata.rows:,} questions ({metadata.tokens:,} tokens; {metadata.truncated:,} cut to the model's "
         f"length; {metadata.skipped:,} rows without a question skipped)"
@@ -76,12 +131,30 @@ def embed_data(data: DataSettings, settings: EmbedSettings, output: str | Path) 
     return metadata
 
 
+def _known(data: DataSettings, settings: EmbedSettings, output: Path) -> EmbeddingMetadata | None:
+    """What the file holds, if it is what would be made."""
+    from codeact.base.devices import resolve_device, resolve_dtype
+    from codeact.embedding.files import read_embeddings
+    from codeact.embedding.vectors import embedder_fingerprint
+
+    dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
+    decides = (data.open().fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
+    try:
+        known = read_embeddings(output).metadata
+    except InputError:
+        return None  # of a killed or another run: made anew
+    if not known.rows:
+        return None  # refused again
+    same = (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == decides
+    return known if same else None
+
+
 class Embed(Stage):
     """In a run."""
 
     name = section = "embed"
     settings, default = EmbedSettings, EmbedSettings()
-    outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet"), (EMBEDDINGS_FILE,)
+    outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet", SHARDS_FOLDER), (EMBEDDINGS_FILE,)
     told = False
 
     def check(self, run: Run) -> None:
@@ -99,7 +172,9 @@ class Embed(Stage):
 
     def work(self, run: Run) -> Lines:
         """Embed them all."""
-        metadata = embed_data(run.data, run.of(EmbedSettings), run.output / EMBEDDINGS_FILE)
+        where = {"workers": run.processes, "engine": run.engine, "address": run.address}
+        metadata = embed_data(run.data, run.of(EmbedSettings), run.output / EMBEDDINGS_FILE, **where)
+        assert metadata is not None, "nobody else works in a run's folder"
         return [
             ("embedded", f"{metadata.rows:,} questions, {metadata.tokens:,} tokens"),
             ("cut", f"{metadata.truncated:,} to the embedder's length"),
@@ -109,7 +184,7 @@ class Embed(Stage):
         """Records -> vectors."""
         if not (output / EMBEDDINGS_FILE).exists():
             return
-        from codeact.embedding.vectors import read_embeddings
+        from codeact.embedding.files import read_embeddings
 
         embeddings = read_embeddings(output / EMBEDDINGS_FILE)
         yield Entry(

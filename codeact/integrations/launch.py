@@ -1,4 +1,4 @@
-"""The job file by which a cluster starts the workers of ``codeact score``: Slurm, Ray, Kubernetes."""
+"""The job file by which a cluster starts the workers of ``codeact score`` or ``embed``: Slurm, Ray, Kubernetes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LaunchSettings(Settings):
     """What the job asks the cluster for."""
 
     workers: int = setting(8, "Workers, each with a GPU of its own.", ge=1)
-    gpus: int = setting(1, "GPUs of a worker: 1, or 0 to score on CPUs.", ge=0, le=1)
+    gpus: int = setting(1, "GPUs of a worker: 1, or 0 to compute on CPUs.", ge=0, le=1)
     cpus: int = setting(8, "Cores of a worker.", ge=1)
     hours: int = setting(24, "After which Slurm or Kubernetes ends the job; the same command goes on.", ge=1)
     image: str = setting("codeact", "Container image, for k8s.")
@@ -34,15 +34,17 @@ def job_file(system: str, command: Sequence[str], settings: LaunchSettings) -> s
 
     Args:
         system: ``slurm``, a script for sbatch; ``ray``, a script that submits; ``k8s``, a Job for kubectl.
-        command: ``["score", "rows.jsonl", ...]``, as behind ``codeact``.
+        command: ``["score" or "embed", "rows.jsonl", ...]``, as behind ``codeact``.
         settings: what it asks for.
 
     Raises:
-        InputError: the system is unknown, or the command is not score, or says itself how many workers there are.
+        InputError: the system is unknown, or the command is neither, or says itself how many workers there are.
     """
     one_of("system", system, get_args(System))
-    if list(command[:1]) != ["score"]:
-        raise InputError("only score shares its work among workers: codeact launch slurm -- score DATA --model M ...")
+    if not command or command[0] not in ("score", "embed"):
+        raise InputError(
+            "only score and embed share their work among workers: codeact launch slurm -- score DATA --model M ..."
+        )
     for name in ("--workers", "--processes", "--engine", "--address"):
         if any(word == name or word.startswith(f"{name}=") for word in command):
             raise InputError(f"leave {name} out of the command that is launched; the job says it")

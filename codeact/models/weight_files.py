@@ -72,3 +72,12 @@ def check_fits(what: str, needed: float, free: float, place: str, remedy: str = 
     """
     if needed > free:
         raise NotHereError(f"the weights of {what} take {size(needed)}, and {size(free)} are left on {place}; {remedy}")
+
+
+def check_copies(name: str, workers: int, itemsize: int) -> None:
+    """Refuse more workers than this machine's memory has room for weights of; errors of ``check_fits``."""
+    from codeact.base.machine import free_memory
+
+    # On their way to a GPU weights are in the machine's memory as well.
+    needed = workers * loaded_bytes(name, itemsize)
+    check_fits(f"{workers} processes", needed, free_memory(), "this machine", "lower --workers")

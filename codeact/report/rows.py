@@ -25,7 +25,7 @@ from codeact.data.chosen import chosen_turns
 from codeact.scoring.stage import TABLE
 
 if TYPE_CHECKING:
-    from codeact.embedding.vectors import EmbeddingTable
+    from codeact.embedding.files import EmbeddingTable
 
 DRAWN = 2_500
 """Points of a scatter plot: more cannot be told apart, and each is 40 bytes of the page."""
@@ -206,7 +206,7 @@ def talk(row: int, name: str, ifd: float, cluster: int | None, turns: tuple[tupl
 def _read_embedded(path: Path, rows: int) -> EmbeddingTable | None:
     if not path.exists():
         return None
-    from codeact.embedding.vectors import read_embeddings
+    from codeact.embedding.files import read_embeddings
 
     table = read_embeddings(path)
     if len(table.rows) and not 0 <= table.rows[-1] < rows:

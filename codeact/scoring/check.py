@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from codeact.base.files import atomic_path
 from codeact.base.parsing import parse_json
 from codeact.data.tables import read_table
-from codeact.scoring.folder import rows_done
 from codeact.scoring.length import rank_correlation
+from codeact.workers.shards import rows_done
 
 if TYPE_CHECKING:
     from codeact.data.records import RecordSet

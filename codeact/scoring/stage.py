@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
@@ -23,11 +22,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from codeact.data.forms import Columns
-    from codeact.workers.engines import ScoreJob
     from codeact.scoring.ifd import IfdScorer
+    from codeact.workers.choice import Engine
+    from codeact.workers.engines import Job, Place
 
 SCORES_FOLDER, TABLE, TURN_TABLE = "scores", "scores/scores.parquet", "scores/turns.parquet"
-Engine = Literal["local", "ray", "torchrun"]
 _NAMED_REFUSALS = 5
 _HOW = {"template", "max_length", "tokens_per_pack", "protocol", "attention"}
 
@@ -79,19 +78,30 @@ class ScoreSettings(Settings):
 
 
 def prepare(
-    data: DataSettings, settings: ScoreSettings, output: str | Path, *, overwrite: bool = False, strict: bool = False
-) -> ScoreJob:
-    """Open the data, load the model and claim the folder; arguments and errors as in ``score_data``."""
+    data: DataSettings,
+    settings: ScoreSettings,
+    output: str | Path,
+    overwrite: bool = False,
+    strict: bool = False,
+    place: Place | None = None,
+    first: bool = True,
+) -> Job:
+    """Open the data, load the model and claim the folder.
+
+    Arguments as in ``score_data`` and ``codeact.workers.engines.Begin``; errors as in the first.
+    """
     from codeact.base.files import check_kind
     from codeact.data.records import BadRow
     from codeact.data.sources import absolute_name
     from codeact.models.loading import model_fingerprint
-    from codeact.workers.engines import ScoreJob
     from codeact.scoring.folder import ScoreFolder
+    from codeact.workers.engines import Job
 
+    if place is not None and (device := place.take()) and settings.device == "auto":
+        settings = settings.model_copy(update={"device": device})
     check_kind(output, folder=True)
     records = data.open()
-    if strict:
+    if strict and first:
         for row in records:
             if isinstance(row, BadRow):
                 raise InputError(f"{row.message} ({row.reason}); mend it, or leave out --strict to go on without it")
@@ -119,8 +129,8 @@ def prepare(
         },
     )
     folder.keep_token_nll = settings.keep_token_nll
-    folder.claim(overwrite)
-    return ScoreJob(records, folder, scorer)
+    folder.claim(overwrite and first)
+    return Job(folder, lambda shard, step: folder.score(records, scorer, [shard], step))
 
 
 def _load_scorer(name: str, settings: ScoreSettings, turns: str) -> tuple[Any, IfdScorer, str, str]:
@@ -176,81 +186,28 @@ def score_data(
     Raises:
         InputError: see the stages; or shards cannot be scored, all others being done: the first are named, with why.
     """
-    from codeact.base.errors import one_of
     from codeact.data.sources import absolute_name
-    from codeact.workers.engines import Begin, LocalPool, Pool, supervise, work_alone
     from codeact.scoring.folder import ScoreFolder
+    from codeact.workers.choice import check_engine
+    from codeact.workers.engines import Begin, share_out
 
     check_trackers(settings.report_to)
-    launched = launched_rank()
-    one_of("--engine", engine, get_args(Engine))
-    if launched is not None and (engine == "ray" or (workers or 1) > 1):
-        asked = "--engine ray" if engine == "ray" else "--workers"
-        raise InputError(f"a launcher started several processes, and each is a worker; leave out {asked}")
-    if launched is None and engine == "torchrun":
-        raise InputError("no launcher started this: say torchrun --nproc-per-node N -m codeact score; or --workers N")
-    if address is not None and engine != "ray":
-        raise InputError("--address is of a Ray cluster; say --engine ray")
+    check_engine(engine, workers, address)
     if settings.check_with is not None:
         from codeact.models.loading import model_identity
 
         model_identity(settings.check_with)  # one that is not there is found before hours of scoring
-    if engine != "ray" and workers in (None, 1):
-        settings = settings if launched is None else _on_own_gpu(settings, launched)
-        return work_alone(prepare(data, settings, output, overwrite=overwrite, strict=strict), show=not launched)
-    output = Path(output).absolute()
-    pool: Pool
-    if engine == "ray":
-        from codeact.workers.ray_pool import RayPool
-
-        pool = RayPool(address, workers, output)
-        count, share, what = pool.workers, 1, "workers on Ray"  # which gives each its cores
+    if engine == "ray":  # what its nodes see
         data = data.model_copy(update={"source": absolute_name(data.source)})
         settings = settings.model_copy(update={"model": absolute_name(settings.model)})
-    else:
-        from codeact.base.machine import free_memory
-        from codeact.models.weight_files import check_fits, loaded_bytes
+        output = Path(output).absolute()
+    elif workers is not None and workers > 1:
+        from codeact.models.weight_files import check_copies
 
-        assert workers is not None
-        # On their way to a GPU weights are in the machine's memory as well.
-        needed = workers * loaded_bytes(settings.model, 4 if settings.dtype == "float32" else 2)
-        check_fits(f"{workers} scoring processes", needed, free_memory(), "this machine", "lower --workers")
-        pool, count, share, what = LocalPool(), workers, workers, "processes"
-    make = functools.partial(_prepare_worker, data, settings, output, share)
-    begin = Begin(folder=output, prepare=make, overwrite=overwrite, strict=strict)
-    return supervise(pool, begin, count, lambda: ScoreFolder.open(output), what)
-
-
-def _prepare_worker(
-    data: DataSettings,
-    settings: ScoreSettings,
-    output: str | Path,
-    share: int,
-    index: int,
-    overwrite: bool,
-    strict: bool,
-) -> ScoreJob:
-    settings = _on_own_gpu(settings, index, share)
-    return prepare(data, settings, output, overwrite=overwrite, strict=strict)
-
-
-def launched_rank() -> int | None:
-    """Which process this is under torchrun, accelerate or srun, if they started several with the same command."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
-            return int(os.environ[rank])
-    return None
-
-
-def _on_own_gpu(settings: ScoreSettings, index: int, processes: int = 1) -> ScoreSettings:
-    """Give process ``index`` of this machine a GPU of its own, or else its share of the threads."""
-    import torch
-
-    if torch.cuda.is_available() and settings.device == "auto":
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", index)))
-        return settings.model_copy(update={"device": f"cuda:{local % torch.cuda.device_count()}"})
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    return settings
+        check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
+    begin = Begin(folder=Path(output), prepare=functools.partial(prepare, data, settings, output, overwrite, strict))
+    how: Any = {"workers": workers, "engine": engine, "address": address}
+    return share_out(begin, lambda: ScoreFolder.open(output), **how)
 
 
 # --------------------------------------------------------------------------------------------------- what is told of it

@@ -192,7 +192,7 @@ def cluster_rows(
     """
     import numpy as np
 
-    from codeact.embedding.vectors import read_embeddings
+    from codeact.embedding.files import read_embeddings
     from codeact.selection.choose import UNCLUSTERED, join_labels
     from codeact.selection.clustering import cluster
 

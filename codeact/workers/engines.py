@@ -1,9 +1,9 @@
-"""Who scores: this process, several of this machine, or actors of Ray. What they do is the same: ``work``.
+"""Who does the shards of a job: this process, several of this machine, or actors of Ray. All do the same: ``work``.
 
-    score_data --+-- one worker: work(job)
-                 +-- supervise(pool): starts workers, watches them, replaces those that die; each: work(job)
+    share_out --+-- one worker: work(job)
+                +-- supervise(pool): starts workers, watches them, replaces those that die; each: work(job)
 
-A worker claims a shard in the folder that all share, looks whether it is done, scores it, and claims the next. So fast
+A worker claims a shard in the folder that all share, looks whether it is done, does it, and claims the next. So fast
 ones do more, and whoever is started with the same command, by whatever and wherever, takes part.
 """
 
@@ -22,16 +22,13 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from codeact.workers.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
 from codeact.base.console import Progress, counted, say
 from codeact.base.errors import InputError
-
-if TYPE_CHECKING:
-    from codeact.data.records import RecordSet
-    from codeact.scoring.folder import ScoreFolder
-    from codeact.scoring.ifd import IfdScorer
+from codeact.workers.choice import Engine, launched_rank
+from codeact.workers.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
+from codeact.workers.shards import ShardFolder
 
 _MISSES = 16  # shards in a row that others have: then where there are free ones is looked up anew
 _FAILURES = 3  # shards in a row that fail: then it is not the shards
@@ -40,12 +37,29 @@ Step = Callable[[float, int], object]
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreJob:
-    """The rows, the folder their scores go to, and the model: all that scoring a shard takes."""
+class Job:
+    """``do(shard, step)`` does a shard of ``folder``, calling ``step`` with the rows and the tokens done since."""
 
-    records: RecordSet
-    folder: ScoreFolder
-    scorer: IfdScorer
+    folder: ShardFolder
+    do: Callable[[int, Step], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker runs: as process ``index`` of its machine, with one of ``share`` parts of the cores."""
+
+    index: int
+    share: int = 1
+
+    def take(self) -> str | None:
+        """Take that share of the cores, and return the GPU that is for this worker alone, or None."""
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
+        if not torch.cuda.is_available():
+            return None
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", self.index)))
+        return f"cuda:{local % torch.cuda.device_count()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,32 +67,71 @@ class Begin:
     """What a worker that is started has to know; it can be pickled.
 
     Attributes:
-        folder: of the scores.
-        prepare: ``prepare(index, overwrite, strict)`` opens the data and loads the model for worker ``index``.
-        overwrite: discard scores made with other settings.
-        strict: stop at the first bad row.
+        folder: of the shards.
+        prepare: ``prepare(place, first)`` opens the data and loads the model; the place is None where a worker has the
+            machine to itself. The first worker decides whether the folder may be used.
+        share: see ``Place``.
+        first: see ``prepare``.
         since: deaths over a shard count from then on; see ``codeact.workers.claims.Worker``.
     """
 
     folder: Path
-    prepare: Callable[[int, bool, bool], ScoreJob]
-    overwrite: bool = False
-    strict: bool = False
+    prepare: Callable[[Place | None, bool], Job]
+    share: int = 1
+    first: bool = True
     since: float | None = None
+
+
+def share_out(
+    begin: Begin,
+    open_folder: Callable[[], ShardFolder],
+    *,
+    workers: int | None = None,
+    engine: Engine = "local",
+    address: str | None = None,
+) -> dict[str, Any] | None:
+    """Do all shards, by as many workers as are asked for.
+
+    Args:
+        begin: what a worker has to know.
+        open_folder: opens the folder, once the first worker has claimed it.
+        workers, engine, address: see ``codeact.scoring.stage.score_data``; ``check_engine`` has accepted them.
+
+    Returns:
+        The totals of the merge; None where another worker does that.
+
+    Raises:
+        InputError: of ``prepare``; or shards cannot be done, all others being done: the first are named, with why.
+    """
+    if engine != "ray" and workers in (None, 1):
+        launched = launched_rank()
+        place = None if launched is None else Place(launched)
+        return work_alone(begin.prepare(place, True), show=not launched)
+    pool: Pool
+    if engine == "ray":
+        from codeact.workers.ray_pool import RayPool
+
+        pool = RayPool(address, workers, begin.folder)
+        count, what = pool.workers, "workers on Ray"  # which gives each its cores
+    else:
+        assert workers is not None
+        pool, count, what = LocalPool(), workers, "processes"
+        begin = replace(begin, share=workers)
+    return supervise(pool, begin, count, open_folder, what)
 
 
 def run_worker(begin: Begin, index: int) -> None:
     """All that a started worker does; errors as of ``prepare`` and ``work``."""
-    job = begin.prepare(index, begin.overwrite, begin.strict)
+    job = begin.prepare(Place(index, begin.share), begin.first)
     with Worker(begin.folder, begin.since) as worker:
         work(job, worker, lambda rows, tokens: None)
 
 
-def work(job: ScoreJob, worker: Worker, step: Step) -> None:
-    """Score shards until all are done, by this worker and others.
+def work(job: Job, worker: Worker, step: Step) -> None:
+    """Do shards until all are done, by this worker and others.
 
     Args:
-        job: the rows, the folder and the model.
+        job: the folder, and what does a shard.
         worker: of this process.
         step: called after every forward pass with the rows and the tokens done since.
 
@@ -108,7 +161,7 @@ def work(job: ScoreJob, worker: Worker, step: Step) -> None:
                 worker.finish(done=False)
                 continue
             try:
-                folder.score(job.records, job.scorer, [shard], count)
+                job.do(shard, count)
             except InputError:
                 raise
             except Exception as error:
@@ -136,26 +189,26 @@ def work(job: ScoreJob, worker: Worker, step: Step) -> None:
         raise_given_up(folder, missing, worker.given_up)
 
 
-def raise_given_up(folder: ScoreFolder, missing: list[int], reasons: dict[str, str]) -> NoReturn:
+def raise_given_up(folder: ShardFolder, missing: list[int], reasons: dict[str, str]) -> NoReturn:
     """Name the shards that cannot be done."""
     named = [f"{_named(folder, n)}: {reasons.get(folder.part(n), 'was not done')}" for n in missing[:_NAMED]]
     more = [f"and {len(missing) - _NAMED:,} more"] if len(missing) > _NAMED else []
     raise InputError(
-        f"{folder.folder}: {len(missing)} of {counted(folder.shards, 'shard')} cannot be scored, all others are "
+        f"{folder.folder}: {len(missing)} of {counted(folder.shards, 'shard')} cannot be {folder.DONE}, all others are "
         f"({'; '.join([*named, *more])}); the same command tries them again"
     )
 
 
-def _named(folder: ScoreFolder, shard: int) -> str:
-    first = shard * folder.shard_size
-    return f"shard {shard} (rows {first:,} to {first + folder.shard_rows(shard) - 1:,})"
+def _named(folder: ShardFolder, shard: int) -> str:
+    span = folder.span(shard)
+    return f"shard {shard} (rows {span[0]:,} to {span[-1]:,})"
 
 
-def work_alone(job: ScoreJob, *, show: bool) -> dict[str, Any] | None:
-    """Score in this process, and show how far all workers are.
+def work_alone(job: Job, *, show: bool) -> dict[str, Any] | None:
+    """Work in this process, and show how far all workers are.
 
     Returns:
-        The totals of the merged table; None where another worker merges it.
+        The totals of the merge; None where another worker does that.
     """
     folder = job.folder
     with Worker(folder.folder) as worker:
@@ -171,20 +224,20 @@ def work_alone(job: ScoreJob, *, show: bool) -> dict[str, Any] | None:
                     asked = time.monotonic()
 
             work(job, worker, step)
-        table, totals = folder.folder / "scores.parquet", None
-        merged = table.exists() and table.stat().st_mtime >= worker.began  # by another worker, a moment ago
+        path, totals = folder.merged_path, None
+        merged = path.exists() and path.stat().st_mtime >= worker.began  # by another worker, a moment ago
         if not merged and worker.take("merge"):
             totals = folder.merge()
             worker.finish(done=False)
         return totals
 
 
-def _rows(folder: ScoreFolder, shards: list[int]) -> int:
-    return sum(map(folder.shard_rows, shards))
+def _rows(folder: ShardFolder, shards: list[int]) -> int:
+    return sum(len(folder.span(shard)) for shard in shards)
 
 
-def _doing(folder: ScoreFolder, missing: int) -> str:
-    return f"scoring {missing} of {folder.shards} shards"
+def _doing(folder: ShardFolder, missing: int) -> str:
+    return f"{folder.DOING} {missing} of {folder.shards} shards"
 
 
 # ------------------------------------------------------------------------------------ workers that this process starts
@@ -208,7 +261,7 @@ class Pool(Protocol):
 
 
 def supervise(
-    pool: Pool, begin: Begin, workers: int, open_folder: Callable[[], ScoreFolder], what: str
+    pool: Pool, begin: Begin, workers: int, open_folder: Callable[[], ShardFolder], what: str
 ) -> dict[str, Any]:
     """Keep ``workers`` at work until all shards are done, and merge them.
 
@@ -223,12 +276,12 @@ def supervise(
         what: they are, in the plural.
 
     Returns:
-        The totals of the merged table.
+        The totals of the merge.
 
     Raises:
         InputError: one ended by it; or workers die one after the other; or shards are left over which workers died.
     """
-    folder: ScoreFolder | None = None
+    folder: ShardFolder | None = None
     bar: Progress | None = None
     deaths, running = 0, {0}
     done: dict[str, int] = {}
@@ -245,7 +298,7 @@ def supervise(
                     if deaths > TRIES * workers:
                         raise InputError(
                             f"{deaths} {what} died in a row ({error}), perhaps for want of memory; lower "
-                            "--tokens-per-pack or --workers and run again: finished shards are kept"
+                            "--workers or the size of a batch and run again: finished shards are kept"
                         ) from None
                     say(f"one of the {what} died ({error}); another takes its place")
                     pool.start(index, begin)
@@ -255,7 +308,7 @@ def supervise(
             records = [r for r in read_workers(begin.folder) if r.name not in old and r.began]
             if records and folder is None:
                 folder = open_folder()
-                begin = replace(begin, overwrite=False, strict=False, since=min(r.began for r in records))
+                begin = replace(begin, first=False, since=min(r.began for r in records))
                 missing = folder.missing()
                 since = sum(record.parts for record in records)  # small ones are done before anybody looks
                 rows = min(_rows(folder, missing) + since * folder.shard_size, folder.rows)
@@ -299,7 +352,7 @@ class LocalPool:
             if (code := process.exitcode or 0) < 0:
                 error = WorkerDied(signal.Signals(-code).name)
             elif code:
-                error = InputError(f"a process that scores ended with exit code {code}; see above")
+                error = InputError(f"a worker ended with exit code {code}; see above")
                 with suppress(EOFError):
                     error = InputError(said.recv())
             said.close()

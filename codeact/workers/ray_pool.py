@@ -30,7 +30,7 @@ class RayPool:
         address: of a cluster: ``HOST:PORT``, ``ray://HOST:PORT``, or ``auto``: the one that this machine is a node of.
             None: one is started, which listens on the loopback interface only, asks for a token and reports nothing.
         workers: how many; None: as many as there are GPUs, or nodes where there is none.
-        folder: of the scores; every node has to see it.
+        folder: of the shards; every node has to see it.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -156,7 +156,7 @@ def _token() -> str:
 def _actor_class() -> type:
     """Made in a function, so that Ray sends the class itself: what it runs on may be no or another codeact."""
 
-    class ScoreWorker:
+    class ShardWorker:
         """One worker; what it refuses is returned as text."""
 
         def refuse(self, seen: str, version: str) -> str | None:
@@ -184,7 +184,7 @@ def _actor_class() -> type:
                 return f"{error.args[0]} (on {socket.gethostname()})"
             return None
 
-    return ScoreWorker
+    return ShardWorker
 
 
 def _first_line(error: Exception) -> str:

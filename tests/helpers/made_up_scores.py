@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from codeact.base.errors import InputError
-from codeact.workers.engines import ScoreJob
 from codeact.scoring.folder import ScoreFolder
 from codeact.scoring.table import SCHEMA
+from codeact.workers.engines import Job, Place
 
 
 class Rows:
@@ -74,10 +74,11 @@ class Scorer:
 
 
 def prepare(  # as ``codeact.workers.engines.Begin`` has it, with what goes before as arguments of its own
-    folder: Path, shards: int, seconds: float, index: int = 0, overwrite: bool = False, strict: bool = False
-) -> ScoreJob:
+    folder: Path, shards: int, seconds: float, place: Place | None = None, first: bool = True
+) -> Job:
     """A job of ``shards`` shards of 3 rows; faults are in ``folder.parent / "faults"``."""
     settings = {"data": {"rows": 3 * shards - 1}, "model": {}, "shard_size": 3}
     scores = ScoreFolder(folder, settings)
-    scores.claim(overwrite)
-    return ScoreJob(Rows(), scores, Scorer(folder.parent / "faults", seconds))
+    scores.claim()
+    scorer = Scorer(folder.parent / "faults", seconds)
+    return Job(scores, lambda shard, step: scores.score(Rows(), scorer, [shard], step))

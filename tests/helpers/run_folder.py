@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codeact.data.settings import DataSettings
-from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
+from codeact.embedding.files import EmbeddingMetadata, write_embeddings
 from codeact.padding.stats import PackReport, pack_stats
 from codeact.scoring.table import SCHEMA
 

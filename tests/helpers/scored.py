@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from codeact.data.records import Record, write_jsonl
 from codeact.data.settings import DataSettings
-from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
+from codeact.embedding.files import EmbeddingMetadata, write_embeddings
 from codeact.scoring.folder import SCHEMA, ScoreFolder
 from codeact.scoring.ifd import ScoreCost
 

@@ -69,7 +69,7 @@ def test_ray_submits_a_driver(codeact, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["slrm", "--", *AWKWARD], "system 'slrm' is unknown; choose one of: slurm"),
-        (["slurm", "--", "train"], "only score shares its work among workers"),
+        (["slurm", "--", "train"], "only score and embed share their work among workers"),
         (["slurm", "--", *AWKWARD, "--workers=2"], "leave --workers out of the command"),
         (["slurm", "--workers", "0", "--", *AWKWARD], "--workers 0"),
     ],

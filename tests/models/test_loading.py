@@ -300,7 +300,7 @@ class TestMemory:
     def test_as_many_processes_as_there_is_memory_for(self, huge, monkeypatch, tmp_path):
         monkeypatch.setattr("codeact.base.machine.free_memory", lambda: 10**11)
         settings = ScoreSettings(model=str(huge))
-        with pytest.raises(InputError, match=r"the weights of 3 scoring processes take 111.76 GiB.*; lower workers"):
+        with pytest.raises(InputError, match=r"the weights of 3 processes take 111.76 GiB.*; lower workers"):
             score_data(DataSettings(source="rows.jsonl"), settings, tmp_path / "scores", workers=3)
 
     def test_what_is_not_counted(self, huge, tmp_path):

@@ -395,7 +395,7 @@ def test_very_few_rows(copy: Path, rows: int) -> None:
 
 
 def test_all_the_same_embedding_has_no_map(copy: Path) -> None:
-    from codeact.embedding.vectors import EmbeddingMetadata, write_embeddings
+    from codeact.embedding.files import EmbeddingMetadata, write_embeddings
 
     metadata = EmbeddingMetadata(model="m", data_fingerprint="f", rows=60, skipped=0, truncated=0, tokens=0)
     vectors = np.tile(np.eye(4, dtype=np.float32)[0], (60, 1))

@@ -21,7 +21,7 @@ from codeact.base.errors import InputError
 from codeact.base.files import TEMPORARY_PREFIX
 from codeact.data.records import Record, write_jsonl
 from codeact.data.settings import DataSettings
-from codeact.scoring.folder import ScoreFolder, settings_hash
+from codeact.scoring.folder import ScoreFolder
 from codeact.scoring.stage import ScoreSettings, prepare, score_data
 from codeact.scoring.token_losses import losses_path, selective_ifd
 from codeact.selection.stage import open_scored_data
@@ -52,7 +52,8 @@ def score(data_path, tiny_model_path, output, only=None, overwrite=False, strict
     if only is None:
         return score_data(data, chosen, output, overwrite=overwrite, strict=strict)
     job = prepare(data, chosen, output)
-    job.folder.score(job.records, job.scorer, [n for n in only if n < job.folder.shards])
+    for shard in (n for n in only if n < job.folder.shards):
+        job.do(shard, lambda rows, tokens: None)
     return None
 
 
@@ -205,7 +206,7 @@ def test_engines_that_do_not_fit(data_path, tiny_model_path, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("environment", LAUNCHERS)
-@pytest.mark.parametrize("name", ["embed", "select", "generate", "evaluate", "run", "lab", "ppl", "merge"])
+@pytest.mark.parametrize("name", ["select", "generate", "evaluate", "run", "lab", "ppl", "merge"])
 def test_other_commands_are_refused_under_a_launcher(codeact, monkeypatch, name, environment):
     """Every process would do all of it, on one GPU and into one file."""
     for variable, value in environment.items():
@@ -299,7 +300,7 @@ class TestRefusals:
     def test_a_damaged_shard(self, folder):
         path = ScoreFolder.open(folder).path(0)
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(InputError, match=r"is damaged .* delete it and score again"):
+        with pytest.raises(InputError, match=r"is damaged .* delete it and run codeact score again"):
             ScoreFolder.open(folder).merge()
 
     def test_a_shard_damaged_in_the_middle(self, folder):
@@ -351,7 +352,7 @@ class TestRefusals:
 
 def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
     manifest = json.loads((uninterrupted / "manifest.json").read_text())
-    assert manifest["hash"] == settings_hash(manifest["settings"])
+    assert manifest["hash"] == ScoreFolder.hash_of(manifest["settings"])
     assert manifest["settings"]["data"]["source"] == str(data_path)
     assert manifest["settings"]["model"]["name"] == str(tiny_model_path)
     assert manifest["settings"]["model"]["fingerprint"].startswith("sha256:")
@@ -397,8 +398,8 @@ def test_a_run_goes_on_with_another_pack_size_attention_and_device(data_path, ti
     assert_same_table(folder, tmp_path / "at once", rtol=1e-4)
     noted = ScoreFolder.open(folder).settings
     for more in (others, {"tokens_per_pack": 7}, {"device": "cuda:3"}, {"attention": "flash_attention_2"}):
-        assert settings_hash({**noted, **more}) == settings_hash(noted)
-    assert settings_hash({**noted, "max_length": 255}) != settings_hash(noted)
+        assert ScoreFolder.hash_of({**noted, **more}) == ScoreFolder.hash_of(noted)
+    assert ScoreFolder.hash_of({**noted, "max_length": 255}) != ScoreFolder.hash_of(noted)
 
 
 # ------------------------------------------------------------------------------------------ the loss of every token

@@ -15,7 +15,7 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.data.records import BadRow, Record, open_records, write_jsonl
 from codeact.data.settings import DataSettings
-from codeact.scoring.folder import ScoreFolder, settings_hash
+from codeact.scoring.folder import ScoreFolder
 from codeact.scoring.ifd import IfdScorer, score_ifd
 from codeact.scoring.reference import exact_ifd, exact_turns
 from codeact.scoring.stage import ScoreSettings, score_data, score_lines
@@ -462,7 +462,7 @@ class TestFolder:
         totals = score(tmp_path / "rows.jsonl", tiny_model_path, tmp_path / "s", turns="all")
         settings = ScoreFolder.open(tmp_path / "s").settings
         assert settings["turns"] == "last"
-        assert settings_hash({k: v for k, v in settings.items() if k != "turns"}) == settings_hash(settings)
+        assert ScoreFolder.hash_of({k: v for k, v in settings.items() if k != "turns"}) == ScoreFolder.hash_of(settings)
         assert "turns" not in totals
         assert not list((tmp_path / "s").glob("*turns*"))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from codeact.base import claims
-from codeact.workers.claims import LEASE, TRIES, Tally, Worker, read_claims, read_workers
 from codeact.base.errors import InputError
+from codeact.workers import claims
+from codeact.workers.claims import LEASE, TRIES, Tally, Worker, read_claims, read_workers
 
 
 @pytest.fixture

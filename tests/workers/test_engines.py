@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from codeact.workers.claims import Worker, read_claims
 from codeact.base.errors import InputError
-from codeact.workers import engines
-from codeact.workers.engines import Begin, LocalPool, supervise, work, work_alone
 from codeact.scoring.folder import ScoreFolder
+from codeact.workers import engines
+from codeact.workers.claims import Worker, read_claims
+from codeact.workers.engines import Begin, Job, LocalPool, supervise, work, work_alone
 from tests.helpers import made_up_scores
 
 SHARDS = 12
@@ -55,11 +55,8 @@ def test_equal_workers_do_no_shard_twice(folder, table, monkeypatch, misses):
 
     def run() -> None:
         job = made_up_scores.prepare(folder, SHARDS, 0.01)
-        score = job.folder.score
-        job.folder.score = lambda records, scorer, shards, count: (
-            done.extend(shards),
-            score(records, scorer, shards, count),
-        )
+        do = job.do
+        job = Job(job.folder, lambda shard, step: (done.append(shard), do(shard, step)))
         barrier.wait()
         merges.append(work_alone(job, show=False))
 

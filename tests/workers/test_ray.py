@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from codeact.workers.claims import read_workers
 from codeact.base.errors import InputError
-from codeact.workers.engines import Begin, supervise, work_alone
 from codeact.scoring.folder import ScoreFolder
+from codeact.workers.claims import read_workers
+from codeact.workers.engines import Begin, supervise, work_alone
 from codeact.workers.ray_pool import RayPool
 from tests.helpers import made_up_scores
 

@@ -1,32 +1,36 @@
-"""How far the workers of a score folder are, from its files alone."""
+"""How far the workers of ``codeact score`` and ``embed`` are, from the files of their folder alone."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from codeact.workers.claims import WorkerRecord, read_claims, read_workers
 from codeact.base.console import aligned, counted, duration, percent, short
+from codeact.base.errors import InputError
+from codeact.embedding.folder import EmbeddingFolder
+from codeact.embedding.stage import EMBEDDINGS_FILE
 from codeact.scoring.folder import ScoreFolder
+from codeact.scoring.stage import SCORES_FOLDER
+from codeact.workers.claims import WorkerRecord, read_claims, read_workers
+from codeact.workers.shards import ShardFolder
 
 
 def status_text(path: str | Path, now: float | None = None) -> str:
     """Progress, speed, the workers, and what is dead or failed, as lines.
 
     Args:
-        path: a folder of scores, or one of ``codeact run`` that has one.
+        path: a folder of scores, FILE.npy of embeddings that are being made, or a run's folder that has either.
         now: seconds since 1970, by the clock of the folder's file system; default: by this machine's.
 
     Raises:
-        InputError: it holds no scores.
+        InputError: it holds neither, or no more.
     """
-    path = Path(path)
-    folder = ScoreFolder.open(path / "scores" if (path / "scores" / "manifest.json").exists() else path)
+    folder = _open(Path(path))
     now = time.time() if now is None else now
     missing = folder.missing()
-    left = sum(map(folder.shard_rows, missing))
+    left = sum(len(folder.span(shard)) for shard in missing)
     done = folder.rows - left
-    merged = not missing and (folder.folder / "scores.parquet").exists()
+    merged = not missing and folder.merged_path.exists()
     lines = [
         f"{folder.folder}: {folder.shards - len(missing):,} of {counted(folder.shards, 'shard')}, "
         f"{done:,} of {counted(folder.rows, 'row')}, {percent(done / folder.rows)}{'; merged' if merged else ''}"
@@ -41,7 +45,7 @@ def status_text(path: str | Path, now: float | None = None) -> str:
             f"{rows:,.1f} rows/s{time_left}"
         )
     elif missing:
-        lines.append("no worker lives; the same codeact score command goes on where it was")
+        lines.append(f"no worker lives; the same {folder.COMMAND} command goes on where it was")
     if workers:
         head = ("worker", "state", "shard", "shards", "rows", "tokens/s", "last sign")
         lines.append(aligned([head, *(_cells(worker, worker.name in alive, now) for worker in workers)], left=3))
@@ -53,6 +57,19 @@ def status_text(path: str | Path, now: float | None = None) -> str:
                 f"nobody who lives does shard {claim.part}: it is taken over when no shard is left that nobody began"
             )
     return "\n".join(lines)
+
+
+def _open(path: Path) -> ShardFolder:
+    """What is being made there; in a run embeddings are made after scores, and have no such folder once they are."""
+    if path.suffix == ".npy":
+        shards = EmbeddingFolder.beside(path)
+        if path.exists() and not shards.exists():
+            raise InputError(f"{path} is done, and nobody is at work on it")
+        return EmbeddingFolder.open(shards)
+    shards = EmbeddingFolder.beside(path / EMBEDDINGS_FILE)
+    if shards.exists():
+        return EmbeddingFolder.open(shards)
+    return ScoreFolder.open(path / SCORES_FOLDER if (path / SCORES_FOLDER).exists() else path)
 
 
 def _speed(workers: list[WorkerRecord]) -> tuple[float, float]:

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from codeact.workers.claims import LEASE, Worker
 from codeact.base.errors import InputError
+from codeact.run.status import status_text
+from codeact.workers.claims import LEASE, Worker
 from codeact.workers.engines import work_alone
-from codeact.workers.status import status_text
 from tests.helpers import made_up_scores
 
 
@@ -18,7 +18,8 @@ def test_progress_speed_workers_and_what_is_dead(tmp_path, codeact):
     job = made_up_scores.prepare(folder, 12, 0.0)
     assert "no worker lives; the same codeact score command goes on where it was" in status_text(folder)
     with Worker(folder) as one, Worker(folder) as other:
-        job.folder.score(job.records, job.scorer, [0, 1, 2])
+        for shard in range(3):
+            job.do(shard, lambda rows, tokens: None)
         one.parts, one.rows, one.tokens = 3, 9.0, 9000
         for worker, shard in ((one, 3), (other, 4)):
             assert worker.take(job.folder.part(shard))
