@@ -33,7 +33,7 @@ class EmbedSettings(Settings):
     shard_size: int = setting(10_000, "Rows of a shard, which is what a kill can lose.", place=True, ge=1)
 
 
-def prepare(
+def prepare_embedding(
     data: DataSettings,
     settings: EmbedSettings,
     output: str | Path,
@@ -98,7 +98,8 @@ def embed_data(
     from codeact.embedding.files import read_embeddings
     from codeact.embedding.folder import EmbeddingFolder, remove_shards
     from codeact.workers.choice import check_engine
-    from codeact.workers.engines import Begin, share_out
+    from codeact.workers.engines import Begin
+    from codeact.workers.share import share_out
 
     check_engine(engine, workers, address)
     folder = EmbeddingFolder.beside(output)
@@ -115,7 +116,9 @@ def embed_data(
 
         check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
     remove_leftovers(Path(output).parent)
-    begin = Begin(folder=folder, prepare=functools.partial(prepare, data, settings, folder.with_suffix(".npy")))
+    begin = Begin(
+        folder=folder, prepare=functools.partial(prepare_embedding, data, settings, folder.with_suffix(".npy"))
+    )
     how: Any = {"workers": workers, "engine": engine, "address": address}
     totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **how)
     remove_shards(folder)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from codeact.base.console import Progress
 from codeact.base.errors import InputError, require
 from codeact.base.machine import free_memory
+from codeact.embedding.files import Vectors
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -27,8 +28,6 @@ _TOKENIZE_TEXTS = 1_000  # texts whose token ids are in memory at a time, only t
 _MEMORY_SHARE = 0.4  # of what is free, for the activations of a layer
 
 logger = logging.getLogger("codeact")
-
-Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

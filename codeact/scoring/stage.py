@@ -77,7 +77,7 @@ class ScoreSettings(Settings):
         return resolve_turns(self.turns, self.protocol) if columns.several_answers else "last"
 
 
-def prepare(
+def prepare_scoring(
     data: DataSettings,
     settings: ScoreSettings,
     output: str | Path,
@@ -189,7 +189,8 @@ def score_data(
     from codeact.data.sources import absolute_name
     from codeact.scoring.folder import ScoreFolder
     from codeact.workers.choice import check_engine
-    from codeact.workers.engines import Begin, share_out
+    from codeact.workers.engines import Begin
+    from codeact.workers.share import share_out
 
     check_trackers(settings.report_to)
     check_engine(engine, workers, address)
@@ -205,7 +206,9 @@ def score_data(
         from codeact.models.weight_files import check_copies
 
         check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
-    begin = Begin(folder=Path(output), prepare=functools.partial(prepare, data, settings, output, overwrite, strict))
+    begin = Begin(
+        folder=Path(output), prepare=functools.partial(prepare_scoring, data, settings, output, overwrite, strict)
+    )
     how: Any = {"workers": workers, "engine": engine, "address": address}
     return share_out(begin, lambda: ScoreFolder.open(output), **how)
 

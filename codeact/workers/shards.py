@@ -10,10 +10,8 @@ machines may share the folder: who does which shard is in ``workers`` and ``clai
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, locked_folder
+from codeact.base.machine import versions
 from codeact.base.parsing import parse_json, read_json
 
 _METADATA_KEY = b"codeact"
@@ -265,9 +264,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             lines.append(f"{prefix}{key} {a!r} there, {b!r} here")
     return lines
-
-
-def versions() -> dict[str, str]:
-    """Of what a result may depend on."""
-    names = ("codeact", "torch", "transformers", "datasets", "numpy", "pyarrow")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

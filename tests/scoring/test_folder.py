@@ -22,7 +22,7 @@ from codeact.base.files import TEMPORARY_PREFIX
 from codeact.data.records import Record, write_jsonl
 from codeact.data.settings import DataSettings
 from codeact.scoring.folder import ScoreFolder
-from codeact.scoring.stage import ScoreSettings, prepare, score_data
+from codeact.scoring.stage import ScoreSettings, prepare_scoring, score_data
 from codeact.scoring.token_losses import losses_path, selective_ifd
 from codeact.selection.stage import open_scored_data
 from tests.conftest import make_records
@@ -51,7 +51,7 @@ def score(data_path, tiny_model_path, output, only=None, overwrite=False, strict
     chosen = settings(tiny_model_path, **more)
     if only is None:
         return score_data(data, chosen, output, overwrite=overwrite, strict=strict)
-    job = prepare(data, chosen, output)
+    job = prepare_scoring(data, chosen, output)
     for shard in (n for n in only if n < job.folder.shards):
         job.do(shard, lambda rows, tokens: None)
     return None
