@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from codeact import __version__
 from codeact.base.console import aligned, is_text, say, visible
 from codeact.base.errors import InputError, MissingExtraError, import_extra, in_command, one_of
+from codeact.base.files import refuse_address
 from codeact.base.settings import Settings, flag_name
 from codeact.base.stage import Lines
 from codeact.base.stopping import end_as_stopped
@@ -71,6 +72,9 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
             for section, kind in sections.items():
                 values = {field: given.pop(field) for field, info in kind.model_fields.items() if _told(info)}
                 given[section] = _checked(kind, {field: value for field, value in values.items() if value is not None})
+            for value in given.values():
+                if isinstance(value, Path):
+                    refuse_address(value)
             function(**given)
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -97,6 +98,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be written to, or the disk is full; the message names the file.
     """
     path = Path(path)
+    refuse_address(path)
     temporary = path.with_name(
         f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
     )
@@ -130,6 +132,7 @@ def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         InputError: another process writes there, or the folder cannot be made.
     """
+    refuse_address(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,6 +148,17 @@ def locked_folder(folder: Path, *, wait: bool) -> Iterator[None]:
             except BlockingIOError:
                 raise InputError(f"another process writes to {folder}; wait for it, or choose another output") from None
         yield
+
+
+def refuse_address(path: Path) -> None:
+    """Refuse an address where a path of this machine is wanted: it would be made as a folder.
+
+    Raises:
+        InputError: it is one.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/[^/]", str(path)) and not path.exists():
+        address = str(path).replace(":/", "://", 1)
+        raise InputError(f"{address} is no path of this machine; only data may lie there: give a path, and copy it")
 
 
 def check_kind(path: str | Path, *, folder: bool) -> None:

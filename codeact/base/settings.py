@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from codeact.base.console import is_text
+from codeact.base.files import refuse_address
 from codeact.base.protocols import resolve_protocol
 
 
@@ -25,6 +26,13 @@ class Settings(BaseModel):
             raise ValueError("the text holds a zero byte")
         if isinstance(value, str | Path) and not is_text(str(value)):
             raise ValueError("the text holds half of a surrogate pair")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _here(cls, value: Any) -> Any:
+        if isinstance(value, Path):
+            refuse_address(value)
         return value
 
 

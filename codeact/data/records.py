@@ -20,7 +20,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from codeact.base.files import atomic_path
 from codeact.base.parsing import check_depth
 from codeact.data.forms import Columns, Turn, read_id, read_talk
 from codeact.data.kept import Arrays, kept_of_rows
+from codeact.data.remote import fetched, is_address
 from codeact.data.sources import (
     Part,
     Raw,
@@ -256,8 +257,9 @@ def open_records(
     Args:
         data: a JSON (``.json``, ``.jsonl``, ``.ndjson``), ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` file, packed
             or not; a folder of these, in the order of their relative paths, hidden ones left out, or one that
-            ``save_to_disk`` wrote or that was downloaded from the hub; where no such path exists, the name of a data
-            set on the hub; or a list of dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars.
+            ``save_to_disk`` wrote or that was downloaded from the hub; either at an address, see
+            `codeact.data.remote`; where no such path exists, the name of a data set on the hub; or a list of
+            dictionaries, a ``datasets.Dataset``, a table of Arrow, pandas or polars.
         columns: which columns hold what; None: found by their usual names.
         split: of a hub data set (default: train) or of a folder that has several.
         config_name: likewise.
@@ -272,7 +274,9 @@ def open_records(
     else:
         path = Path(os.path.expanduser(data))  # pathlib would raise for a user that is not there
         try:
-            if str(data).strip() and path.exists():
+            if is_address(str(data)):
+                source = replace(open_local(fetched(str(data)), split, config_name), name=str(data))
+            elif str(data).strip() and path.exists():
                 source = open_local(path, split, config_name)
             else:
                 refuse_missing_path(str(data))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 class DataSettings(Settings):
     """Which data, and which columns of it."""
 
-    source: str = setting(..., "File or folder (JSON, CSV, Parquet, Arrow; packed or not), or a hub data set.", "DATA")
+    source: str = setting(
+        ..., "File or folder (JSON, CSV, Parquet, Arrow; packed or not), hub data set, or address.", "DATA"
+    )
     question: str | None = setting(None, "Column of the question; default: found.", "--question-column", "--column")
     answer: str | None = setting(None, "Column of the answer; default: found.", "--answer-column")
     input: str | None = setting(None, "Column appended to the question (Alpaca form).", "--input-column")

@@ -282,8 +282,6 @@ def refuse_missing_path(data: str) -> None:
     known = data.lower().endswith((*_SUFFIXES, *_PACKED_SUFFIXES, *_OTHER_SUFFIXES))
     if not known and not data.startswith((".", "/", "~")) and _HUB_NAME.fullmatch(data):
         return
-    if "://" in data:
-        raise refusal(f"{data} is an address; fetch the file and give its path, or name a data set as OWNER/NAME")
     path = Path(os.path.expanduser(data))
     remedy = f"there is no folder {path.parent}"
     if path.parent.is_dir():

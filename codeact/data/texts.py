@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from codeact.base.parsing import read_file
+from codeact.data.remote import fetched, is_address
 from codeact.data.sources import (
     Part,
     Raw,
@@ -27,12 +28,12 @@ _BLOCK = 1024  # rows that are read at once
 def read_texts(
     data: str, column: str = "text", split: str | None = None, config_name: str | None = None
 ) -> Iterator[str]:
-    """Read the texts of a ``.txt`` file (one text), or of a column of a file, folder or hub data set.
+    """Read the texts of a ``.txt`` file (one text), or of a column of a file, folder, hub data set or address.
 
     Raises:
         InputError: it cannot be read, or a row has no text there; the message names the row.
     """
-    path = Path(os.path.expanduser(data))
+    path = fetched(data) if is_address(data) else Path(os.path.expanduser(data))
     try:
         if path.suffix == ".txt":
             yield read_file(path).decode()

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from codeact import __version__
 from codeact.base.errors import InputError
 from codeact.base.files import atomic_path, locked_folder
 from codeact.base.machine import versions
@@ -187,7 +188,7 @@ class ShardFolder(ABC):
 
     def write_shard(self, shard: int, table: pa.Table, facts: dict[str, Any]) -> None:
         """Write the file of a shard that says that it is done, with the facts and versions."""
-        facts = {"hash": self.hash, **facts, "versions": versions()}
+        facts = {"hash": self.hash, **facts, "versions": {"codeact": __version__, **versions()}}
         with atomic_path(self.path(shard)) as temporary:
             pq.write_table(table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts).encode()}), temporary)
 
@@ -207,7 +208,13 @@ class ShardFolder(ABC):
 
     def write_manifest(self, more: dict[str, Any]) -> None:
         """Write ``manifest.json``."""
-        content = {"hash": self.hash, "settings": self.settings, "shards": self.shards, "versions": versions(), **more}
+        content = {
+            "hash": self.hash,
+            "settings": self.settings,
+            "shards": self.shards,
+            "versions": {"codeact": __version__, **versions()},
+            **more,
+        }
         with atomic_path(self.folder / "manifest.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

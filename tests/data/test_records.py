@@ -511,10 +511,6 @@ def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert message == f"no such file: {tmp_path / 'trian.jsonl'}; did you mean {tmp_path / 'train.jsonl'}?"
     assert "there is no folder" in refused(tmp_path / "none" / "train.jsonl")
     assert refused(tmp_path / "*.jsonl").endswith("*.jsonl; give the folder, of which all files are read")
-    for address in ("https://host/a/train.jsonl", "s3://bucket/train.parquet", "hf://datasets/a/b"):
-        assert refused(address) == (
-            f"{address} is an address; fetch the file and give its path, or name a data set as OWNER/NAME"
-        )
     for name in (
         "train.json",
         "./train",
