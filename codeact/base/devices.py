@@ -148,13 +148,19 @@ def resolve_peak(peak: float | str | None, device: torch.device, dtype: torch.dt
 
 @cache
 def _measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of five multiplications of 2048 x 2048 matrices (17 GFLOP each), in FLOP/s."""
+    """The best of five multiplications of 2048 x 2048 matrices (17 GFLOP each), in FLOP/s.
+
+    Of smaller ones where these would take long: a CPU without instructions for 16 bits does 2 GFLOP/s.
+    """
     import torch
 
-    size, best = 2048, float("inf")
-    a = torch.randn(size, size, dtype=dtype, device=device)  # a GPU clocks higher on constant data
-    for _ in range(5):
+    def seconds(size: int) -> float:
+        a = torch.randn(size, size, dtype=dtype, device=device)  # a GPU clocks higher on constant data
         begin = time.perf_counter()
         (a @ a)[0, 0].item()  # a value on the host means that the device is done
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+        return time.perf_counter() - begin
+
+    size = 256
+    while size < 2048 and min(seconds(size), seconds(size)) < 0.02:  # the first one also loads what it needs
+        size *= 2
+    return 2 * size**3 / min(seconds(size) for _ in range(5))

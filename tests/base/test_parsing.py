@@ -119,7 +119,7 @@ def test_python(tmp_path, statement):
         run_program(program, f"assert f(1) == {statement}", unsafe=True)
 
 
-@pytest.mark.parametrize("text", ["a: " + "[" * DEEP, "a: " + "{b: " * DEEP])
+@pytest.mark.parametrize("text", ["a: " + "[" * 2000, "a: " + "{b: " * DEEP])
 def test_yaml(tmp_path, text):
     path = tmp_path / "x.yaml"
     path.write_text(text)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -300,12 +301,16 @@ def test_verdicts_are_as_right_as_those_of_evalplus(shared_data: Path, tmp_path:
     patient, hasty = Sandbox(Limits(min_seconds=60.0, total_seconds=300.0)), Sandbox(Limits(min_seconds=0.5))
     truth, by_id = GroundTruth(problems, patient), problems.by_id()
     rows = read_rows(Path(__file__).with_name("evalplus_verdicts.jsonl"))
+    tests = {problem.task_id: truth.tests(problem) for problem in problems.problems}
+
+    def judged(row: dict) -> Verdict:
+        program = row.get("program") or sanitize(row["answer"], by_id[row["task_id"]].entry_point)
+        return judge_program(program, tests[row["task_id"]], hasty if "time" in row["codeact"] else patient)
+
     differ = set()
-    for row in rows:
-        problem = by_id[row["task_id"]]
-        program = row.get("program") or sanitize(row["answer"], problem.entry_point)
-        sandbox = hasty if "time" in row["codeact"] else patient
-        verdict = judge_program(program, truth.tests(problem), sandbox)
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(judged, rows))
+    for row, verdict in zip(rows, verdicts, strict=True):
         assert [verdict.base, verdict.plus] == row["codeact"], row["case"]
         if [kind == "pass" for kind in row["codeact"]] != [kind == "pass" for kind in row["evalplus"]]:
             differ.add(row["case"])

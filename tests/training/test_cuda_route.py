@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from codeact.base.errors import InputError
+from codeact.training import flags as flag_module
 from codeact.training import rehearsal
 from codeact.training import train as training
 from codeact.training.flags import check_flags, parse
 from tests.helpers.flash_kernels import KERNELS, Kernels
 from tests.training.test_train import stop_at
 
-COMMON = "--max_length 256 --learning_rate 1e-2 --num_train_epochs 1 --disable_tqdm True --logging_steps 2".split()
+COMMON = "--max_length 256 --learning_rate 1e-2 --max_steps 5 --disable_tqdm True --logging_steps 2".split()
 MODES = {
     "full": "--bf16 True --save_strategy no",
     "full, checkpointing": "--bf16 True --activation_checkpointing True --save_strategy no",
@@ -45,6 +46,7 @@ def run(selected, even_model_path, tmp_path, monkeypatch):
     """Train with flags, into a folder of that name; returns what training.json holds."""
     # Before it trains, a tiny model in float32 tries the flags: its calls of the kernels are not those of the training.
     monkeypatch.setattr(rehearsal, "_failure", lambda *_, **__: None)
+    monkeypatch.setattr(flag_module, "cpu_has_bf16", lambda: True)  # as on a GPU; else it would compute in float32
 
     def run(flags: str, name: str = "out") -> dict:
         given = ["--model_name_or_path", str(even_model_path), "--data_path", str(selected), *COMMON]
@@ -75,9 +77,9 @@ def test_training_runs_to_the_end(kernels, run, capsys, mode, monkeypatch):
 
 @pytest.mark.parametrize(("kernels", "more"), STOPPED_ON, indirect=["kernels"])
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(kernels, run, tmp_path, monkeypatch, more):
-    flags = f"--bf16 True --save_steps 4 {more}"
+    flags = f"--bf16 True --save_steps 2 {more}"
     whole = run(flags, "whole")
-    go_on = stop_at(monkeypatch, 7)
+    go_on = stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(flags, "parts")
     go_on()

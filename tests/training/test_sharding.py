@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,18 +69,33 @@ def load(folder):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def two_ranks(module, *arguments, **environment):
-    # DeepSpeed compiles its shared-memory operations once and looks for ninja on the path.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, **environment}
-    return forked.ranks(*arguments, module=module, env=environment)
+# DeepSpeed would compile its shared-memory operations first, for the better part of a minute.
+CODEACT = """if True:
+    import deepspeed.ops, runpy
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    runpy.run_module("codeact", run_name="__main__", alter_sys=True)
+"""
+
+
+FSDP = """if True:
+    import sys, torch
+    from pathlib import Path
+    from tests.training.test_sharding import run_fsdp_rank
+    torch.set_num_threads(1)
+    run_fsdp_rank(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
+"""
+
+
+def two_ranks(*arguments, code=CODEACT, **environment):
+    return forked.ranks(*arguments, code=code, env={**os.environ, "DS_ACCELERATOR": "cpu", **environment})
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed(work, alone, stage):
     pytest.importorskip("deepspeed", reason="DS_BUILD_OPS=0 pip install -c constraints.txt deepspeed")
     output = work / stage
-    done = two_ranks("codeact", "train", work / "flags.yaml", "--deepspeed", stage, "--output_dir", output)
+    done = two_ranks("train", work / "flags.yaml", "--deepspeed", stage, "--output_dir", output)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, weights = alone
     result = json.loads((output / "training.json").read_text())["result"]
@@ -135,7 +149,7 @@ def test_fsdp2_on_a_gloo_mesh(work, alone):
     made = {key: value for key, value in launch_environment().items() if "FSDP" in key}
     # Ranks other than the first would load no weights, for which accelerate needs GPUs.
     made["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    done = two_ranks("tests.training.test_sharding", work, **made)
+    done = two_ranks(work, code=FSDP, **made)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, weights = alone
     got = json.loads((work / "fsdp" / "ranks.json").read_text())
@@ -201,9 +215,3 @@ def run_fsdp_rank(work: Path) -> None:
             "eval_loss": result.held_out_loss_after,
         }
         (work / "fsdp" / "ranks.json").write_text(json.dumps(content))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_fsdp_rank(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
