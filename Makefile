@@ -74,6 +74,7 @@ check: $(BIN)/codeact includes docs
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/package/resolution.py
 	$(BIN)/python -m benchmarks.pages --check
+	@PYTHONPATH=kernels $(BIN)/python -m codeact_kernels.compile_report >/dev/null || { echo "codeact: a kernel spills or lacks what it should use: python -m codeact_kernels.compile_report"; exit 1; }
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.hpp tests/csrc/*.cpp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCODEACT_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) >/dev/null
 	$(BIN)/cmake --build build/sanitize

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from codeact.base.errors import InputError, NotHereError, one_of
+from codeact.base.errors import InputError, NotHereError, addressed, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     if name != "auto":
         dtype: torch.dtype = getattr(torch, one_of("dtype", name, DTYPES))
+        if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bf16():
+            _warn_of_slow(name)
         return dtype
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -49,6 +52,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = cpu_has_bf16()
     return torch.bfloat16 if native else torch.float32
+
+
+@cache
+def _warn_of_slow(name: str) -> None:
+    told = "dtype %s: this CPU has no instructions for it, and float32 is many times faster: leave out --dtype"
+    logging.getLogger("codeact").warning(addressed(told), name)
 
 
 def check_device(device: str, dtype: str) -> None:

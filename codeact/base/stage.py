@@ -22,7 +22,7 @@ class Run(Hashable, Protocol):
     processes: int
     """That may compute at the same time, one a GPU."""
     engine: Any
-    """Where they score: local or ray."""
+    """Where they score and embed: local or ray."""
     address: str | None
     """Of a Ray cluster."""
 

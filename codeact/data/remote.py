@@ -10,13 +10,17 @@ comes meanwhile waits. The data is known by its content, so that here and there 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from codeact.base.console import say, size
 from codeact.base.errors import InputError
@@ -24,6 +28,10 @@ from codeact.base.files import atomic_path, cache_path, locked_folder
 from codeact.data.sources import one_line, refusal
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://[^/]")
+# By what a store says that a file has changed; other facts, such as a signed address, change by themselves.
+_STATE = ("size", "ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created",
+          "generation", "md5Hash", "Content-MD5", "Digest", "VersionId", "version_id", "blob_id", "lfs")  # fmt: skip
+_UNUSED = 7 * 86_400.0  # seconds after which an old state is removed
 _LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
@@ -40,29 +48,53 @@ def fetched(address: str) -> Path:
     Raises:
         InputError: its library is not installed, nothing is there or may be read, or the disk is too small.
     """
+    home = cache_path("remote", grows=True) / hashlib.sha256(address.encode()).hexdigest()[:32]
     try:
         store, root = _store(address)
-        there = _listing(store, root)
-        digest = hashlib.sha256(json.dumps(there, sort_keys=True, default=str).encode()).hexdigest()
-        home = cache_path("remote", grows=True) / hashlib.sha256(address.encode()).hexdigest()[:32]
-        target = home / digest[:32]
-        name = PurePosixPath(root.rstrip("/")).name or "data"
-        with locked_folder(home, wait=True):
-            missing = {path: target / name / path for path in there if not (target / name / path).exists()}
+        with locked_folder(home, wait=True):  # before the look: what is fetched is what was seen
+            there = _listing(store, root)
+            state = json.dumps(
+                [[path, {k: facts[k] for k in _STATE if k in facts}] for path, facts in sorted(there.items())],
+                default=str,
+            )
+            target = home / hashlib.sha256(state.encode()).hexdigest()[:32]
+            kept = target / (_name(address) or "data")
+            missing = {path: kept / path for path in there if not (kept / path).exists()}
             if missing:
                 _refuse_without_room(address, sum(there[path].get("size") or 0 for path in missing), home)
             for path, place in missing.items():
                 with atomic_path(place) as temporary:
-                    store.get_file(f"{root}/{path}" if path else root, str(temporary))
-            for old in home.iterdir():
-                if old != target:
+                    _get(store, f"{root}/{path}" if path else root, temporary)
+            os.utime(target)
+            for old in home.iterdir():  # others may be read by somebody
+                if old != target and time.time() - old.stat().st_mtime > _UNUSED:
                     shutil.rmtree(old, ignore_errors=True)
-        return target / name
+        return kept
     except InputError:
         raise
     except Exception as error:  # every store has errors of its own
         told = (str(error) or type(error).__name__)[:300]
         raise refusal(f"{address} cannot be read: {told}; check the address, network and credentials") from None
+
+
+class _UnreadError(Exception):
+    """What a store said, which is no error of this machine's disk."""
+
+
+def _get(store: Any, path: str, place: Path) -> None:
+    try:
+        store.get_file(path, str(place))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        raise _UnreadError(str(error) or type(error).__name__) from None
+
+
+def _name(address: str) -> str:
+    """Of the file or folder; of a page of a server without what is asked of it."""
+    scheme, _, place = address.partition("://")
+    place = urlsplit(address).path if scheme in ("http", "https") else place
+    return PurePosixPath(place.rstrip("/")).name
 
 
 def _store(address: str) -> tuple[Any, str]:

@@ -94,19 +94,11 @@ def read_embeddings(path: str | Path) -> EmbeddingTable:
     for file in (path, sidecar):
         if not file.is_file():
             raise InputError(f"{file} is missing, and {path.name} and {sidecar.name} only count together; {_AGAIN}")
+    metadata, digest = _header(sidecar)
     try:
-        stored = pq.read_metadata(sidecar).metadata or {}
         table = pq.read_table(sidecar, columns=["row", "id"])
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{sidecar} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
-    try:
-        header = parse_json(stored[_METADATA_KEY])
-        version, digest = header["version"], header["npy_digest"]
-        metadata = EmbeddingMetadata(**{field.name: header[field.name] for field in fields(EmbeddingMetadata)})
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{sidecar} was not written by codeact embed; {_AGAIN}") from None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{sidecar} has format {version}, this codeact reads {FORMAT_VERSION}; {_AGAIN}")
     if _digest(path) != digest:
         raise InputError(f"{path} and {sidecar.name} are not of one run, or one is damaged; {_AGAIN}")
     try:
@@ -120,6 +112,32 @@ def read_embeddings(path: str | Path) -> EmbeddingTable:
             f"{_AGAIN}"
         )
     return EmbeddingTable(vectors=vectors, ids=table.column("id"), rows=rows, metadata=metadata)
+
+
+def read_metadata(sidecar: Path) -> EmbeddingMetadata:
+    """What FILE.rows.parquet says of itself, without a look at the vectors.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    return _header(sidecar)[0]
+
+
+def _header(sidecar: Path) -> tuple[EmbeddingMetadata, str]:
+    """The metadata, and the digest of the vectors."""
+    try:
+        stored = pq.read_metadata(sidecar).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{sidecar} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
+    try:
+        header = parse_json(stored[_METADATA_KEY])
+        version, digest = header["version"], str(header["npy_digest"])
+        metadata = EmbeddingMetadata(**{field.name: header[field.name] for field in fields(EmbeddingMetadata)})
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{sidecar} was not written by codeact embed; {_AGAIN}") from None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{sidecar} has format {version}, this codeact reads {FORMAT_VERSION}; {_AGAIN}")
+    return metadata, digest
 
 
 Block = tuple[Vectors, Sequence[str], Sequence[int] | NDArray[np.int64]]
@@ -146,6 +164,8 @@ def write_pair(path: Path, blocks: Iterable[Block], metadata: Callable[[], Embed
                 if (np.diff(row_numbers, prepend=last_row) <= 0).any():
                     raise InputError(f"cannot write {path}: rows must be 0 or more and ascending")
                 last_row = int(row_numbers[-1]) if len(row_numbers) else last_row
+                if vectors.shape[1] != shape[1] and shape[0]:
+                    raise InputError(f"cannot write {path}: vectors of {shape[1]} and of {vectors.shape[1]} numbers")
                 file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
                 table.write_table(pa.table([pa.array(row_numbers), pa.array(ids, pa.string())], schema=ROWS_SCHEMA))
                 shape = (shape[0] + len(vectors), vectors.shape[1])

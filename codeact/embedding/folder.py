@@ -8,9 +8,10 @@ FILE.npy, FILE.rows.parquet                all of them, once all shards are done
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,18 @@ from codeact.base.errors import InputError
 from codeact.base.files import atomic_path
 from codeact.data.records import Record, RecordSet
 from codeact.data.tables import read_table
-from codeact.embedding.files import ROWS_SCHEMA, Block, EmbeddingMetadata, sidecar_path, write_pair
+from codeact.embedding.files import ROWS_SCHEMA, Block, EmbeddingMetadata, read_metadata, sidecar_path, write_pair
 from codeact.embedding.vectors import embed_texts
-from codeact.workers.claims import read_workers
+from codeact.workers.claims import clock_of, read_workers
 from codeact.workers.shards import ShardFolder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from codeact.workers.engines import Step
+
+
+_COUNTS = ("rows", "skipped", "truncated", "tokens")
 
 
 class EmbeddingFolder(ShardFolder):
@@ -52,6 +56,18 @@ class EmbeddingFolder(ShardFolder):
     @property
     def _output(self) -> Path:
         return self.folder.with_suffix(".npy")
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the pair of files is of these settings; a look at what the second one says of itself."""
+        try:
+            return read_metadata(self.merged_path) == self._metadata(read_metadata(self.merged_path))
+        except InputError:
+            return False
+
+    def missing(self) -> list[int]:
+        """As of every folder; none, where another worker has put them together and removed them."""
+        return [] if self.is_merged else super().missing()
 
     def embed(self, records: RecordSet, encoder: SentenceTransformer, batch_size: int, shard: int, step: Step) -> None:
         """Embed the questions of a shard and write it.
@@ -79,8 +95,10 @@ class EmbeddingFolder(ShardFolder):
 
     def merge(self) -> dict[str, Any]:
         """As of every folder."""
+        if self.is_merged:
+            return _counts(read_metadata(self.merged_path))
         self.require_all()
-        totals = Counter(rows=0, skipped=0, truncated=0, tokens=0)
+        totals = Counter(dict.fromkeys(_COUNTS, 0))
 
         def blocks() -> Iterator[Block]:
             for shard in range(self.shards):
@@ -96,29 +114,41 @@ class EmbeddingFolder(ShardFolder):
                 totals.update({name: facts[name] for name in ("skipped", "truncated", "tokens")}, rows=len(vectors))
                 yield vectors, table["id"].to_pylist(), table["row"].to_numpy()
 
-        write_pair(self._output, blocks(), lambda: self._metadata(totals))
+        def metadata() -> EmbeddingMetadata:
+            counts: Any = totals
+            return self._metadata(
+                EmbeddingMetadata(model=self.settings["model"]["name"], data_fingerprint="", **counts)
+            )
+
+        write_pair(self._output, blocks(), metadata)
         return dict(totals)
 
-    def _metadata(self, totals: Counter[str]) -> EmbeddingMetadata:
+    def _metadata(self, made: EmbeddingMetadata) -> EmbeddingMetadata:
+        """The metadata of a pair, with what these settings decide: of a model whose files are known not the name."""
         data, model = self.settings["data"], self.settings["model"]
-        return EmbeddingMetadata(
-            model=model["name"],
+        return replace(
+            made,
+            model=made.model if model["fingerprint"] else model["name"],
             data_fingerprint=data["fingerprint"],
             model_fingerprint=model["fingerprint"],
             dtype=self.settings["dtype"],
-            **totals,
         )
 
     def _vectors_path(self, shard: int) -> Path:
         return self.path(shard).with_suffix(".npy")
 
 
+def _counts(metadata: EmbeddingMetadata) -> dict[str, Any]:
+    return {name: getattr(metadata, name) for name in _COUNTS}
+
+
 def in_use(folder: Path) -> bool:
     """Whether a worker is at work in a folder of shards."""
-    return any(worker.lives(time.time()) for worker in read_workers(folder))
+    return (folder / "workers").is_dir() and any(worker.lives(clock_of(folder)) for worker in read_workers(folder))
 
 
-def remove_shards(folder: Path) -> None:
+def remove_made(folder: Path) -> None:
     """Remove shards that are in the pair of files now, unless another worker has still to see that."""
-    if not in_use(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(InputError):  # another one removed them
+        if EmbeddingFolder.open(folder).is_merged and not in_use(folder):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from codeact.workers.choice import Engine
     from codeact.workers.engines import Job, Place
 
-EMBEDDINGS_FILE, SHARDS_FOLDER = "embeddings.npy", "embeddings.shards"
+EMBEDDINGS_FILE = "embeddings.npy"
 
 
 class EmbedSettings(Settings):
@@ -54,9 +54,11 @@ def prepare_embedding(
     records = data.open()
     quiet_transformers()
     encoder = load_embedder(settings.model, device=settings.device, dtype=settings.dtype)
+    fingerprint = embedder_fingerprint(settings.model)
     known = {
         "data": {"source": data.source, "rows": len(records), "fingerprint": records.fingerprint},
-        "model": {"name": settings.model, "fingerprint": embedder_fingerprint(settings.model)},
+        "model": {"name": settings.model, "fingerprint": fingerprint},
+        "on_the_hub": "" if fingerprint else settings.model,
         "dtype": str(getattr(encoder, "dtype", "")).removeprefix("torch."),
         "shard_size": settings.shard_size,
     }
@@ -96,7 +98,7 @@ def embed_data(
     from codeact.base.files import remove_leftovers
     from codeact.data.sources import absolute_name
     from codeact.embedding.files import read_embeddings
-    from codeact.embedding.folder import EmbeddingFolder, remove_shards
+    from codeact.embedding.folder import EmbeddingFolder, remove_made
     from codeact.workers.choice import check_engine
     from codeact.workers.engines import Begin
     from codeact.workers.share import share_out
@@ -106,6 +108,7 @@ def embed_data(
     known = _known(data, settings, Path(output)) if Path(output).exists() else None
     if known:
         say(f"{output} is up to date: {known.rows:,} embeddings")
+        remove_made(folder)  # a kill may have come between
         return known
     if engine == "ray":  # what its nodes see
         data = data.model_copy(update={"source": absolute_name(data.source)})
@@ -121,7 +124,7 @@ def embed_data(
     )
     how: Any = {"workers": workers, "engine": engine, "address": address}
     totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **how)
-    remove_shards(folder)
+    remove_made(folder)
     if totals is None:
         return None
     metadata = read_embeddings(output).metadata
@@ -141,15 +144,16 @@ def _known(data: DataSettings, settings: EmbedSettings, output: Path) -> Embeddi
     from codeact.embedding.vectors import embedder_fingerprint
 
     dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
-    decides = (data.open().fingerprint, settings.model, embedder_fingerprint(settings.model), dtype)
+    fingerprint = embedder_fingerprint(settings.model)  # of a model of the hub there is none
+    decides = (data.open().fingerprint, fingerprint, fingerprint or settings.model, dtype)
     try:
         known = read_embeddings(output).metadata
     except InputError:
         return None  # of a killed or another run: made anew
     if not known.rows:
         return None  # refused again
-    same = (known.data_fingerprint, known.model, known.model_fingerprint, known.dtype) == decides
-    return known if same else None
+    model = known.model_fingerprint or known.model
+    return known if (known.data_fingerprint, known.model_fingerprint, model, known.dtype) == decides else None
 
 
 class Embed(Stage):
@@ -157,7 +161,7 @@ class Embed(Stage):
 
     name = section = "embed"
     settings, default = EmbedSettings, EmbedSettings()
-    outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet", SHARDS_FOLDER), (EMBEDDINGS_FILE,)
+    outputs, products = (EMBEDDINGS_FILE, "embeddings.rows.parquet"), (EMBEDDINGS_FILE,)
     told = False
 
     def check(self, run: Run) -> None:

@@ -170,9 +170,9 @@ class RunPlan:
             "rows": round(questions.rows),
             "tokens": questions.total,
             "error": questions.error,
-            "seconds": (GPU_START_SECONDS if machine.gpu else start) + flops / machine.flops["embed"],
-            "memory": inference_memory(model, self._bytes(settings.dtype), batch, machine.base),
-            "disk": questions.rows * (4.0 * model.shape.hidden + 20),
+            "seconds": (GPU_START_SECONDS if machine.gpu else start) + flops / machine.flops["embed"] / self._parallel,
+            "memory": self._shared(inference_memory(model, self._bytes(settings.dtype), batch, machine.base)),
+            "disk": questions.rows * (8.0 * model.shape.hidden + 40),  # shards, and the file they become
         }
 
     def clean(self) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class RunSettings(Settings):
 
     output: Path
     data: DataSettings
-    processes: int = Field(default=1, ge=1)  # that score and train at the same time: one a GPU
-    engine: Literal["local", "ray"] = "local"  # that scores
+    processes: int = Field(default=1, ge=1)  # that score, embed and train at the same time: one a GPU
+    engine: Literal["local", "ray"] = "local"  # that scores and embeds
     address: str | None = None  # of a Ray cluster
     forecast: ForecastSettings = ForecastSettings()
     if TYPE_CHECKING:  # the sections of codeact's own stages

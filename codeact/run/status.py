@@ -30,7 +30,7 @@ def status_text(path: str | Path, now: float | None = None) -> str:
     missing = folder.missing()
     left = sum(len(folder.span(shard)) for shard in missing)
     done = folder.rows - left
-    merged = not missing and folder.merged_path.exists()
+    merged = not missing and folder.is_merged
     lines = [
         f"{folder.folder}: {folder.shards - len(missing):,} of {counted(folder.shards, 'shard')}, "
         f"{done:,} of {counted(folder.rows, 'row')}, {percent(done / folder.rows)}{'; merged' if merged else ''}"
@@ -64,7 +64,7 @@ def _open(path: Path) -> ShardFolder:
     if path.suffix == ".npy":
         shards = EmbeddingFolder.beside(path)
         if path.exists() and not shards.exists():
-            raise InputError(f"{path} is done, and nobody is at work on it")
+            raise InputError(f"{path} is made, and nobody is at work on it")
         return EmbeddingFolder.open(shards)
     shards = EmbeddingFolder.beside(path / EMBEDDINGS_FILE)
     if shards.exists():

@@ -282,7 +282,8 @@ def _compute_in_float32_where_faster(flags: argparse.Namespace) -> None:
 
 @cache
 def _say_once(line: str) -> None:
-    say(addressed(line))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(addressed(line))
 
 
 def _check_together(flags: argparse.Namespace, here: bool) -> None:

@@ -33,7 +33,7 @@ def check_engine(engine: str, workers: int | None, address: str | None) -> None:
         asked = "--engine ray" if engine == "ray" else "--workers"
         raise InputError(f"a launcher started several processes, and each is a worker; leave out {asked}")
     if launched is None and engine == "torchrun":
-        raise InputError("no launcher started this: say torchrun --nproc-per-node N -m codeact score; or --workers N")
+        raise InputError("no launcher started this: say torchrun --nproc-per-node N -m codeact ...; or --workers N")
     if address is not None and engine != "ray":
         raise InputError("--address is of a Ray cluster; say --engine ray")
 
@@ -44,3 +44,8 @@ def launched_rank() -> int | None:
         if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
             return int(os.environ[rank])
     return None
+
+
+def local_rank(rank: int) -> int:
+    """Which of the processes that a launcher started on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))

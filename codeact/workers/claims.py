@@ -91,6 +91,19 @@ def read_workers(folder: Path) -> list[WorkerRecord]:
     return [record for record in map(_read_worker, paths) if record is not None]
 
 
+def clock_of(folder: Path) -> float:
+    """Now, by the clock of the file system on which a job lies: ``renewed`` of its workers is by that, too."""
+    probe = folder / f"{TEMPORARY_PREFIX}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
 def read_claims(folder: Path) -> list[Claim]:
     """All claims of a job, the failed ones too."""
     found = (_read_claim(path) for path in sorted((folder / "claims").glob("[!.]*.[0-9]*")))

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Protocol
 
 from codeact.base.console import Progress, counted, say
 from codeact.base.errors import InputError
+from codeact.workers.choice import launched_rank, local_rank
 from codeact.workers.claims import BEAT, LEASE, TRIES, Tally, Worker, read_workers
 from codeact.workers.shards import ShardFolder
 
@@ -51,13 +52,13 @@ class Place:
     share: int = 1
 
     def take(self) -> str | None:
-        """Take that share of the cores, and return the GPU that is for this worker alone, or None."""
+        """Return the GPU that is for this worker alone; where there is none take that share of the cores."""
         import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
         if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
             return None
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", self.index)))
+        local = self.index if launched_rank() is None else local_rank(self.index)
         return f"cuda:{local % torch.cuda.device_count()}"
 
 
@@ -185,12 +186,17 @@ def work_alone(job: Job, *, show: bool) -> dict[str, Any] | None:
                     asked = time.monotonic()
 
             work(job, worker, step)
-        path, totals = folder.merged_path, None
-        merged = path.exists() and path.stat().st_mtime >= worker.began  # by another worker, a moment ago
-        if not merged and worker.take("merge"):
-            totals = folder.merge()
-            worker.finish(done=False)
-        return totals
+        return _merge(folder, worker, worker.began)
+
+
+def _merge(folder: ShardFolder, worker: Worker, since: float) -> dict[str, Any] | None:
+    """Put the shards together, unless another worker does, or did since then."""
+    path = folder.merged_path
+    if (path.exists() and path.stat().st_mtime >= since) or not worker.take("merge"):
+        return None
+    totals = folder.merge()
+    worker.finish(done=False)
+    return totals
 
 
 def _rows(folder: ShardFolder, shards: list[int]) -> int:
@@ -223,7 +229,7 @@ class Pool(Protocol):
 
 def supervise(
     pool: Pool, begin: Begin, workers: int, open_folder: Callable[[], ShardFolder], what: str
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Keep ``workers`` at work until all shards are done, and merge them.
 
     The first begins alone, as it decides whether the folder may be used. One that dies is replaced, until more die in a
@@ -237,7 +243,7 @@ def supervise(
         what: they are, in the plural.
 
     Returns:
-        The totals of the merge.
+        The totals of the merge; None where another worker does that.
 
     Raises:
         InputError: one ended by it; or workers die one after the other; or shards are left over which workers died.
@@ -283,7 +289,8 @@ def supervise(
             deaths = 0 if sum(done.values()) > before else deaths
             if bar is not None:
                 bar(*tally.more())
-        return open_folder().merge()
+        with Worker(begin.folder, begin.since) as worker:
+            return _merge(open_folder(), worker, begin.since or worker.began)
 
 
 class LocalPool:

@@ -74,6 +74,11 @@ class ShardFolder(ABC):
     def merged_path(self) -> Path:
         """The file that a merge makes last."""
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is there."""
+        return self.merged_path.exists()
+
     @abstractmethod
     def merge(self) -> dict[str, Any]:
         """Put all shards together; returns the totals.
@@ -129,7 +134,7 @@ class ShardFolder(ABC):
         """Remove the shards of other settings; this job's own finished ones stay."""
         with suppress(InputError):  # a damaged manifest is nobody's
             manifest = read_manifest(self.folder)
-            if manifest is None or self.hash_of(manifest["settings"]) == self.hash:
+            if manifest is None or self.hash_of({**manifest["settings"], "shard_size": self.shard_size}) == self.hash:
                 return
         try:
             for name in ("manifest.json", *self.MERGED):

@@ -39,8 +39,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Largest shared memory of one block: CUDA programming guide, table "Technical specifications per compute capability"
-# (163, 227, 227 KiB); AMD CDNA 3 ISA guide, section 1 (64 KiB of LDS).
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# (163, 227, 227 KiB); AMD CDNA 3 ISA guide, section 1 (64 KiB of LDS). sm_86, sm_89 and sm_120 take the tile of sm_80,
+# and have 99 KiB.
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Machine instructions that multiply matrices, and (TMA) those that copy tiles by a descriptor.
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma_\w+)\b")
 COPY = re.compile(r"\bUTMALDG\b")

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+from codeact.base import devices
 from codeact.base.devices import default_tokens_per_pack, find_gpu, resolve_device, resolve_dtype, resolve_peak
-from codeact.base.errors import InputError
+from codeact.base.errors import InputError, in_command
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -58,6 +59,18 @@ def test_names_that_are_none():
     with pytest.raises(InputError, match="dtype"):
         resolve_dtype("float8", CPU)
     assert resolve_dtype("float16", CPU) == torch.float16
+
+
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_told_once(monkeypatch, caplog):
+    devices._warn_of_slow.cache_clear()
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: False)
+    with caplog.at_level("WARNING", "codeact"), in_command():
+        for name in ("float32", "auto", "bfloat16", "bfloat16"):
+            resolve_dtype(name, CPU)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("dtype bfloat16: this CPU has no instructions for it, and float32 is many")
+    assert record.getMessage().endswith("leave out --dtype")
+    devices._warn_of_slow.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["machine", "devices"])

@@ -6,6 +6,7 @@ import functools
 import http.server
 import importlib.util
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -54,7 +55,12 @@ def test_a_file_is_fetched_once_and_again_when_it_has_changed(store, cache, capf
     store.pipe("/bucket/train.jsonl", lines(ROWS[:2]))
     assert questions("memory://bucket/train.jsonl") == ["q0", "q1"]
     assert len(got) == 2
-    assert len(list(cache.glob("*/*/train.jsonl"))) == 1  # the old one is gone
+    old, new = sorted(cache.glob("*/*"), key=lambda place: len((place / "train.jsonl").read_bytes()), reverse=True)
+    assert questions("memory://bucket/train.jsonl") == ["q0", "q1"]
+    assert old.exists()  # somebody may be reading it
+    os.utime(old, (0, 0))
+    assert questions("memory://bucket/train.jsonl") == ["q0", "q1"]
+    assert list(cache.glob("*/*")) == [new]
 
 
 def test_the_same_rows_are_the_same_data_wherever_they_lie(store, tmp_path):
@@ -92,7 +98,7 @@ def test_what_was_fetched_survives_a_kill(store, cache, monkeypatch):
         patch.setattr(type(store), "get_file", get)
         with pytest.raises(Killed):
             open_records("memory://bucket/parts")
-    assert len(list(cache.rglob("*.jsonl"))) == 1
+    assert len(list(cache.rglob("[!.]*.jsonl"))) == 1
     monkeypatch.setattr(type(store), "get_file", lambda self, path, to: (got.append(path), real(self, path, to)))
     assert len(questions("memory://bucket/parts")) == 15
     assert [path.rpartition("/")[2] for path in got] == ["a.jsonl", "b.jsonl", "c.jsonl"]
@@ -148,6 +154,27 @@ def test_a_server(tmp_path):
         with pytest.raises(InputError, match=r"none.jsonl cannot be read: .*; check the address"):
             open_records(address.replace("rows", "none"))
         server.shutdown()
+
+
+def test_what_changes_by_itself_is_no_other_state_and_names_are_without_questions(store, cache, monkeypatch):
+    real, count = type(store).info, iter(range(100))
+    monkeypatch.setattr(
+        type(store), "info", lambda self, path, **more: {**real(self, path, **more), "url": f"signed-{next(count)}"}
+    )
+    for _ in range(3):
+        assert len(questions("memory://bucket/train.jsonl")) == 5
+    assert len(list(cache.glob("*/*"))) == 1
+    assert remote._name("https://host/a/rows.jsonl?sig=a/b&c=d") == "rows.jsonl"
+    assert remote._name("s3://bucket/what?.jsonl") == "what?.jsonl"
+
+
+def test_what_a_store_refuses_is_no_error_of_the_disk(store, monkeypatch):
+    def forbidden(self, path, to):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(type(store), "get_file", forbidden)
+    with pytest.raises(InputError, match=r"^memory://bucket/train.jsonl cannot be read: Forbidden; check the address"):
+        open_records("memory://bucket/train.jsonl")
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,7 @@ import pytest
 from codeact.base.errors import InputError
 from codeact.data.settings import DataSettings
 from codeact.embedding.files import read_embeddings
-from codeact.embedding.folder import EmbeddingFolder
+from codeact.embedding.folder import EmbeddingFolder, remove_made
 from codeact.embedding.stage import EmbedSettings, embed_data
 from codeact.embedding.vectors import embed
 from codeact.run.status import status_text
@@ -91,7 +91,7 @@ def test_a_kill_loses_the_shard_in_hand_only(tmp_path, model):
     run(ROWS, tmp_path / "once.npy")
     for ending in (".npy", ".rows.parquet"):
         assert (tmp_path / f"e{ending}").read_bytes() == (tmp_path / f"once{ending}").read_bytes()
-    with pytest.raises(InputError, match="is done, and nobody is at work on it"):
+    with pytest.raises(InputError, match="is made, and nobody is at work on it"):
         status_text(tmp_path / "e.npy")
 
 
@@ -109,6 +109,52 @@ def test_shards_of_other_settings_are_made_anew_unless_somebody_is_at_work_on_th
     assert read_embeddings(tmp_path / "e.npy").rows.tolist() == READABLE
     run(ROWS, tmp_path / "f.npy", shard_size=1)
     assert np.array_equal(read_embeddings(tmp_path / "f.npy").vectors, read_embeddings(tmp_path / "e.npy").vectors)
+
+
+def test_another_shard_size_goes_on_and_another_model_of_the_hub_does_not(tmp_path, model):
+    broken = {"question 7" + " w" * 7: np.nan}
+    model(broken)
+    with pytest.raises(InputError, match=r"the vector of row 7"):
+        run(ROWS, tmp_path / "e.npy")
+    second = model()
+    run(ROWS, tmp_path / "e.npy", shard_size=2)
+    assert sum(map(len, second.batches)) == 4 + 1
+    model(broken)
+    with pytest.raises(InputError, match=r"the vector of row 7"):
+        run(ROWS, tmp_path / "f.npy")
+    other = model()
+    assert run(ROWS, tmp_path / "f.npy", model="other").model == "other"
+    assert sum(map(len, other.batches)) == 7 + 1
+
+
+def test_who_comes_late_finds_all_done(tmp_path, model):
+    """It had begun to load its model when others put the shards together and removed them."""
+    source, output = tmp_path / "d.jsonl", tmp_path / "e.npy"
+    data(source, ROWS)
+    assert work_alone(fake_embedder.prepare(source, output, 4), show=False)["rows"] == 7
+    remove_made(output.with_suffix(".shards"))
+    assert not output.with_suffix(".shards").exists()
+    stamp = output.stat().st_mtime_ns
+    late = fake_embedder.prepare(source, output, 4)
+    assert work_alone(late, show=False)["rows"] == 7
+    assert output.stat().st_mtime_ns == stamp
+    with Worker(late.folder.folder):
+        remove_made(late.folder.folder)
+        assert late.folder.folder.exists()  # as somebody has still to see it
+    remove_made(late.folder.folder)
+    assert names(tmp_path) == ["d.jsonl", "e.npy", "e.rows.parquet"]
+
+
+def test_shards_of_two_widths_are_not_put_together(tmp_path):
+    source, output = tmp_path / "d.jsonl", tmp_path / "e.npy"
+    data(source, ROWS)
+    job = fake_embedder.prepare(source, output, 4)
+    for shard in range(3):
+        job.do(shard, lambda rows, tokens: None)
+    vectors = output.with_suffix(".shards") / "shards" / "00001-of-00003.npy"
+    np.save(vectors, np.load(vectors)[:, :3])
+    with pytest.raises(InputError, match=r"cannot write .*: vectors of 5 and of 3 numbers"):
+        job.folder.merge()
 
 
 def test_no_readable_record_at_all(tmp_path, model):

@@ -115,7 +115,7 @@ def run(cell: Cell, uv: str, newest: str, folder: Path, tests: list[str]) -> tup
     shared = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile") if cell.tests != BASE else ()
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *shared, *(tests or cell.tests)]
     with (home / "tests.log").open("w") as log:
-        told = {**environment(), "PATH": path}
+        told = {**environment(), "PATH": path, "CODEACT_ALL_CHIPS": "1"}
         subprocess.run(command, cwd=tree, env=told, stdout=log, stderr=subprocess.STDOUT, check=False)
     text = (home / "tests.log").read_text()
     print(*re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE), sep="\n", file=sys.stderr)

@@ -358,8 +358,8 @@ def test_a_stage_that_loses_a_row_in_silence_is_found_out(codeact, config, monke
         return write_jsonl(path, list(rows)[:-1])
 
     monkeypatch.setattr(selection, "write_chosen", lossy)
-    code, _, err = codeact("run", config)
-    assert code == 1
+    code, _, err = codeact("run", config, "--until", "select")  # the report may miss the row itself
+    assert code == 1, err
     assert "does not balance: select: 38 rows in + 0 added is not 9 out + 28 lost" in err
 
 
