@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from codeact_kernels import compile_report, linear_nll, loss_slope, segments, tiles
-from codeact_kernels.compile_report import SHARED_LIMIT, Report, problems
+from codeact_kernels.compile_report import SHARED_LIMIT, TARGETS, Report, problems
 
 # ``make check`` looks at all chips, which takes four times as long; so do the tests with other libraries.
 CHIPS = tuple(TARGETS) if os.environ.get("CODEACT_ALL_CHIPS") else ("sm_90",)
