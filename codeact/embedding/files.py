@@ -89,18 +89,12 @@ def read_embeddings(path: str | Path) -> EmbeddingTable:
     Raises:
         InputError: a file is missing or damaged, or the two are not of one run.
     """
-    path = Path(path)
-    sidecar = sidecar_path(path)
-    for file in (path, sidecar):
-        if not file.is_file():
-            raise InputError(f"{file} is missing, and {path.name} and {sidecar.name} only count together; {_AGAIN}")
-    metadata, digest = _header(sidecar)
+    path, sidecar = Path(path), sidecar_path(path)
+    metadata = read_metadata(path)
     try:
         table = pq.read_table(sidecar, columns=["row", "id"])
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{sidecar} cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
-    if _digest(path) != digest:
-        raise InputError(f"{path} and {sidecar.name} are not of one run, or one is damaged; {_AGAIN}")
     try:
         vectors = np.load(path, mmap_mode="r" if table.num_rows else None, allow_pickle=False)
     except (ValueError, OSError) as error:
@@ -114,13 +108,20 @@ def read_embeddings(path: str | Path) -> EmbeddingTable:
     return EmbeddingTable(vectors=vectors, ids=table.column("id"), rows=rows, metadata=metadata)
 
 
-def read_metadata(sidecar: Path) -> EmbeddingMetadata:
-    """What FILE.rows.parquet says of itself, without a look at the vectors.
+def read_metadata(path: str | Path) -> EmbeddingMetadata:
+    """What a pair of files is of, as the second says, which is of one run with FILE.npy.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is not, or one of the two is missing or damaged.
     """
-    return _header(sidecar)[0]
+    path, sidecar = Path(path), sidecar_path(path)
+    for file in (path, sidecar):
+        if not file.is_file():
+            raise InputError(f"{file} is missing, and {path.name} and {sidecar.name} only count together; {_AGAIN}")
+    metadata, digest = _header(sidecar)
+    if _digest(path) != digest:
+        raise InputError(f"{path} and {sidecar.name} are not of one run, or one is damaged; {_AGAIN}")
+    return metadata
 
 
 def _header(sidecar: Path) -> tuple[EmbeddingMetadata, str]:

@@ -61,7 +61,8 @@ class EmbeddingFolder(ShardFolder):
     def is_merged(self) -> bool:
         """Whether the pair of files is of these settings; a look at what the second one says of itself."""
         try:
-            return read_metadata(self.merged_path) == self._metadata(read_metadata(self.merged_path))
+            made = read_metadata(self._output)
+            return made == self._metadata(made)
         except InputError:
             return False
 
@@ -96,7 +97,7 @@ class EmbeddingFolder(ShardFolder):
     def merge(self) -> dict[str, Any]:
         """As of every folder."""
         if self.is_merged:
-            return _counts(read_metadata(self.merged_path))
+            return _counts(read_metadata(self._output))
         self.require_all()
         totals = Counter(dict.fromkeys(_COUNTS, 0))
 

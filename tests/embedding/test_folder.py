@@ -127,6 +127,18 @@ def test_another_shard_size_goes_on_and_another_model_of_the_hub_does_not(tmp_pa
     assert sum(map(len, other.batches)) == 7 + 1
 
 
+@pytest.mark.parametrize("file", ["e.npy", "e.rows.parquet"])
+def test_half_a_pair_is_made_anew(tmp_path, model, file):
+    run(ROWS, tmp_path / "e.npy")
+    content = (tmp_path / file).read_bytes()
+    for half in (content[:-1], None):
+        (tmp_path / file).unlink()
+        if half is not None:
+            (tmp_path / file).write_bytes(half)
+        assert run(ROWS, tmp_path / "e.npy").rows == 7
+        assert (tmp_path / file).read_bytes() == content
+
+
 def test_who_comes_late_finds_all_done(tmp_path, model):
     """It had begun to load its model when others put the shards together and removed them."""
     source, output = tmp_path / "d.jsonl", tmp_path / "e.npy"
