@@ -4,11 +4,11 @@
 
 Simulated: the loop that every worker runs (``codeact.workers.engines.work``), on a clock of its own, in memory. Workers
 are up to four times as fast as others; shards take one second on average, in an exponential distribution, which is
-worse than real ones. Told is how long the job takes beside what it would if work could be cut at will (the floor), how
-often a worker lists the folder, and how often it finds a shard taken.
+worse than real ones. Told is when the last shard is done, beside when it would be if work could be cut at will (the
+floor), how often a worker lists the folder, and how often it finds a shard taken.
 
-On this disk: what a worker does to the folder for a shard (claim, look, finish), and what each listing, the status and
-the plan of a job half done take, in a process each.
+On this disk: what a worker does to the folder for a shard (claim, look, finish), and what a listing of a job half done
+takes, in a process each.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def simulated(workers: int, count: int) -> dict[str, Any]:
     """One job, from the first worker's start to the last one's end."""
     generator, clock, shards = np.random.default_rng(0), Clock(), Shards(count)
     lengths, speeds = generator.exponential(size=count), generator.uniform(0.5, 2.0, workers)
-    done, entered = np.zeros(count, int), threading.Semaphore(0)
+    done, ended, entered = np.zeros(count, int), np.zeros(count), threading.Semaphore(0)
 
     def worker(speed: float) -> None:
         clock.enter(entered)
 
         def do(shard: int, step: object) -> None:
             clock.sleep(lengths[shard] / speed)
-            done[shard] += 1
+            done[shard], ended[shard] = done[shard] + 1, clock.now
             shards.todo.pop(shard, None)
 
         work(Job(shards, do), Claimant(shards), lambda rows, tokens: None)  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def simulated(workers: int, count: int) -> dict[str, Any]:
     return {
         "workers": workers,
         "shards": count,
-        "time_over_floor": clock.now * speeds.sum() / lengths.sum(),
+        "time_over_floor": ended.max() * speeds.sum() / lengths.sum(),
         "listings_a_worker": shards.listings / workers,
         "misses_a_shard": shards.misses / count,
         "cpu_us_a_shard": 1e6 * (time.process_time() - begin) / count,
