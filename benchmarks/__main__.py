@@ -35,7 +35,7 @@ BUDGET = {
     "scoring": 150,
     "clustering": 60,
     "cleaning": 60,
-    "coordination": 40,
+    "coordination": 4,
     "stages": 110,
     "training": 370,
     "generation": 110,
