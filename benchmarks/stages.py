@@ -99,7 +99,8 @@ class Stages:
         self.scorer = IfdScorer(LlamaForCausalLM(small).eval(), few, max_length=256)
         self.folder = ScoreFolder(folder / f"scores-{count}", {"data": {"rows": count}, "shard_size": -(-count // 10)})
         self.folder.claim()
-        self.folder.score(self.records, self.scorer, self.folder.missing())
+        for shard in self.folder.missing():
+            self.folder.score(self.records, self.scorer, shard)
         self.folder.merge()
         self.scores = self.folder.read()
         generator = np.random.default_rng(0)

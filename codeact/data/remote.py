@@ -61,7 +61,9 @@ def fetched(address: str) -> Path:
             kept = target / (_name(address) or "data")
             missing = {path: kept / path for path in there if not (kept / path).exists()}
             if missing:
-                _refuse_without_room(address, sum(there[path].get("size") or 0 for path in missing), home)
+                needed = sum(there[path].get("size") or 0 for path in missing)
+                _refuse_without_room(address, needed, home)
+                say(f"fetching {address}, {size(needed)}")
             for path, place in missing.items():
                 with atomic_path(place) as temporary:
                     _get(store, f"{root}/{path}" if path else root, temporary)
@@ -134,4 +136,3 @@ def _refuse_without_room(address: str, needed: int, home: Path) -> None:
         raise InputError(
             f"{address} holds {size(needed)}, and {size(free)} are left for {home}; CODEACT_CACHE names a larger disk"
         )
-    say(f"fetching {address}, {size(needed)}")

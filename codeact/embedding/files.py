@@ -44,6 +44,12 @@ class EmbeddingMetadata:
     model_fingerprint: str = ""
     dtype: str = ""
 
+    def is_of(self, *, model: str, data_fingerprint: str, model_fingerprint: str, dtype: str) -> bool:
+        """Whether the vectors are of this data and model; its name counts only where it has no fingerprint."""
+        same_name = bool(model_fingerprint) or self.model == model
+        theirs = (self.data_fingerprint, self.model_fingerprint, self.dtype)
+        return same_name and theirs == (data_fingerprint, model_fingerprint, dtype)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EmbeddingTable:

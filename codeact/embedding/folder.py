@@ -1,8 +1,10 @@
 """The folder that grows vectors shard by shard, beside the pair of files that it becomes.
 
-FILE.shards/shards/00003-of-00012.npy      vectors of the rows 3 * shard_size and on that hold a record
-FILE.shards/shards/00003-of-00012.parquet  their rows and ids, and what was counted
-FILE.npy, FILE.rows.parquet                all of them, once all shards are done; then the folder is removed
+    FILE.shards/shards/00003-of-00012.npy      vectors of the rows 3 * shard_size and on that hold a record
+    FILE.shards/shards/00003-of-00012.parquet  their rows and ids, and what was counted
+    FILE.npy, FILE.rows.parquet                all of them, once all shards are done
+
+Then the folder is removed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,7 @@ class EmbeddingFolder(ShardFolder):
     def is_merged(self) -> bool:
         """Whether the pair of files is of these settings; a look at what the second one says of itself."""
         try:
-            made = read_metadata(self._output)
-            return made == self._metadata(made)
+            return read_metadata(self._output).is_of(**self._source)
         except InputError:
             return False
 
@@ -87,7 +87,6 @@ class EmbeddingFolder(ShardFolder):
             on_batch=step,
         )
         step(len(rows) - len(readable), 0)
-        self.path(shard).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._vectors_path(shard)) as temporary, temporary.open("wb") as file:
             np.save(file, result.vectors)
         columns = {"row": [record.row for record in readable], "id": [record.id for record in readable]}
@@ -115,25 +114,19 @@ class EmbeddingFolder(ShardFolder):
                 totals.update({name: facts[name] for name in ("skipped", "truncated", "tokens")}, rows=len(vectors))
                 yield vectors, table["id"].to_pylist(), table["row"].to_numpy()
 
-        def metadata() -> EmbeddingMetadata:
-            counts: Any = totals
-            return self._metadata(
-                EmbeddingMetadata(model=self.settings["model"]["name"], data_fingerprint="", **counts)
-            )
-
-        write_pair(self._output, blocks(), metadata)
+        write_pair(self._output, blocks(), lambda: EmbeddingMetadata(**{**self._source, **totals}))
         return dict(totals)
 
-    def _metadata(self, made: EmbeddingMetadata) -> EmbeddingMetadata:
-        """The metadata of a pair, with what these settings decide: of a model whose files are known not the name."""
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What the vectors are of, as a pair's metadata have it."""
         data, model = self.settings["data"], self.settings["model"]
-        return replace(
-            made,
-            model=made.model if model["fingerprint"] else model["name"],
-            data_fingerprint=data["fingerprint"],
-            model_fingerprint=model["fingerprint"],
-            dtype=self.settings["dtype"],
-        )
+        return {
+            "model": model["name"],
+            "data_fingerprint": data["fingerprint"],
+            "model_fingerprint": model["fingerprint"],
+            "dtype": self.settings["dtype"],
+        }
 
     def _vectors_path(self, shard: int) -> Path:
         return self.path(shard).with_suffix(".npy")

@@ -49,8 +49,8 @@ def prepare_embedding(
     from codeact.models.loading import quiet_transformers
     from codeact.workers.engines import Job
 
-    if place is not None and (device := place.take()) and settings.device == "auto":
-        settings = settings.model_copy(update={"device": device})
+    if place is not None:
+        settings = settings.model_copy(update={"device": place.take(settings.device)})
     records = data.open()
     quiet_transformers()
     encoder = load_embedder(settings.model, device=settings.device, dtype=settings.dtype)
@@ -97,7 +97,7 @@ def embed_data(
     from codeact.base.console import say
     from codeact.base.files import remove_leftovers
     from codeact.data.sources import absolute_name
-    from codeact.embedding.files import read_embeddings
+    from codeact.embedding.files import read_metadata
     from codeact.embedding.folder import EmbeddingFolder, remove_made
     from codeact.workers.choice import check_engine
     from codeact.workers.engines import Begin
@@ -122,12 +122,12 @@ def embed_data(
     begin = Begin(
         folder=folder, prepare=functools.partial(prepare_embedding, data, settings, folder.with_suffix(".npy"))
     )
-    how: Any = {"workers": workers, "engine": engine, "address": address}
-    totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **how)
+    where: Any = {"workers": workers, "engine": engine, "address": address}
+    totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **where)
     remove_made(folder)
     if totals is None:
         return None
-    metadata = read_embeddings(output).metadata
+    metadata = read_metadata(output)
     say(
         f"embedded {metadata.rows:,} questions ({metadata.tokens:,} tokens; {metadata.truncated:,} cut to the model's "
         f"length; {metadata.skipped:,} rows without a question skipped)"
@@ -144,16 +144,18 @@ def _known(data: DataSettings, settings: EmbedSettings, output: Path) -> Embeddi
     from codeact.embedding.vectors import embedder_fingerprint
 
     dtype = str(resolve_dtype(settings.dtype, resolve_device(settings.device))).removeprefix("torch.")
-    fingerprint = embedder_fingerprint(settings.model)  # of a model of the hub there is none
-    decides = (data.open().fingerprint, fingerprint, fingerprint or settings.model, dtype)
+    fingerprint = data.open().fingerprint
     try:
         known = read_embeddings(output).metadata
     except InputError:
         return None  # of a killed or another run: made anew
-    if not known.rows:
-        return None  # refused again
-    model = known.model_fingerprint or known.model
-    return known if (known.data_fingerprint, known.model_fingerprint, model, known.dtype) == decides else None
+    same = known.is_of(
+        model=settings.model,
+        data_fingerprint=fingerprint,
+        model_fingerprint=embedder_fingerprint(settings.model),
+        dtype=dtype,
+    )
+    return known if same and known.rows else None  # of no rows: refused again
 
 
 class Embed(Stage):

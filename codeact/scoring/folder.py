@@ -1,7 +1,9 @@
 """The table of IFD scores, and the folder that grows it shard by shard; see ``codeact.workers.shards``.
 
-DIR/scores.parquet                  all shards, in row order
-DIR/turns.parquet                   of conversations, a row for every answer (a shard has it beside it, too)
+    DIR/scores.parquet    all shards, in row order
+    DIR/turns.parquet     of conversations, a row for every answer (a shard has it beside it, too)
+
+Both are made by ``merge``.
 """
 
 from __future__ import annotations
@@ -70,43 +72,42 @@ class ScoreFolder(ShardFolder):
         self,
         records: RecordSet,
         scorer: IfdScorer,
-        shards: list[int],
+        shard: int,
         progress: Callable[[float, int], object] | None = None,
     ) -> None:
-        """Score ``shards`` and write each as soon as it is done.
+        """Score a shard and write it.
 
         Args:
             records: the data set of the settings.
             scorer: made with the settings.
-            shards: which to do.
+            shard: which one.
             progress: called after every forward pass with the rows and the tokens done since the last call.
         """
-        for shard in shards:
-            span = self.span(shard)
-            rows = records.rows(span.start, span.stop)
-            begin = time.perf_counter()
-            step = rows_done(len(rows), progress)
-            losses: list[np.ndarray] = []
-            turns: list[pa.Table] = []
-            more = {"losses": losses} if self.keep_token_nll else {}
-            table, cost = scorer.score(rows, step, **more, **({"turns": turns} if self.by_turn else {}))
-            step(1.0, 0)  # rows that were refused pass through no forward pass
-            facts = {
-                "seconds": time.perf_counter() - begin,
-                "sequences": cost.sequences,
-                "tokens": cost.tokens,
-                "packs": cost.packs,
-                "capacity_tokens": cost.capacity_tokens,
-                "apart_tokens": cost.apart_tokens,
-                "tokens_per_pack": scorer.tokens_per_pack,
-                "route": scorer.route,
-            }
-            if self.keep_token_nll:
-                write_losses(self.path(shard), np.concatenate([np.empty((2, 0), np.float16), *losses], axis=1))
-            for answers in turns:
-                with atomic_path(self.turns_path(shard)) as temporary:
-                    pq.write_table(answers, temporary)
-            self.write_shard(shard, table, facts)
+        span = self.span(shard)
+        rows = records.rows(span.start, span.stop)
+        begin = time.perf_counter()
+        step = rows_done(len(rows), progress)
+        losses: list[np.ndarray] = []
+        turns: list[pa.Table] = []
+        more = {"losses": losses} if self.keep_token_nll else {}
+        table, cost = scorer.score(rows, step, **more, **({"turns": turns} if self.by_turn else {}))
+        step(1.0, 0)  # rows that were refused pass through no forward pass
+        facts = {
+            "seconds": time.perf_counter() - begin,
+            "sequences": cost.sequences,
+            "tokens": cost.tokens,
+            "packs": cost.packs,
+            "capacity_tokens": cost.capacity_tokens,
+            "apart_tokens": cost.apart_tokens,
+            "tokens_per_pack": scorer.tokens_per_pack,
+            "route": scorer.route,
+        }
+        if self.keep_token_nll:
+            write_losses(self.path(shard), np.concatenate([np.empty((2, 0), np.float16), *losses], axis=1))
+        for answers in turns:
+            with atomic_path(self.turns_path(shard)) as temporary:
+                pq.write_table(answers, temporary)
+        self.write_shard(shard, table, facts)
 
     def merge(self) -> dict[str, Any]:
         """Write ``scores.parquet`` and the totals in the manifest; returns the totals.

@@ -97,8 +97,8 @@ def prepare_scoring(
     from codeact.scoring.folder import ScoreFolder
     from codeact.workers.engines import Job
 
-    if place is not None and (device := place.take()) and settings.device == "auto":
-        settings = settings.model_copy(update={"device": device})
+    if place is not None:
+        settings = settings.model_copy(update={"device": place.take(settings.device)})
     check_kind(output, folder=True)
     records = data.open()
     if strict and first:
@@ -130,7 +130,7 @@ def prepare_scoring(
     )
     folder.keep_token_nll = settings.keep_token_nll
     folder.claim(overwrite and first)
-    return Job(folder, lambda shard, step: folder.score(records, scorer, [shard], step))
+    return Job(folder, functools.partial(folder.score, records, scorer))
 
 
 def _load_scorer(name: str, settings: ScoreSettings, turns: str) -> tuple[Any, IfdScorer, str, str]:
@@ -209,8 +209,8 @@ def score_data(
     begin = Begin(
         folder=Path(output), prepare=functools.partial(prepare_scoring, data, settings, output, overwrite, strict)
     )
-    how: Any = {"workers": workers, "engine": engine, "address": address}
-    return share_out(begin, lambda: ScoreFolder.open(output), **how)
+    where: Any = {"workers": workers, "engine": engine, "address": address}
+    return share_out(begin, lambda: ScoreFolder.open(output), **where)
 
 
 # --------------------------------------------------------------------------------------------------- what is told of it

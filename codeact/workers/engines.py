@@ -51,15 +51,15 @@ class Place:
     index: int
     share: int = 1
 
-    def take(self) -> str | None:
-        """Return the GPU that is for this worker alone; where there is none take that share of the cores."""
+    def take(self, device: str) -> str:
+        """Return the GPU that is for this worker alone, if ``device`` is auto; where there is none take those cores."""
         import torch
 
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, torch.get_num_threads() // self.share))
-            return None
+            return device
         local = self.index if launched_rank() is None else local_rank(self.index)
-        return f"cuda:{local % torch.cuda.device_count()}"
+        return f"cuda:{local % torch.cuda.device_count()}" if device == "auto" else device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,5 +81,4 @@ def prepare(  # as ``codeact.workers.engines.Begin`` has it, with what goes befo
     settings = {"data": {"rows": 3 * shards - 1}, "model": {}, "shard_size": 3}
     scores = ScoreFolder(folder, settings)
     scores.claim()
-    scorer = Scorer(folder.parent / "faults", seconds)
-    return Job(scores, lambda shard, step: scores.score(Rows(), scorer, [shard], step))
+    return Job(scores, partial(scores.score, Rows(), Scorer(folder.parent / "faults", seconds)))

@@ -53,7 +53,8 @@ def make_scored(folder: Path, data: list[dict[str, Any]], table: pa.Table, vecto
         def score(self, rows: Any, progress: Any) -> Any:
             return table.cast(SCHEMA), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
 
-    scores.score(records, Scorer(), scores.missing())
+    for shard in scores.missing():
+        scores.score(records, Scorer(), shard)
     scores.merge()
     kept = [row.row for row in records if isinstance(row, Record)]
     metadata = EmbeddingMetadata(
