@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -194,10 +196,28 @@ def human_eval_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model_path: Path):
+def model_tokenizer(model_path: Path):
+    """SmolLM2's, whole: for what runs on ``model``."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, model_path: Path):
+    """SmolLM2's first 8,192 tokens, the same ids: random models of few words need not compute 49,152 logits."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model_path / name, folder)
+    content = json.loads((model_path / "tokenizer.json").read_text(encoding="utf-8"))
+    bpe = content["model"]
+    bpe["vocab"] = {token: number for token, number in bpe["vocab"].items() if number < 8192}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"])
+    bpe["merges"] = [[left, right] for left, right in pairs if left + right in bpe["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

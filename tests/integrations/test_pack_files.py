@@ -23,7 +23,7 @@ from codeact.packing.reference import pack_reference
 from codeact.text.conversations import IGNORE, Sample, encode_conversations
 from tests.conftest import make_records
 
-CAPACITY = 96
+CAPACITY = 112
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_the_plan_names_every_row_that_fits_once(written, samples):
     assert sorted(row for rows in plan for row in rows) == [n for n, sample in enumerate(samples) if sample is not None]
     assert files.output == files.plan
     assert all(sum(len(samples[row].input_ids) for row in rows) <= CAPACITY for rows in plan)
-    assert f"{len(plan)} packs of at most 96" in files.summary()
+    assert f"{len(plan)} packs of at most {CAPACITY}" in files.summary()
     assert "(refused: 1 bad_conversation)" in files.summary()
 
 
@@ -169,7 +169,7 @@ def test_llama_factory(written, samples, tokenizer):
     packs = datasets.load_from_disk(str(files.output))
     for row, members in zip(packs, plan, strict=True):
         ids = laid_end_to_end(samples, members, "input_ids")
-        padding = 104 - len(ids)
+        padding = CAPACITY + 8 - len(ids)
         assert row["input_ids"] == ids + [tokenizer.pad_token_id] * padding
         assert row["labels"] == laid_end_to_end(samples, members, "labels") + [IGNORE] * padding
         numbers = [n for n, member in enumerate(members, 1) for _ in samples[member].input_ids]

@@ -58,7 +58,7 @@ def turn_table(model, tokenizer, records, **more):
 class TestOnePass:
     @pytest.mark.parametrize("template", ["qa", "chat", "deepseek", "codeqwen", "Q: {question}\nA:"])
     @pytest.mark.parametrize("with_bos", [False, True])
-    @pytest.mark.parametrize("max_length", [512, 90])
+    @pytest.mark.parametrize("max_length", [512, 110])
     def test_equals_one_turn_at_a_time(
         self, tiny_model, tokenizer, bos_tokenizer, request, template, with_bos, max_length
     ):
