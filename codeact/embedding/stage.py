@@ -120,7 +120,9 @@ def embed_data(
         check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
     remove_leftovers(Path(output).parent)
     begin = Begin(
-        folder=folder, prepare=functools.partial(prepare_embedding, data, settings, folder.with_suffix(".npy"))
+        folder=folder,
+        prepare=functools.partial(prepare_embedding, data, settings, folder.with_suffix(".npy")),
+        modules=("codeact.embedding.files", "codeact.embedding.folder", "sentence_transformers"),
     )
     where: Any = {"workers": workers, "engine": engine, "address": address}
     totals = share_out(begin, lambda: EmbeddingFolder.open(folder), **where)

@@ -207,7 +207,9 @@ def score_data(
 
         check_copies(settings.model, workers, 4 if settings.dtype == "float32" else 2)
     begin = Begin(
-        folder=Path(output), prepare=functools.partial(prepare_scoring, data, settings, output, overwrite, strict)
+        folder=Path(output),
+        prepare=functools.partial(prepare_scoring, data, settings, output, overwrite, strict),
+        modules=("codeact.models.loading", "codeact.scoring.folder", "codeact.scoring.ifd"),
     )
     where: Any = {"workers": workers, "engine": engine, "address": address}
     return share_out(begin, lambda: ScoreFolder.open(output), **where)

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -73,6 +74,7 @@ class Begin:
         share: see ``Place``.
         first: see ``prepare``.
         since: deaths over a shard count from then on; see ``codeact.workers.claims.Worker``.
+        modules: what a worker loads, before it does anything else.
     """
 
     folder: Path
@@ -80,6 +82,7 @@ class Begin:
     share: int = 1
     first: bool = True
     since: float | None = None
+    modules: tuple[str, ...] = ()
 
 
 def run_worker(begin: Begin, index: int) -> None:
@@ -300,8 +303,9 @@ class LocalPool:
         self._started: dict[int, tuple[BaseProcess, Connection]] = {}
 
     def start(self, index: int, begin: Begin) -> None:
-        """Start a process afresh: one that is forked has no CUDA."""
-        context = multiprocessing.get_context("spawn")
+        """Start a process: where no GPU is, forked from one that has loaded the libraries, which takes seconds."""
+        context = multiprocessing.get_context("spawn" if _may_have_gpu() else "forkserver")
+        context.set_forkserver_preload([__name__, *begin.modules])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_local_worker, args=(begin, index, theirs))
         process.start()
@@ -334,6 +338,11 @@ class LocalPool:
             process.terminate()
         for process, _ in self._started.values():
             process.join()
+
+
+def _may_have_gpu() -> bool:
+    """Whether a forked process might miss one: CUDA that a library has looked for before a fork is lost after it."""
+    return sys.platform != "linux" or Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia*"))
 
 
 def _local_worker(begin: Begin, index: int, said: Connection) -> None:
