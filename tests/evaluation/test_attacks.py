@@ -138,7 +138,7 @@ class Witness:
 
 @pytest.fixture(scope="module")
 def outcomes(host: Host, sandbox: Sandbox) -> dict[str, tuple[Verdict, list[bytes]]]:
-    """All attacks, two at a time."""
+    """All attacks, some at a time."""
     places = {
         "folder": host.folder,
         "secret": host.secret,
@@ -153,7 +153,7 @@ def outcomes(host: Host, sandbox: Sandbox) -> dict[str, tuple[Verdict, list[byte
         return judge_program(programs[name], simple_tests(), witness), witness.lines  # type: ignore[arg-type]
 
     os.environ["CODEACT_TEST_SECRET"] = "1"
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return dict(zip(NAMES, pool.map(attack, NAMES), strict=True))
 
 

@@ -19,7 +19,7 @@ from codeact.base.console import visible
 from codeact.base.errors import InputError
 from codeact.evaluation import judge as programs
 from codeact.evaluation import results as evaluation
-from codeact.evaluation.judge import GroundTruth, Verdict, judge_program
+from codeact.evaluation.judge import GroundTruth, TaskTests, Verdict, judge_program
 from codeact.evaluation.problems import load_problems
 from codeact.evaluation.programs import Program, SampleLog, discard_samples, read_rows, read_samples, write_samples
 from codeact.evaluation.results import evaluate, pass_at_k, results_path, write_results
@@ -291,6 +291,11 @@ FORGED = {"eq_always", "eq_object"}
 MORE = {"sys_modules_name", "doctest_call", "setrecursion_100k", "pickle_own_class", "modules_main"}
 
 
+def first_of(tests: TaskTests, count: int) -> TaskTests:
+    names = ("inputs", "wires", "expected", "seconds", "floats")
+    return replace(tests, **{name: getattr(tests, name)[:count] for name in names})
+
+
 def test_verdicts_are_as_right_as_those_of_evalplus(shared_data: Path, tmp_path: Path) -> None:
     """62 programs and answers beside what evalplus 0.3.1 said of them: it passes two forgeries, and fails five modules.
 
@@ -305,7 +310,9 @@ def test_verdicts_are_as_right_as_those_of_evalplus(shared_data: Path, tmp_path:
 
     def judged(row: dict) -> Verdict:
         program = row.get("program") or sanitize(row["answer"], by_id[row["task_id"]].entry_point)
-        return judge_program(program, tests[row["task_id"]], hasty if "time" in row["codeact"] else patient)
+        # A deep recursion for every test takes 35 s for all of them.
+        asked = first_of(tests[row["task_id"]], 40) if row["case"] == "setrecursion_100k" else tests[row["task_id"]]
+        return judge_program(program, asked, hasty if "time" in row["codeact"] else patient)
 
     differ = set()
     with ThreadPoolExecutor(4) as pool:
