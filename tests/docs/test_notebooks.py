@@ -23,7 +23,7 @@ def test_it_runs(path, tmp_path, tiny_model_path, embedder_path):
     for cell in notebook.cells:
         for written, real in ((MODEL, tiny_model_path), (EMBEDDER, embedder_path)):
             cell.source = cell.source.replace(written, str(real))
-        cell.source = re.sub(r"^ROWS(.*) = \d+", r"ROWS\1 = 40", cell.source, flags=re.MULTILINE)
+        cell.source = re.sub(r"^ROWS(.*) = \d+", r"ROWS\1 = 24", cell.source, flags=re.MULTILINE)
         cell.source = cell.source.replace('"stdlib"', '"email"')
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
