@@ -41,7 +41,10 @@ def pytest_configure() -> None:
 
 
 # Files of half a minute and more: they come first, so that no worker is left with one of them at the end.
-SLOW = ("sharding", "docs", "signals", "containers", "attacks", "folder", "ifd", "lab", "compile_report", "lm_eval")
+SLOW = (
+    *("sharding", "flow", "docs", "folder", "signals", "notebooks", "containers", "ray", "benchmarks", "ifd", "attacks"),
+    *("lab", "compile_report", "isolation", "train", "linear_nll", "package", "results", "lm_eval"),
+)
 
 
 _frozen = {"modules": 0}
@@ -64,7 +67,8 @@ def pytest_runtest_teardown() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+    places = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords have the names of folders too, the checkout's among them

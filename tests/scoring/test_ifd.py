@@ -161,22 +161,22 @@ class TestExact:
             mean = (item["cond_nll_sum"] - item["uncond_nll_sum"]) / item["scored_tokens"]
             assert item["ifd"] == pytest.approx(math.exp(mean), rel=1e-12)
 
-    def test_real_model_on_real_rows(self, model, model_path, tokenizer, code_alpaca):
+    def test_real_model_on_real_rows(self, model, model_path, model_tokenizer, code_alpaca):
         records = code_alpaca.rows(100, 104)
         ours, _ = load_causal_lm(str(model_path), CPU, torch.float32)
-        table = score_ifd(ours, tokenizer, records, tokens_per_pack=512)
+        table = score_ifd(ours, model_tokenizer, records, tokens_per_pack=512, max_length=512)
         for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
-            assert value == pytest.approx(exact_ifd(model, tokenizer, record), rel=1e-4)
+            assert value == pytest.approx(exact_ifd(model, model_tokenizer, record), rel=1e-4)
 
 
 class TestSeed:
-    def test_equals_the_procedure_on_real_rows(self, model, model_path, tokenizer, code_alpaca):
-        records = code_alpaca.rows(0, 8)
+    def test_equals_the_procedure_on_real_rows(self, model, model_path, model_tokenizer, code_alpaca):
+        records = code_alpaca.rows(0, 5)
         ours, _ = load_causal_lm(str(model_path), CPU, torch.float32)
-        table = score_ifd(ours, tokenizer, records, protocol="paper")
-        assert table["status"].to_pylist() == ["ok"] * 8
+        table = score_ifd(ours, model_tokenizer, records, protocol="paper", max_length=512)
+        assert table["status"].to_pylist() == ["ok"] * 5
         for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
-            assert value == pytest.approx(paper_ifd(model, tokenizer, record), rel=1e-4)
+            assert value == pytest.approx(paper_ifd(model, model_tokenizer, record), rel=1e-4)
 
     @pytest.mark.parametrize("with_bos", [False, True])
     @pytest.mark.parametrize("max_length", [90, 512])
