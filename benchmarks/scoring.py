@@ -8,6 +8,8 @@ machine whose speed drifts is fair to all. Before anything is timed, the exact s
 batches and the paper's with the loop's, to 1e-3 in float32 and 0.1 in bfloat16. Added memory: scoring eight of the
 rows, with the model in memory. How the time grows with the rows is in benchmarks.stages, on a smaller model.
 
+Once more with a text of 77 tokens before every question, as chat templates have one: it is computed once a pack.
+
 The floor: the multiply-adds of every linear layer on every token that is computed, and of the LM head on every token
 that is scored, at the best speed that torch.mm reaches on the model's own shapes in the same process.
 """
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,8 @@ CHUNKS = 4
 BATCH = 16
 LOOP, PADDED, OURS = "the paper's loop", f"padded batches of {BATCH}", "codeact, exact"
 ROWS = {torch.float32: 60, torch.bfloat16: 120}
+SYSTEM = "You answer questions about Python. Write clear, correct and tested code, and nothing but code. " * 4 + "\n"
+SYSTEM_ROWS = 32
 FULL_ROWS = 200
 MAX_LENGTH = 2048
 
@@ -127,8 +132,11 @@ def without(name: str) -> Iterator[None]:
         ifd.token_nll = token_nll
 
 
-def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Time every arm on every chunk in one dtype."""
+def measure(
+    rows: list[Record], dtype: torch.dtype, beginning: str = ""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Time every arm on every chunk in one dtype; with a ``beginning`` before every question, ours and the loop."""
+    rows = [replace(row, question=beginning + row.question) for row in rows]
     path = str(demo_models.causal_lm())
     ours, tokenizer = load_causal_lm(path, torch.device("cpu"), dtype)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
@@ -146,12 +154,15 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
         "codeact, exact, all in PyTorch": lambda chunk: score(chunk, lacking="kernels"),
         "codeact, paper": lambda chunk: score(chunk, paper),
     }
+    if beginning:
+        arms = {name: arms[name] for name in (LOOP, OURS, "codeact, paper")}
     # The arms that only explain another one take fewer chunks.
     most_chunks = {name: 2 for name in arms if name == PADDED or "PyTorch" in name}
     few = rows[: 2 * BATCH : 4] if len(rows) > CHUNKS * 4 else rows[:2]
     got = {name: np.array(arm(few)) for name, arm in arms.items()}
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    np.testing.assert_allclose(got[OURS], got[PADDED], rtol=tolerance)
+    if not beginning:
+        np.testing.assert_allclose(got[OURS], got[PADDED], rtol=tolerance)
     np.testing.assert_allclose(got["codeact, paper"], got[LOOP], rtol=tolerance)
 
     peak = matmul_peak(plain, dtype)
@@ -170,7 +181,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
     floors = [flops(plain, chunk) / peak for chunk in items]
     name_of_dtype = str(dtype).removeprefix("torch.")
     # A process an arm takes its time: memory is measured in the dtype that codeact takes by itself.
-    usual = dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32) and len(rows) > 4 * CHUNKS
+    usual = dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32) and len(rows) > 4 * CHUNKS and not beginning
     measured = (LOOP, PADDED, OURS) if usual else ()
     records = []
     for name, times in seconds.items():
@@ -178,7 +189,7 @@ def measure(rows: list[Record], dtype: torch.dtype) -> tuple[list[dict[str, Any]
         records.append(
             {
                 "dtype": name_of_dtype,
-                "what": name,
+                "what": f"{name}, a text before every question" if beginning else name,
                 # Chunks differ in tokens: seconds of a chunk of average size.
                 "seconds": [t * sum(tokens) / CHUNKS / n for t, n in zip(times, tokens, strict=False)],
                 "rows_per_s": sum(map(len, chunks[:done])) / sum(times),
@@ -274,6 +285,10 @@ def run(options: argparse.Namespace) -> Report:
             )
             for peer in (LOOP, PADDED)
         ]
+    if not options.quick:
+        found, fact = measure(rows[:: len(rows) // SYSTEM_ROWS][:SYSTEM_ROWS], dtypes[-1], SYSTEM)
+        records += found
+        facts["a text before every question"] = fact
     notes = [
         f"{dtype}: {fact['rows']} rows, {fact['tokens']:,} tokens in both passes; floor {fact['floor_seconds']:.1f} s "
         f"at {fact['flops_per_s'] / 1e9:.0f} GFLOP/s."

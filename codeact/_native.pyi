@@ -165,6 +165,7 @@ def varlen_attention(
     scale: float,
     threads: int,
     instruction_set: str,
+    prefixes: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.float32 | np.uint16]:
     """Return the causal attention of every sample on its own, (T, H, E); see `codeact.ops.attention.varlen_attention`.
 
@@ -176,10 +177,11 @@ def varlen_attention(
         scale: of the scores, above 0.
         threads: at most so many run, the calling one included.
         instruction_set: one of `instruction_sets()`.
+        prefixes: (N,), the sample whose tokens come before those of each, or -1; it has none itself.
 
     Raises:
         TypeError: an operand holds something else.
-        ValueError: shapes or bounds do not fit, or the instruction set is not here.
+        ValueError: shapes, bounds or prefixes do not fit, or the instruction set is not here.
     """
 
 def varlen_attention_backward(

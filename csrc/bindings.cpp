@@ -176,15 +176,22 @@ codeact::HeadsView heads_view(const py::array& array, const char* name) {
 
 using Bounds = py::array_t<std::int32_t, py::array::c_style>;
 
+std::span<const std::int32_t> span_of(const std::optional<Bounds>& array) {
+  if (!array) return {};
+  return {array->data(), static_cast<std::size_t>(array->size())};
+}
+
 codeact::AttentionOperands attention_operands(const py::array& query, const py::array& key, const py::array& value,
-                                              const Bounds& cu_seqlens, float scale) {
+                                              const Bounds& cu_seqlens, float scale,
+                                              const std::optional<Bounds>& prefixes = {}) {
   const codeact::AttentionOperands operands{.element = element_of({&query, &key, &value}),
                                             .queries = heads_view(query, "query"),
                                             .keys = heads_view(key, "key"),
                                             .values = heads_view(value, "value"),
                                             .bounds = {cu_seqlens.data(), static_cast<std::size_t>(cu_seqlens.size())},
-                                            .scale = scale};
-  const auto& [element, queries, keys, values, bounds, factor] = operands;
+                                            .scale = scale,
+                                            .prefixes = span_of(prefixes)};
+  const auto& [element, queries, keys, values, bounds, factor, others] = operands;
   if (queries.tokens != keys.tokens || queries.tokens != values.tokens || queries.width != keys.width ||
       keys.heads != values.heads || keys.heads == 0 || queries.heads % keys.heads != 0)
     throw py::value_error("query, key and value do not fit together");
@@ -200,8 +207,9 @@ py::array new_heads(const py::array& like, std::int64_t tokens, std::int64_t hea
 std::byte* bytes_of(py::array& array) { return static_cast<std::byte*>(array.mutable_data()); }
 
 py::array varlen_attention(const py::array& query, const py::array& key, const py::array& value,
-                           const Bounds& cu_seqlens, float scale, int threads, const std::string& instruction_set) {
-  const codeact::AttentionOperands operands = attention_operands(query, key, value, cu_seqlens, scale);
+                           const Bounds& cu_seqlens, float scale, int threads, const std::string& instruction_set,
+                           const std::optional<Bounds>& prefixes) {
+  const codeact::AttentionOperands operands = attention_operands(query, key, value, cu_seqlens, scale, prefixes);
   py::array output = new_heads(query, operands.queries.tokens, operands.queries.heads, operands.values.width);
   std::byte* data = bytes_of(output);
   {
@@ -217,7 +225,7 @@ py::tuple varlen_attention_backward(const py::array& output_gradient, const py::
   element_of({&query, &output_gradient});
   const codeact::AttentionOperands operands = attention_operands(query, key, value, cu_seqlens, scale);
   const codeact::HeadsView slopes = heads_view(output_gradient, "output_gradient");
-  const auto& [element, queries, keys, values, bounds, factor] = operands;
+  const auto& [element, queries, keys, values, bounds, factor, prefixes] = operands;
   if (slopes.heads != queries.heads || slopes.tokens != queries.tokens || slopes.width != values.width)
     throw py::value_error("output_gradient does not fit the operands");
   py::array query_gradient = new_heads(query, queries.tokens, queries.heads, queries.width);
@@ -374,7 +382,8 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("rotate", &rotate, py::arg("x"), py::arg("cosine"), py::arg("sine"), py::arg("output"), py::arg("threads"),
              py::arg("instruction_set"));
   module.def("varlen_attention", &varlen_attention, py::arg("query"), py::arg("key"), py::arg("value"),
-             py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"));
+             py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"), py::arg("instruction_set"),
+             py::arg("prefixes") = py::none());
   module.def("varlen_attention_backward", &varlen_attention_backward, py::arg("output_gradient"), py::arg("query"),
              py::arg("key"), py::arg("value"), py::arg("cu_seqlens"), py::arg("scale"), py::arg("threads"),
              py::arg("instruction_set"));

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from codeact.base.devices import to_device
 from codeact.base.errors import InputError, require
 from codeact.models.fused_layers import fused_layers
-from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention
+from codeact.ops.attention import ATTENTION, PackedBatch, isolating_attention, native_runs
 
 _SHORT = (5, 9, 7)  # tokens of the samples that every proof runs
 _EDGE = 8  # of a longer sample, so many tokens at either end are compared
@@ -334,6 +334,34 @@ def prove_isolation(
     raise InputError(f"{type(model).__name__} cannot be packed with {attention}: {reason}{'; ' * bool(remedy)}{remedy}")
 
 
+def shares_prefixes(model: PreTrainedModel, attention: str, rule: PassRule, longest: int, bits: bool = False) -> bool:
+    """Whether samples that begin alike may have their beginning computed once, with the logits that they get alone.
+
+    Tried on the model, as isolation is: a short beginning, and one that reaches to every length that the configuration
+    names. Never where how a sample is computed follows from its length. ``bits``: only where no bit changes.
+    """
+    weight = model.get_input_embeddings().weight
+    if attention != ATTENTION or weight.device.type != "cpu" or rule.switches or rule.shared is not None:
+        return False
+    if bits and not native_runs(weight, weight, weight):
+        return False
+    edges = sorted(edge for edge in _edge_samples(model, longest, rule) if edge > max(_SHORT))
+    for before, layers in ((_SHORT[1], None), *((edge - _SHORT[0] // 2, few_layers(model)) for edge in edges)):
+        beginning, *rests = (_sample(model, length, seed) for seed, length in enumerate((before, *_SHORT[::2])))
+        rests = [rest[: max(1, longest - before)] for rest in rests]
+        try:
+            with refusals_of(model), only_layers(model, layers), computing(model, attention):
+                alone = torch.cat([_logits(model, [torch.cat([beginning, r])])[-min(len(r), _EDGE) :] for r in rests])
+                packed = _logits(model, [beginning, *rests], rule, [-1, 0, 0])[-len(alone) :]
+        except InputError:
+            return False
+        if bits and not torch.equal(packed, alone):
+            return False
+        if _difference(packed, alone, _TOLERANCE / 5, bool(getattr(model, "is_quantized", False))):
+            return False
+    return True
+
+
 def _leak(model: PreTrainedModel, attention: str, longest: int, rule: PassRule, tokens: int) -> str | None:
     """Why samples of a pass are not apart, or None: they are."""
     config = model.config.get_text_config()
@@ -417,12 +445,15 @@ def _sample(model: Any, length: int, seed: int = 0) -> Tensor:
     return torch.randint(model.get_input_embeddings().weight.shape[0], (length,), generator=generator)
 
 
-def _logits(model: Any, samples: list[Tensor], rule: PassRule = PassRule(shared=1)) -> Tensor:
+def _logits(
+    model: Any, samples: list[Tensor], rule: PassRule = PassRule(shared=1), prefixes: list[int] | None = None
+) -> Tensor:
     """Logits (T, V) of the first and last tokens of every sample of one pass."""
-    batch = PackedBatch.from_samples([sample.numpy() for sample in samples])
+    batch = PackedBatch.from_samples([sample.numpy() for sample in samples], prefixes)
     device = model.get_input_embeddings().weight.device
     inputs = rule.inputs(batch, device)
-    position, last = batch.position_ids[0], torch.tensor([len(sample) - 1 for sample in samples])
+    position = torch.cat([torch.arange(len(sample)) for sample in samples])
+    last = torch.tensor([len(sample) - 1 for sample in samples])
     last = last.repeat_interleave(torch.tensor([len(sample) for sample in samples]))
     kept = ((position < _EDGE) | (last - position < _EDGE)).nonzero().flatten()
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

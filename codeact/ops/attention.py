@@ -42,17 +42,27 @@ class PackedBatch:
 
     ``input_ids`` and ``position_ids``: int64 (1, T); positions restart at 0 with every sample.
     ``cu_seqlens``: int32 (N + 1,); sample i stands at ``cu_seqlens[i]:cu_seqlens[i + 1]``.
-    ``max_length``: tokens of the longest sample.
+    ``max_length``: tokens of the longest sample, its prefix included.
+    ``prefixes``: int32 (N,), the sample whose tokens come before those of each, or -1; None: no sample has one.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
     max_length: int
+    prefixes: Tensor | None = None
 
     @classmethod
-    def from_samples(cls, samples: Sequence[Sequence[int] | np.ndarray]) -> PackedBatch:
-        """Lay token id sequences (each of one token at least) end to end, in the order given."""
+    def from_samples(
+        cls, samples: Sequence[Sequence[int] | np.ndarray], prefixes: Sequence[int] | None = None
+    ) -> PackedBatch:
+        """Lay token id sequences (each of one token at least) end to end, in the order given.
+
+        Args:
+            samples: the sequences.
+            prefixes: of each the number of one that it goes on, and which goes on none, or -1: many sequences that
+                begin alike are then run as their beginning, once, and what is left of each.
+        """
         lengths = np.fromiter((len(sample) for sample in samples), dtype=np.int64, count=len(samples))
         if len(samples) == 0 or lengths.min() == 0:
             raise ValueError("a pack holds at least one sample, and every sample at least one token")
@@ -60,16 +70,24 @@ class PackedBatch:
         starts = ends - lengths
         ids = np.concatenate([np.asarray(sample, dtype=np.int64) for sample in samples])
         positions = np.arange(ids.size, dtype=np.int64) - np.repeat(starts, lengths)
+        reach = lengths
+        if prefixes is not None:
+            whose = np.asarray(prefixes, dtype=np.int64)
+            before = np.where(whose < 0, 0, lengths[whose])
+            positions += np.repeat(before, lengths)
+            reach = lengths + before
         return cls(
             input_ids=torch.from_numpy(ids)[None],
             position_ids=torch.from_numpy(positions)[None],
             cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-            max_length=int(lengths.max()),
+            max_length=int(reach.max()),
+            prefixes=None if prefixes is None else torch.tensor(prefixes, dtype=torch.int32),
         )
 
     def model_inputs(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of a transformers model, on ``device``; a cache is switched off, it would join samples."""
         cu_seqlens = to_device(self.cu_seqlens, device)
+        more = {} if self.prefixes is None else {"prefix_samples": self.prefixes}
         return {
             "input_ids": to_device(self.input_ids, device),
             "position_ids": to_device(self.position_ids, device),
@@ -78,6 +96,7 @@ class PackedBatch:
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
+            **more,
         }
 
 
@@ -121,6 +140,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    prefix_samples: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention in which no sample of a pack sees another; a transformers attention function.
@@ -134,6 +154,8 @@ def varlen_attention(
         sliding_window: a query sees at most so many tokens, itself included.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (H,) sinks: the score of one more key, of value 0, that every query of a head looks at (GPT-OSS).
+        prefix_samples: (N,) int32 on the CPU: the sample of the pack that each goes on, whose tokens it sees before its
+            own, or -1. On the CPU, without gradients.
 
     Returns:
         (B, T, H, D), and None for the attention weights, which are never formed.
@@ -157,7 +179,13 @@ def varlen_attention(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{ATTENTION} is causal; {type(module).__name__} wants bidirectional attention")
 
-    bounds = _chunked(_sample_bounds(query, cu_seq_lens_q, position_ids), module)
+    bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
+    chunked = _chunked(bounds, module)
+    if prefix_samples is not None and (
+        chunked is not bounds or query.device.type != "cpu" or (torch.is_grad_enabled() and query.requires_grad)
+    ):
+        raise ValueError(f"{ATTENTION} has prefixes on the CPU only, without gradients, and not for chunked attention")
+    bounds = chunked
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
@@ -167,14 +195,18 @@ def varlen_attention(
     batch, heads, tokens, _ = query.shape
     plain = batch == 1 and not dropout and softcap is None and s_aux is None
     plain = plain and (sliding_window is None or sliding_window >= tokens)
-    if plain and _native_runs(query, key, value):
-        return _native_varlen(query, key, value, bounds, scaling), None
+    if plain and native_runs(query, key, value):
+        return _native_varlen(query, key, value, bounds, scaling, prefix_samples), None
+    prefixes = [-1] * (len(bounds) - 1) if prefix_samples is None else prefix_samples.tolist()
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
-    for start, end in itertools.pairwise(bounds.tolist()):
+    for (start, end), prefix in zip(itertools.pairwise(bounds.tolist()), prefixes, strict=True):
         # The bounds count along the batch laid end to end; no sample crosses from one row to the next.
         row, first = divmod(start, tokens)
         here = slice(first, first + end - start)
         q, k, v = query[row, :, here], key[row, :, here], value[row, :, here]
+        if prefix >= 0:
+            before = slice(*bounds[prefix : prefix + 2].tolist())
+            k, v = (torch.cat([whole[row, :, before], own], dim=1) for whole, own in ((key, k), (value, v)))
         sample = _sample_attention(q, k, v, dropout, scaling, sliding_window, softcap, s_aux)
         output[row, here] = sample.transpose(0, 1)
     return output, None
@@ -205,7 +237,7 @@ def _chunked(bounds: Tensor, module: torch.nn.Module) -> Tensor:
     return torch.cat([*pieces, torch.tensor([int(bounds[-1])])]).to(bounds)
 
 
-def _native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def native_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the compiled attention can serve these operands."""
     alike = query.dtype == key.dtype == value.dtype
     return alike and os.environ.get("CODEACT_BACKEND") != "torch" and native.why_not(query) is None
@@ -218,7 +250,9 @@ class _NativeVarlen(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float, prefixes: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, bounds)
         ctx.scale = scale
         output = _native.varlen_attention(
@@ -229,6 +263,7 @@ class _NativeVarlen(torch.autograd.Function):
             scale,
             torch.get_num_threads(),
             native.instruction_set(),
+            None if prefixes is None else prefixes.numpy(),
         )
         return native.as_tensor(output)[None]
 
@@ -246,13 +281,15 @@ class _NativeVarlen(torch.autograd.Function):
             torch.get_num_threads(),
             native.instruction_set(),
         )
-        return *(native.as_tensor(g)[None].transpose(1, 2) for g in gradients), None, None
+        return *(native.as_tensor(g)[None].transpose(1, 2) for g in gradients), None, None, None
 
 
-def _native_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
-    """The compiled attention, with gradients: (1, H, T, D) -> (1, T, H, D)."""
+def _native_varlen(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, prefixes: Tensor | None = None
+) -> Tensor:
+    """The compiled attention, with gradients where no sample has a prefix: (1, H, T, D) -> (1, T, H, D)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cast(Tensor, _NativeVarlen.apply(query, key, value, bounds, scale))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _NativeVarlen.apply(query, key, value, bounds, scale, prefixes))  # type: ignore[no-untyped-call]
 
 
 def _sample_attention(
@@ -265,14 +302,14 @@ def _sample_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of one sample: q (H, L, D), k and v (G, L, D) -> (H, L, D)."""
-    length = q.shape[1]
+    """Causal attention of one sample: q (H, L, D), its last tokens, k and v (G, S, D) -> (H, L, D)."""
+    length, before = k.shape[1], k.shape[1] - q.shape[1]
     banded = window is not None and window < length
     mask = None
-    if banded or softcap is not None or sinks is not None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if banded or before or softcap is not None or sinks is not None:
+        mask = torch.ones(q.shape[1], length, dtype=torch.bool, device=q.device).tril(before)
         if banded:
-            mask = mask.triu(1 - cast(int, window))
+            mask = mask.triu(before + 1 - cast(int, window))
     q, k, v = q[None], k[None], v[None]
     if softcap is not None:
         return _softcapped(q, k, v, mask, dropout, scale, softcap)[0]

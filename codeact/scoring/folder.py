@@ -99,6 +99,7 @@ class ScoreFolder(ShardFolder):
             "packs": cost.packs,
             "capacity_tokens": cost.capacity_tokens,
             "apart_tokens": cost.apart_tokens,
+            "shared_tokens": cost.shared_tokens,
             "tokens_per_pack": scorer.tokens_per_pack,
             "route": scorer.route,
         }
@@ -142,6 +143,7 @@ class ScoreFolder(ShardFolder):
                 for name in ("seconds", "sequences", "tokens", "packs", "capacity_tokens"):
                     totals[name] += facts[name]
                 totals["apart_tokens"] += facts.get("apart_tokens", facts["tokens"])
+                totals["shared_tokens"] += facts.get("shared_tokens", 0)
         if len(routes) > 1:
             logger.warning(
                 "%s: shards were not all scored in one way, and different ways agree to rounding only: %s",

@@ -30,12 +30,14 @@ from codeact.models.isolation import (
     packing_attention,
     plain_attention,
     prove_isolation,
+    shares_prefixes,
     split_head,
 )
 from codeact.models.loading import model_and_tokenizer, positions_of
 from codeact.ops.attention import PackedBatch
 from codeact.ops.nll import nll_backend, token_nll, triton_lacks
 from codeact.packing.packs import pack
+from codeact.packing.prefixes import SharedPrefixes, pieces, shared_prefixes
 from codeact.scoring.table import SCHEMA, TURN_SCHEMA
 from codeact.scoring.tokens import TokenizedRecord, answers_of, passes, tokenize
 from codeact.text.templates import PromptBuilder
@@ -59,6 +61,7 @@ class ScoreCost:
     """What scoring took: sequences and tokens through the model, the packs that held them and their capacity.
 
     ``apart_tokens``: what it would have been with every answer of a conversation in a pass of its own.
+    ``shared_tokens``: those that more sequences would have been, had beginnings that they share not been computed once.
     """
 
     sequences: int
@@ -66,6 +69,7 @@ class ScoreCost:
     packs: int
     capacity_tokens: int
     apart_tokens: int = 0
+    shared_tokens: int = 0
 
 
 class IfdScorer:
@@ -133,6 +137,7 @@ class IfdScorer:
         self._order = np.empty(0, np.int64)  # in which spans were run, pack after pack
         self.vocabulary = min(len(self.head.weight), len(model.get_input_embeddings().weight))
         self._halved = False
+        self._shares: dict[bool, bool] = {}  # whether a beginning may be computed once; True: and no bit changes
 
     @property
     def route(self) -> str:
@@ -224,22 +229,29 @@ class IfdScorer:
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - (self._greedy is not None)
         if not len(lengths):
             return np.empty(0), ScoreCost(sequences=0, tokens=0, packs=0, capacity_tokens=0)
-        waiting = deque(self._plan(lengths))
-        total, done, capacity = int(lengths.sum()), 0, 0
+        shared = self._shared(sequences, spans, lengths)
+        waiting = deque(self._plan(lengths, shared))
+        total, done, run, capacity = int(lengths.sum()), 0, 0, 0
         packs: list[np.ndarray] = []
         parts: list[torch.Tensor] = []
         while waiting:
             indices = waiting.popleft()
-            members, tokens = indices.tolist(), int(lengths[indices].sum())
-            part = self._pack_sums([sequences[i] for i in members], [spans[i] for i in members])
+            members, whole = indices.tolist(), int(lengths[indices].sum())
+            group, depth = shared.group[indices], shared.depth[indices]
+            _, firsts = np.unique(group, return_index=True)
+            tokens = whole - int(depth.sum()) + int(depth[firsts].sum())
+            beginnings = (group.tolist(), depth.tolist()) if depth.any() else None
+            part = self._pack_sums([sequences[i] for i in members], [spans[i] for i in members], beginnings)
             if part is None:  # from here on packs of half the size, in this call and those after it
                 self.tokens_per_pack = min(self.tokens_per_pack, tokens) // 2
                 rest = np.concatenate([indices, *waiting])
-                waiting = deque(rest[some] for some in self._plan(lengths[rest]))
+                waiting = deque(rest[some] for some in self._plan(lengths[rest], SharedPrefixes.none(len(rest))))
+                shared = SharedPrefixes.none(len(lengths))
                 continue
             packs.append(indices)
             parts.append(part)
-            done += tokens
+            done += whole
+            run += tokens
             capacity += max(self.tokens_per_pack, tokens)
             if progress is not None:
                 progress(done / total, tokens)
@@ -248,10 +260,30 @@ class IfdScorer:
         # One transfer at the end: a transfer per pack would make a GPU wait for each.
         self._order = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in np.concatenate(packs)])
         sums[self._order] = torch.cat(parts).cpu().numpy()
-        return sums, ScoreCost(sequences=len(sequences), tokens=total, packs=len(packs), capacity_tokens=capacity)
+        cost = ScoreCost(
+            sequences=len(sequences), tokens=run, packs=len(packs), capacity_tokens=capacity, shared_tokens=total - run
+        )
+        return sums, cost
 
-    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+    def _shared(
+        self, sequences: list[Sequence[int]], spans: Sequence[_Spans], lengths: np.ndarray
+    ) -> SharedPrefixes:
+        """The beginnings to compute once: up to where the first scored token is predicted, and where it is exact."""
+        none, bits = SharedPrefixes.none(len(sequences)), self._greedy is not None
+        if not self._shares.get(bits, True):
+            return none
+        heads = [sequence[: own[0][0] - 1] for sequence, own in zip(sequences, spans, strict=True)]
+        shared = shared_prefixes(heads, lengths.tolist(), self.tokens_per_pack)
+        if bits not in self._shares and shared.depth.any():
+            self._shares[bits] = shares_prefixes(self.model, self.attention, self.rule, self.max_length, bits)
+        return shared if self._shares.get(bits) else none
+
+    def _plan(self, lengths: np.ndarray, shared: SharedPrefixes) -> list[np.ndarray]:
         """Return the members of each pack, the largest first: what does not fit in memory fails at once."""
+        if shared.depth.any():
+            items, sizes = shared.items(lengths, self.tokens_per_pack)
+            plan = self._plan(sizes, SharedPrefixes.none(len(items)))
+            return [np.concatenate([items[item] for item in members]) for members in plan]
         packs = []
         keys = self.rule.keys(lengths)
         for key in np.unique(keys)[::-1]:
@@ -263,10 +295,15 @@ class IfdScorer:
             packs += [rest[indices] for indices in pack(lengths[rest], capacity)]
         return packs
 
-    def _pack_sums(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor | None:
+    def _pack_sums(
+        self,
+        samples: list[Sequence[int]],
+        spans: Sequence[_Spans],
+        beginnings: tuple[list[int], list[int]] | None = None,
+    ) -> torch.Tensor | None:
         """Run one pack; float64 (spans,) on the model's device, or None: several samples do not fit in its memory."""
         with suppress(torch.OutOfMemoryError):
-            return self._run_pack(samples, spans)
+            return self._run_pack(samples, spans, beginnings)
         tokens = sum(map(len, samples))
         if len(samples) == 1:
             raise InputError(
@@ -286,10 +323,24 @@ class IfdScorer:
         return None
 
     @torch.inference_mode()
-    def _run_pack(self, samples: list[Sequence[int]], spans: Sequence[_Spans]) -> torch.Tensor:
-        fed = samples if self._greedy is None else self._padded([sample[:-1] for sample in samples])
-        batch = PackedBatch.from_samples(fed)
-        offset = batch.cu_seqlens[: len(samples)].tolist()
+    def _run_pack(
+        self,
+        samples: list[Sequence[int]],
+        spans: Sequence[_Spans],
+        beginnings: tuple[list[int], list[int]] | None,
+    ) -> torch.Tensor:
+        fed = samples if self._greedy is None else [sample[:-1] for sample in samples]
+        goes_on: list[int] | None = None
+        rests, depth = list(range(len(fed))), [0] * len(fed)
+        if beginnings is not None:
+            depth = beginnings[1]
+            fed, goes_on, rests = pieces(fed, *beginnings)
+        if self._greedy is not None:
+            fed = self._padded(fed)
+        if goes_on is not None:
+            goes_on += [-1] * (len(fed) - len(goes_on))
+        batch = PackedBatch.from_samples(fed, goes_on)
+        offset = (batch.cu_seqlens[rests] - torch.tensor(depth)).tolist()
         # The hidden state before a token predicts it; only those that predict an answer token go through the head.
         placed = [(o, s, *span) for o, s, own in zip(offset, samples, spans, strict=True) for span in own]
         before = [np.arange(o + start, o + stop) - 1 for o, _, start, stop in placed]

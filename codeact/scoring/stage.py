@@ -258,6 +258,9 @@ def score_lines(totals: dict[str, Any], folder: str | Path) -> Lines:
             ("packs", f"{totals['packs']:,}, {totals['tokens'] / totals['capacity_tokens']:.1%} full on average"),
             ("padding", f"0 tokens (batches of 16 in input order would be {_batch_padding(table, 16):.1%} padding)"),
         ]
+    if shared := totals.get("shared_tokens"):
+        share = shared / (shared + totals["tokens"])
+        lines.append(("shared", f"{shared:,} tokens of beginnings that were computed once a pack, {share:.0%} of all"))
     named = table.filter(pc.is_valid(table["reason"]))["reason"]
     if "turns" in totals:
         lines += _turn_lines(totals)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from codeact.base.errors import InputError
 from codeact.data.forms import Turn
+
+
+ALTERNATE = "in this template user and assistant have to alternate, after one system turn at most"
+NO_SYSTEM = "the paper's scripts leave system turns out; take them out of the data, or choose another"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +65,7 @@ class ChatFormat:
         if self.system_in_user or self.rounds:
             _check_alternation(turns)
         if self.rounds and turns[0][0] == "system":
-            raise ValueError("the paper's scripts leave system turns out; take them out of the data, or choose another")
+            raise ValueError(NO_SYSTEM)
         parts = [self.opening]
         if self.default_system is not None and all(role != "system" for role, _ in turns):
             parts.append(_fill(self.system, self.default_system))
@@ -82,6 +87,41 @@ class ChatFormat:
             else:
                 parts.append(_fill(self.system, text))
         return Rendered(text="".join(parts), answers=tuple(answers))
+
+    def jinja(self, bos: str = "") -> str:
+        """The same format as a chat template in Jinja, as tokenizers carry it and other servers and trainers read it.
+
+        Args:
+            bos: what the tokenizer puts before a text, if the format does not write it itself.
+        """
+        text = "message['content'] | trim" if self.strip else "message['content']"
+        user = f"{bos * (self.rounds == 'all')}{self.user}"
+        begins_with_bos = not bos or self.rounds == "all" or f"{self.opening}{self.user}".startswith(bos)
+        opening = self.opening if begins_with_bos else bos + self.opening
+        system = f"'' ~ {_jinja_fill(self.system, text)}"
+        parts = ["{%- set ns = namespace(system='', next='user') -%}", _jinja_write(json.dumps(opening)) if opening else ""]
+        if self.default_system is not None:
+            given = _jinja_write(json.dumps(_fill(self.system, self.default_system)))
+            parts.append(f"{{%- if not messages | selectattr('role', 'equalto', 'system') | list -%}}{given}{{%- endif -%}}")
+        parts.append("{%- for message in messages -%}")
+        if self.system_in_user or self.rounds:
+            lone = "" if self.rounds else " and not (message['role'] == 'system' and loop.first)"
+            parts.append(
+                f"{{%- if message['role'] != ns.next{lone} -%}}"
+                f"{{{{- raise_exception({json.dumps(NO_SYSTEM if self.rounds else ALTERNATE)}) -}}}}{{%- endif -%}}"
+            )
+        parts += [
+            "{%- if message['role'] == 'assistant' -%}",
+            _jinja_write(f"{json.dumps(self.assistant + self.lead)} ~ ({text}) ~ {json.dumps(self.end + self.separator)}"),
+            "{%- set ns.next = 'user' -%}{%- elif message['role'] == 'user' -%}",
+            _jinja_write(_jinja_fill(user, f"ns.system ~ ({text})")),
+            "{%- set ns.system = '' -%}{%- set ns.next = 'assistant' -%}{%- else -%}",
+            f"{{%- set ns.system = {system} -%}}" if self.system_in_user else _jinja_write(system),
+            "{%- endif -%}{%- endfor -%}",
+        ]
+        if self.assistant:
+            parts.append(f"{{%- if add_generation_prompt -%}}{_jinja_write(json.dumps(self.assistant))}{{%- endif -%}}")
+        return "".join(parts)
 
     def encode_rounds(self, tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
         """The ids of a question with what is around it, and of its answer with its end, for every round."""
@@ -232,9 +272,19 @@ def _fill(form: str, text: str) -> str:
     return form.replace("{text}", text, 1)
 
 
+def _jinja_fill(form: str, text: str) -> str:
+    """An expression for a form around the text that another expression gives."""
+    before, _, after = form.partition("{text}")
+    return f"{json.dumps(before)} ~ ({text}) ~ {json.dumps(after)}"
+
+
+def _jinja_write(expression: str) -> str:
+    return "{{- " + expression + " -}}"
+
+
 def _check_alternation(turns: Sequence[Turn]) -> None:
     roles = [role for role, _ in turns]
     if roles[:1] == ["system"]:
         del roles[0]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        raise ValueError("in this template user and assistant have to alternate, after one system turn at most")
+        raise ValueError(ALTERNATE)

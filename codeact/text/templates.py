@@ -17,6 +17,7 @@ from codeact.data.records import Record
 from codeact.text.chat import ChatTemplate
 from codeact.text.formats import CHAT_FORMATS, Rendered
 from codeact.text.template_files import is_jinja, template_text
+from codeact.text.tokenizers import leading_bos
 
 TEMPLATES = {
     "qa": "Question:\n{question}\n\nAnswer:\n",
@@ -158,6 +159,13 @@ class ConversationTemplate:
         else:
             self.family = CHAT_FORMATS[model_type].resolve(model_type, tokenizer)
             self.text = repr(self.family)
+
+    @property
+    def jinja(self) -> str:
+        """The template in Jinja, which writes what is trained on, its BOS included: for whoever asks the model."""
+        if self.model_type == "chat":
+            return self.text
+        return self.family.jinja(self.tokenizer.decode(leading_bos(self.tokenizer)))
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """Return the text after which the model answers; ``turns`` end with the user's.

@@ -128,8 +128,8 @@ def load_trainable(name: str, data: Any, packs: Any) -> Any:
     tokenizer = load_tokenizer(name)
     template = ConversationTemplate(tokenizer, data.model_type)
     template.check_trainable()
-    if template.own:
-        tokenizer.chat_template = template.text  # is saved with the model
+    if template.own or template.model_type != "chat":
+        tokenizer.chat_template = template.jinja  # is saved with the model, which is asked so by others, too
     config = config_of(name)
     positions = config and positions_of(config)
     if positions and packs.max_length > positions:

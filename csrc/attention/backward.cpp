@@ -52,7 +52,7 @@ struct Sum {
 void varlen_attention_backward(const AttentionOperands& operands, const HeadsView& output_gradient,
                                const AttentionGradients& gradients, int threads, std::string_view instruction_set) {
   const Kernels& kernels = kernels_of(instruction_set, operands.element);
-  const auto& [element, queries, keys, values, bounds, scale] = operands;
+  const auto& [element, queries, keys, values, bounds, scale, prefixes] = operands;
   check_bounds(bounds, queries.tokens);
   if (queries.tokens == 0) return;
 

@@ -14,6 +14,7 @@ namespace {
 constexpr std::int64_t kQueries = 256;
 
 struct Scratch {
+  LargeArray<unsigned char> mixed;
   LargeArray<std::uint32_t> keys;
   LargeArray<float> values;
   LargeArray<std::uint32_t> tile;
@@ -26,8 +27,9 @@ struct Scratch {
 void varlen_attention(const AttentionOperands& operands, std::byte* output, int threads,
                       std::string_view instruction_set) {
   const Kernels& kernels = kernels_of(instruction_set, operands.element);
-  const auto& [element, queries, keys, values, bounds, scale] = operands;
+  const auto& [element, queries, keys, values, bounds, scale, prefixes] = operands;
   check_bounds(bounds, queries.tokens);
+  check_prefixes(prefixes, bounds.size() - 1);
   if (queries.tokens == 0 || queries.heads == 0) return;
 
   std::vector<AttentionPiece> pieces;
@@ -36,12 +38,16 @@ void varlen_attention(const AttentionOperands& operands, std::byte* output, int 
   for (std::size_t sample = 0; sample + 1 < bounds.size(); ++sample) {
     const std::int64_t first = bounds[sample];
     const std::int64_t length = bounds[sample + 1] - first;
-    longest = std::max(longest, length);
-    work += static_cast<double>(length) * static_cast<double>(length) * static_cast<double>(queries.heads) *
-            static_cast<double>(queries.width);
+    const bool follows = !prefixes.empty() && prefixes[sample] >= 0;
+    const auto other = static_cast<std::size_t>(follows ? prefixes[sample] : 0);
+    const std::int64_t prefix = bounds[other];
+    const std::int64_t before = follows ? bounds[other + 1] - prefix : 0;
+    longest = std::max(longest, before + length);
+    work += static_cast<double>(length) * static_cast<double>(length + 2 * before) *
+            static_cast<double>(queries.heads) * static_cast<double>(queries.width);
     for (std::int64_t begin = 0; begin < length; begin += kQueries)
       for (std::int64_t group = 0; group < keys.heads; ++group)
-        pieces.push_back({first, begin, std::min(begin + kQueries, length), group});
+        pieces.push_back({first, begin, std::min(begin + kQueries, length), group, prefix, before});
   }
   const std::vector<std::size_t> order = longest_first(pieces);
 
@@ -50,7 +56,9 @@ void varlen_attention(const AttentionOperands& operands, std::byte* output, int 
   const std::int64_t most_keys = round_up(longest, kernels.panel_columns);
   const std::int64_t value_columns = round_up(values.width, kernels.value_columns);
   std::vector<Scratch> scratch(static_cast<std::size_t>(threads));
+  const std::int64_t element_size = element == Element::bfloat16 ? 2 : 4;
   for (Scratch& own : scratch) {
+    own.mixed.resize(static_cast<std::size_t>(kernels.panel_columns * queries.width * element_size));
     own.keys.resize(static_cast<std::size_t>(most_keys * words));
     own.values.resize(static_cast<std::size_t>(most_keys * value_columns));
     own.tile.resize(static_cast<std::size_t>(words * kernels.tile_rows));
@@ -58,7 +66,7 @@ void varlen_attention(const AttentionOperands& operands, std::byte* output, int 
     own.output.resize(static_cast<std::size_t>(kernels.tile_rows * value_columns));
   }
 
-  const std::int64_t output_head = values.width * (element == Element::bfloat16 ? 2 : 4);
+  const std::int64_t output_head = values.width * element_size;
   const std::int64_t output_token = queries.heads * output_head;
   share(threads, static_cast<std::int64_t>(pieces.size()), [&](int thread, std::int64_t item) {
     const AttentionPiece& piece = pieces[order[static_cast<std::size_t>(item)]];
@@ -67,7 +75,8 @@ void varlen_attention(const AttentionOperands& operands, std::byte* output, int 
         reinterpret_cast<unsigned char*>(output) + piece.first * output_token + piece.group * part.heads * output_head;
     Scratch& own = scratch[static_cast<std::size_t>(thread)];
     kernels.attend(part, {target, output_token, output_head},
-                   {.keys = own.keys.data(),
+                   {.mixed = own.mixed.data(),
+                    .keys = own.keys.data(),
                     .values = own.values.data(),
                     .tile = own.tile.data(),
                     .scores = own.scores.data(),

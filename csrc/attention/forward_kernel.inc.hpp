@@ -47,6 +47,29 @@ void pack_panels(const AttentionRows& rows, std::int64_t end, std::int64_t width
   }
 }
 
+// The keys of the prefix and those of the sample up to `end`, laid end to end -> panels of words: what they would be if
+// they were of one sample.
+void pack_keys(const AttentionPart& p, const AttentionScratch& scratch) {
+  if (p.before == 0) return pack_panels(p.keys, p.end, p.width, p.bfloat16, scratch.keys);
+  const std::int64_t words = words_of(p.width);
+  const std::int64_t whole = p.before / kColumns * kColumns;
+  pack_panels(p.prefix_keys, whole, p.width, p.bfloat16, scratch.keys);
+  const std::int64_t bytes = p.width * (p.bfloat16 ? 2 : 4);
+  const std::int64_t all = p.before + p.end;
+  const auto count = static_cast<int>(all - whole < kColumns ? all - whole : kColumns);
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t key = whole + i;
+    const unsigned char* row =
+        key < p.before ? row_at(p.prefix_keys, key, 0) : row_at(p.keys, key - p.before, 0);
+    for (std::int64_t byte = 0; byte < bytes; ++byte) scratch.mixed[i * bytes + byte] = row[byte];
+  }
+  pack_panel(scratch.mixed, bytes, count, p.width, p.bfloat16, scratch.keys + whole * words);
+  const std::int64_t next = whole + kColumns;
+  if (next >= all) return;
+  const AttentionRows rest{row_at(p.keys, next - p.before, 0), p.keys.stride, p.keys.head_stride};
+  pack_panels(rest, all - next, p.width, p.bfloat16, scratch.keys + next * words);
+}
+
 // Tokens begin..end of a head -> floats (end - begin, stride), with zeros behind `width`; the stride is whole vectors.
 void widen_rows(const AttentionRows& rows, int head, std::int64_t begin, std::int64_t end, std::int64_t width,
                 bool bfloat16, float* floats, std::int64_t stride) {
@@ -67,26 +90,29 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return 
 
 void attend(const AttentionPart& p, const WritableAttentionRows& output, const AttentionScratch& scratch) {
   const std::int64_t words = words_of(p.width);
-  const std::int64_t padded = round_up(p.end, kColumns);
+  const std::int64_t padded = round_up(p.before + p.end, kColumns);
   const std::int64_t value_stride = round_up(p.value_width, kValueColumns);
-  pack_panels(p.keys, p.end, p.width, p.bfloat16, scratch.keys);
-  widen_rows(p.values, 0, 0, p.end, p.value_width, p.bfloat16, scratch.values, value_stride);
+  pack_keys(p, scratch);
+  widen_rows(p.prefix_values, 0, 0, p.before, p.value_width, p.bfloat16, scratch.values, value_stride);
+  widen_rows(p.values, 0, 0, p.end, p.value_width, p.bfloat16, scratch.values + p.before * value_stride, value_stride);
 
   for (int head = 0; head < p.heads; ++head) {
     for (std::int64_t first = p.begin; first < p.end; first += kRows) {
       const std::int64_t end = first + kRows < p.end ? first + kRows : p.end;  // of the queries, so of the keys as well
+      const std::int64_t keys = p.before + end;
       pack_tile(p.queries, head, first, end, p.width, p.bfloat16, scratch.tile);
-      for (std::int64_t key = 0; key < end; key += kColumns)
+      for (std::int64_t key = 0; key < keys; key += kColumns)
         multiply_packed(scratch.tile, scratch.keys + key * words, words, scratch.scores + key, padded);
-      const std::int64_t used = round_up(end, kColumns);
+      const std::int64_t used = round_up(keys, kColumns);
       float totals[kRows];
       for (int r = 0; r < kRows; ++r) {
-        const std::int64_t seen = first + r + 1 < used ? first + r + 1 : used;
+        const std::int64_t own = p.before + first + r + 1;
+        const std::int64_t seen = own < used ? own : used;
         totals[r] = softmax(scratch.scores + r * padded, seen, used, p.scale);
       }
       const auto weight = [&](std::int64_t key, int r) { return Isa::broadcast(scratch.scores[r * padded + key]); };
       for (std::int64_t column = 0; column < value_stride; column += kValueColumns)
-        multiply<kValueVectors>(end, weight, scratch.values + column, value_stride, scratch.output + column,
+        multiply<kValueVectors>(keys, weight, scratch.values + column, value_stride, scratch.output + column,
                                 value_stride, Isa::fused);
       for (int r = 0; first + r < end; ++r) {
         float* row = scratch.output + r * value_stride;

@@ -13,6 +13,15 @@ void check_bounds(std::span<const std::int32_t> bounds, std::int64_t tokens) {
   if (!rising) throw std::invalid_argument("cu_seqlens must rise from 0 to " + std::to_string(tokens));
 }
 
+void check_prefixes(std::span<const std::int32_t> prefixes, std::size_t samples) {
+  bool right = prefixes.empty() || prefixes.size() == samples;
+  for (const std::int32_t prefix : prefixes) {
+    const auto other = static_cast<std::size_t>(prefix);
+    right = right && (prefix == -1 || (prefix >= 0 && other < samples && prefixes[other] == -1));
+  }
+  if (!right) throw std::invalid_argument("prefixes must name, for each sample, one that has no prefix, or be -1");
+}
+
 std::vector<std::size_t> longest_first(const std::vector<AttentionPiece>& pieces) {
   std::vector<std::size_t> order(pieces.size());
   std::iota(order.begin(), order.end(), 0);
@@ -31,6 +40,9 @@ AttentionPart part_of(const AttentionOperands& operands, const AttentionPiece& p
   return {.queries = rows_of(operands.queries, piece.first, piece.group * heads_each),
           .keys = rows_of(operands.keys, piece.first, piece.group),
           .values = rows_of(operands.values, piece.first, piece.group),
+          .prefix_keys = rows_of(operands.keys, piece.prefix, piece.group),
+          .prefix_values = rows_of(operands.values, piece.prefix, piece.group),
+          .before = piece.before,
           .begin = piece.begin,
           .end = piece.end,
           .width = operands.queries.width,

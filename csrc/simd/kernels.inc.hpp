@@ -57,11 +57,14 @@ using AttentionRows = BasicAttentionRows<const unsigned char>;
 using WritableAttentionRows = BasicAttentionRows<unsigned char>;
 
 // Queries begin..end of one sample, of all heads that share one head of keys and values. Tokens count from the first
-// of the sample. A query sees the keys up to its own.
+// of the sample. A query sees the keys up to its own, and before them all `before` keys of its prefix.
 struct AttentionPart {
   AttentionRows queries;
   AttentionRows keys;
   AttentionRows values;
+  AttentionRows prefix_keys;
+  AttentionRows prefix_values;
+  std::int64_t before;
   std::int64_t begin;
   std::int64_t end;
   std::int64_t width;        // elements of a query and of a key
@@ -71,10 +74,11 @@ struct AttentionPart {
   float scale;
 };
 
-// Room for the keys and values up to `end`: with K and V that are `end` and the value's width, rounded up to whole
-// panels and value columns.
+// Room for the keys and values up to `before + end`: with K and V that are those and the value's width, rounded up to
+// whole panels and value columns.
 struct AttentionScratch {
-  std::uint32_t* keys;  // (K / panel_columns, words, panel_columns)
+  unsigned char* mixed;  // (panel_columns, width) elements: keys of a panel in which the prefix ends
+  std::uint32_t* keys;   // (K / panel_columns, words, panel_columns)
   float* values;        // (K, V)
   std::uint32_t* tile;  // (words, tile_rows)
   float* scores;        // (tile_rows, K)

@@ -114,6 +114,22 @@ void check(std::mt19937& random) {
     Values ours(output.size());
     codeact::varlen_attention(operands, bytes(ours), 2, set);
     compare("the output", ours, output);
+    // Every sample cut in two, of which the second goes on the first: the same bits.
+    std::vector<std::int32_t> cuts{0};
+    std::vector<std::int32_t> prefixes;
+    for (std::size_t sample = 0; sample + 1 < bounds.size(); ++sample) {
+      const auto length = static_cast<std::uint32_t>(bounds[sample + 1] - bounds[sample]);
+      cuts.push_back(bounds[sample] + static_cast<std::int32_t>(random() % (length + 1)));
+      cuts.push_back(bounds[sample + 1]);
+      prefixes.push_back(-1);
+      prefixes.push_back(2 * static_cast<std::int32_t>(sample));
+    }
+    codeact::AttentionOperands in_two = operands;
+    in_two.bounds = cuts;
+    in_two.prefixes = prefixes;
+    Values again(output.size());
+    codeact::varlen_attention(in_two, bytes(again), 2, set);
+    if (again != ours) fail(std::string(set) + ": a beginning apart changes bits");
     Values of_queries(queries.size());
     Values of_keys(keys.size());
     Values of_values(values.size());

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from codeact import _native
 from codeact.base.errors import InputError
 from codeact.data.records import Record
 from codeact.models import isolation
@@ -21,7 +22,7 @@ from codeact.models.isolation import (
     read_head,
     split_head,
 )
-from codeact.ops.attention import ATTENTION
+from codeact.ops.attention import ATTENTION, PackedBatch
 from codeact.scoring.ifd import IfdScorer
 from tests.helpers.zoo import (
     LONGEST,
@@ -43,6 +44,9 @@ PACKED = (
 ALONE = (
     "bloom", "mamba", "jamba", "qwen3_next", "falcon_h1", "granitemoehybrid", "recurrent_gemma", "xlstm",
 )  # fmt: skip
+
+
+SHARED = ("llama", "mistral sliding", "gemma2", "cohere", "granite", "mixtral", "gpt_oss")
 
 
 def scorer(model, tokenizer, **more) -> IfdScorer:
@@ -75,6 +79,47 @@ class TestScores:
         sequences = [random_ids(length, length) for length in (4, 40, 17)]
         expected = [nll_alone(model, ids, 1) for ids in sequences]
         np.testing.assert_allclose(sums(scorer(model, tokenizer, tokens_per_pack=1), sequences), expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("name", [name for name in PACKED if known(name)])
+    def test_a_beginning_that_is_computed_once(self, name, tokenizer):
+        """Longer than a window; where a sample's logits follow from its length it is not tried."""
+        model = make_model(name)
+        head = random_ids(40, seed=99)
+        sequences = [[*head, *random_ids(length, seed=length)] for length in (5, 7, 9, 30, 60)]
+        ours = scorer(model, tokenizer)
+        with computing(model, ours.attention):
+            found, cost = ours._nll_sums(sequences, [[(41, len(ids))] for ids in sequences], None)
+        assert cost.shared_tokens == (4 * 40 if name in SHARED or ours._shares.get(False) else 0)
+        assert cost.tokens + cost.shared_tokens == sum(map(len, sequences))
+        assert found == pytest.approx([nll_alone(model, ids, 41) for ids in sequences], rel=1e-4)
+
+    @pytest.mark.parametrize("leak", ["positions", "prefix"])
+    def test_a_model_that_loses_the_beginning_does_not_share_it(self, leak, monkeypatch, tokenizer):
+        model = make_model("llama")
+        real = PackedBatch.model_inputs
+
+        def inputs(batch, device):
+            given = real(batch, device)
+            if batch.prefixes is not None and leak == "prefix":
+                del given["prefix_samples"]
+            elif batch.prefixes is not None:
+                given["position_ids"] = PackedBatch.from_samples([[0]] * len(given["input_ids"][0])).position_ids
+            return given
+
+        monkeypatch.setattr(PackedBatch, "model_inputs", inputs)
+        assert not isolation.shares_prefixes(model, ATTENTION, PassRule.of(model), LONGEST)
+        monkeypatch.undo()
+        assert isolation.shares_prefixes(model, ATTENTION, PassRule.of(model), LONGEST)
+
+    @pytest.mark.skipif(not _native.instruction_sets(), reason="this CPU has no instruction set of the compiled kernels")
+    @pytest.mark.parametrize(("name", "bits"), [("llama", True), ("cohere", True), ("mistral sliding", False)])
+    def test_where_no_bit_changes(self, name, bits, monkeypatch):
+        model = make_model(name)
+        given = (model, ATTENTION, PassRule.of(model), LONGEST)
+        assert isolation.shares_prefixes(*given, bits=True) == bits
+        monkeypatch.setenv("CODEACT_BACKEND", "torch")
+        assert not isolation.shares_prefixes(*given, bits=True)
+        assert isolation.shares_prefixes(*given)
 
     def test_another_attention_is_named_where_it_helps(self, tokenizer):
         model = make_model("doge")

@@ -407,3 +407,79 @@ def test_the_compiled_core_checks_for_itself(change, message):
 def test_the_compiled_core_checks_the_gradient_of_the_output(slope, message):
     with pytest.raises((TypeError, ValueError), match=message):
         _native.varlen_attention_backward(slope, **NATIVE)
+
+
+# ------------------------------------------------------------------------------------- samples that go on a beginning
+
+
+def beginnings(lengths, goes_on, *tensors):
+    """Each sample with what it goes on before it, as a pack of its own: ``(operands, its own tokens)``."""
+    ends = np.cumsum(lengths)
+    places = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    for own, before in zip(places, goes_on, strict=True):
+        whole = np.concatenate([places[before], own]) if before >= 0 else own
+        yield (*(t[:, :, whole] for t in tensors), torch.tensor([0, len(whole)], dtype=torch.int32)), own
+
+
+# Under, at and over a panel of 16 or 48 keys, over a piece of 256; one of another in between, one that none goes on.
+BEGINNINGS = [
+    ([1, 1], [-1, 0]),
+    ([5, 9, 7, 3], [-1, 0, 0, 0]),
+    *(([keys, 1, 20, 48, 30], [-1, 0, -1, 0, 2]) for keys in (15, 16, 17, 47, 48, 49, 96)),
+    ([300, 7, 260, 1], [-1, 0, 0, 0]),
+    ([4, 300], [1, -1]),
+]
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "case", "shape"),
+    [(*kernel, case, shape) for kernel, case, shape in pairwise(KERNELS, BEGINNINGS, SHAPES)],
+    indirect=["isa"],
+    ids=str,
+)
+def test_a_beginning_apart_changes_no_bit(isa, dtype, case, shape):
+    lengths, goes_on = case
+    heads, groups, width = shape
+    *tensors, bounds = operands(lengths, heads, groups, width, dtype)
+    with torch.inference_mode():
+        ours = attend(*tensors, bounds, prefix_samples=torch.tensor(goes_on, dtype=torch.int32))
+        for alone, own in beginnings(lengths, goes_on, *tensors):
+            assert torch.equal(ours[own], attend(*alone)[-len(own) :])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sliding_window": 5},
+        {"sliding_window": 20},
+        {"softcap": 2.0},
+        {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+        {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0]), "sliding_window": 9},
+        {"scaling": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_beginning_apart_with_all_that_a_model_asks_for(more, backend, monkeypatch):
+    if backend == "torch":
+        monkeypatch.setenv("CODEACT_BACKEND", "torch")
+    lengths, goes_on = [17, 1, 9, 6, 30], [-1, 0, 0, -1, 3]
+    *tensors, bounds = operands(lengths)
+    with torch.inference_mode():
+        ours = attend(*tensors, bounds, prefix_samples=torch.tensor(goes_on, dtype=torch.int32), **more)
+        for alone, own in beginnings(lengths, goes_on, *tensors):
+            torch.testing.assert_close(ours[own], attend(*alone, **more)[-len(own) :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("goes_on", [[-1], [-1, 0, 0, 0], [-1, 3, -1], [-1, -2, -1], [1, 0, -1], [0, -1, -1]], ids=str)
+def test_beginnings_that_cannot_be_are_refused(goes_on):
+    *tensors, bounds = operands([3, 4, 5])
+    with torch.inference_mode(), pytest.raises(ValueError, match="name, for each sample, one that has no prefix"):
+        attend(*tensors, bounds, prefix_samples=torch.tensor(goes_on, dtype=torch.int32))
+
+
+def test_beginnings_have_no_gradients_and_no_chunks():
+    *tensors, bounds = operands([3, 4])
+    goes_on = torch.tensor([-1, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="without gradients"):
+        attend(tensors[0].requires_grad_(), *tensors[1:], bounds, prefix_samples=goes_on)

@@ -137,6 +137,23 @@ class TestExact:
         for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
             assert value == pytest.approx(exact_ifd(tiny_model, tokenizer, record, template, 256), rel=1e-4)
 
+    @pytest.mark.parametrize("tokens_per_pack", [200, 2048])
+    def test_what_all_prompts_begin_with_is_computed_once_a_pack(self, tiny_model, tokenizer, records, tokens_per_pack):
+        system = "You are a careful programmer. " * 12
+        template = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
+        scorer = IfdScorer(tiny_model, tokenizer, template, max_length=512, tokens_per_pack=tokens_per_pack)
+        table, cost = scorer.score(records)
+        for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
+            assert value == pytest.approx(exact_ifd(tiny_model, tokenizer, record, template, 512), rel=1e-4)
+        scorer._shares[False] = False
+        apart, whole = scorer.score(records)
+        assert apart["cond_nll_sum"].to_pylist() == pytest.approx(table["cond_nll_sum"].to_pylist(), rel=1e-5)
+        assert cost.tokens + cost.shared_tokens == whole.tokens
+        assert whole.shared_tokens == 0
+        assert cost.sequences == whole.sequences == 2 * len(records)
+        assert cost.packs <= whole.packs
+        assert cost.shared_tokens > (2 if tokens_per_pack == 200 else 10) * 60
+
     def test_with_bos(self, tiny_model, bos_tokenizer, records):
         table = score_ifd(tiny_model, bos_tokenizer, records, max_length=512)
         assert table["scored_tokens"].to_pylist() == table["answer_tokens"].to_pylist()

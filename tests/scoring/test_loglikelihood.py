@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import codeact
+from codeact import _native
 from codeact.base.errors import InputError
 from codeact.scoring.loglikelihood import LikelihoodScorer, windows
 from tests.helpers.zoo import LONGEST, VOCABULARY, logits_alone, make_model, random_ids
@@ -61,10 +62,46 @@ def test_of_equal_tokens_the_first_is_the_likeliest(tokenizer):
     assert not any(got[1::2])
 
 
+@pytest.fixture
+def like_tiny_model(tiny_model):
+    def make(dtype):
+        model = type(tiny_model)(tiny_model.config).to(dtype).eval()
+        model.load_state_dict(tiny_model.state_dict())
+        return model
+
+    return make
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_in_any_batch(tiny_model, tokenizer, dtype):
-    model = type(tiny_model)(tiny_model.config).to(dtype).eval()
-    model.load_state_dict(tiny_model.state_dict())
+def test_continuations_of_one_context_share_it_and_no_bit_changes(like_tiny_model, tokenizer, dtype):
+    """As hellaswag asks: contexts of any length, four endings each; and examples before all that are asked for."""
+    model, rng = like_tiny_model(dtype), np.random.default_rng(3)
+
+    def words(low, high):
+        return " ".join(rng.choice(TEXT.split(" "), rng.integers(low, high)))
+
+    contexts = [words(1, 60) for _ in range(12)] + [f"{TEXT[:900]} {words(5, 9)}" for _ in range(4)]
+    pairs = [(context, " " + words(1, 12)) for context in contexts for _ in range(4)]
+    scorer = LikelihoodScorer(model, tokenizer)
+    costs, real = [], scorer._scorer._nll_sums
+
+    def counted(*arguments):
+        result = real(*arguments)
+        costs.append(result[1])
+        return result
+
+    scorer._scorer._nll_sums = counted
+    tokens = [scorer.encode(*pair) for pair in pairs]
+    together = scorer.score(tokens)
+    assert together == [scorer.score([pair])[0] for pair in tokens]
+    if _native.instruction_sets():
+        assert costs[0].tokens < 0.55 * (costs[0].tokens + costs[0].shared_tokens)
+    assert not any(cost.shared_tokens for cost in costs[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_in_any_batch(like_tiny_model, tokenizer, dtype):
+    model = like_tiny_model(dtype)
     rng = np.random.default_rng(0)
     words = TEXT.split(" ")
     pairs = [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 
+import jinja2
 import pytest
 
 from codeact.base.errors import InputError
@@ -11,8 +14,9 @@ from codeact.data.records import Record
 from codeact.scoring.tokens import tokenize
 from codeact.text import chat
 from codeact.text.conversations import encode_conversations
-from codeact.text.formats import CHAT_FORMATS
+from codeact.text.formats import ALTERNATE, CHAT_FORMATS, NO_SYSTEM
 from codeact.text.templates import MODEL_TYPES, ConversationTemplate, PromptBuilder
+from codeact.text.tokenizers import leading_bos
 from tests.helpers.chat_tokenizers import family_tokenizer
 
 TURNS = [
@@ -127,6 +131,49 @@ class TestFamilies:
         made = PromptBuilder(family_tokenizer(tokenizer, name), name)
         assert made.fingerprint != PromptBuilder(tokenizer, "chat").fingerprint
         assert made.fingerprint == PromptBuilder(family_tokenizer(tokenizer, name), name).fingerprint
+
+
+HOSTILE = ["plain", " '\"\\n\\ {{ x }} {% if %} \n", "\n\n lines \t\n", "é → 要 \x00 {text} {bos}", "<|im_end|> </s>"]
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_the_format_in_jinja_writes_the_same(tokenizer, name):
+    """What is saved with a trained model: with and without a system turn, whatever the texts, and as a prompt."""
+    made = copy.deepcopy(family_tokenizer(tokenizer, name.removeprefix("paper-")))
+    if name.startswith("paper-"):
+        made.add_tokens(list(CHAT_FORMATS[name].tokens[1:]), special_tokens=True)
+    template = ConversationTemplate(made, name)
+    made.chat_template = template.jinja
+    bos = made.decode(leading_bos(made))
+    rng = random.Random(name)
+    systems = [[]] if template.family.rounds else [[], [("system", "Be brief.")], [("system", " {{ }} ")]]
+    for system, length in itertools.product(systems, (1, 2, 3, 6)):
+        turns = [*system, *((("user", "assistant")[n % 2], rng.choice(HOSTILE)) for n in range(length))]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        asked = turns[-1][0] == "user"
+        written = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+        (whole,) = [template.prompt(turns)] if asked else [result.text for result in template.render([turns])]
+        if template.family.rounds == "all":  # each round has its BOS, which tokenizing it by itself puts there
+            assert written.count(bos) == sum(role == "user" for role, _ in turns) + whole.count(bos)
+            assert written.replace(bos, "") == whole.replace(bos, "")
+        else:
+            assert written == (whole if whole.startswith(bos) else bos + whole)
+            assert made(written, add_special_tokens=False)["input_ids"][: len(leading_bos(made))] == leading_bos(made)
+
+
+@pytest.mark.parametrize("name", ["codellama", "codegemma", "paper-deepseek"])
+def test_the_format_in_jinja_refuses_what_the_format_cannot_write(tokenizer, name):
+    made = copy.deepcopy(family_tokenizer(tokenizer, name.removeprefix("paper-")))
+    template = ConversationTemplate(made, name)
+    for roles in (["user", "user"], ["assistant"], ["user", "system"], *([["system", "user"]] * bool(template.family.rounds))):
+        turns = [(role, "x") for role in roles]
+        with pytest.raises(ValueError) as ours:  # noqa: PT011
+            template.family.write(turns)
+        with pytest.raises(jinja2.TemplateError) as theirs:
+            made.apply_chat_template(
+                [{"role": role, "content": "x"} for role in roles], chat_template=template.jinja, tokenize=False
+            )
+        assert str(theirs.value) in (str(ours.value), ALTERNATE, NO_SYSTEM)
 
 
 class TestMissingTokens:
