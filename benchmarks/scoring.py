@@ -132,9 +132,7 @@ def without(name: str) -> Iterator[None]:
         ifd.token_nll = token_nll
 
 
-def measure(
-    rows: list[Record], dtype: torch.dtype, beginning: str = ""
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(rows: list[Record], dtype: torch.dtype, beginning: str = "") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time every arm on every chunk in one dtype; with a ``beginning`` before every question, ours and the loop."""
     rows = [replace(row, question=beginning + row.question) for row in rows]
     path = str(demo_models.causal_lm())

@@ -42,7 +42,19 @@ def pytest_configure() -> None:
 
 # Files of half a minute and more: they come first, so that no worker is left with one of them at the end.
 SLOW = (
-    *("sharding", "flow", "docs", "folder", "signals", "notebooks", "containers", "ray", "benchmarks", "ifd", "attacks"),
+    *(
+        "sharding",
+        "flow",
+        "docs",
+        "folder",
+        "signals",
+        "notebooks",
+        "containers",
+        "ray",
+        "benchmarks",
+        "ifd",
+        "attacks",
+    ),
     *("lab", "compile_report", "isolation", "train", "linear_nll", "package", "results", "lm_eval"),
 )
 

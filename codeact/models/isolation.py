@@ -502,7 +502,7 @@ def only_layers(model: Any, count: int | None) -> Iterator[None]:
 def _distance(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of logits, in units of the largest logit; a few rows at a time, which the cache holds."""
     apart, size = [], []
-    for a, b in zip(ours.split(64), theirs.split(64), strict=True):
+    for a, b in zip(torch.split(ours, 64), torch.split(theirs, 64), strict=True):
         apart.append((a.float() - b.float()).abs().max())
         size.append(b.float().abs().max())
     return float(torch.stack(apart).max() / torch.stack(size).max())

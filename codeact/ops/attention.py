@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -179,13 +179,9 @@ def varlen_attention(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise ValueError(f"{ATTENTION} is causal; {type(module).__name__} wants bidirectional attention")
 
-    bounds = _sample_bounds(query, cu_seq_lens_q, position_ids)
-    chunked = _chunked(bounds, module)
-    if prefix_samples is not None and (
-        chunked is not bounds or query.device.type != "cpu" or (torch.is_grad_enabled() and query.requires_grad)
-    ):
-        raise ValueError(f"{ATTENTION} has prefixes on the CPU only, without gradients, and not for chunked attention")
-    bounds = chunked
+    samples = _sample_bounds(query, cu_seq_lens_q, position_ids)
+    bounds = _chunked(samples, module)
+    _check_prefixes(prefix_samples, query, chunked=bounds is not samples)
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
@@ -197,19 +193,33 @@ def varlen_attention(
     plain = plain and (sliding_window is None or sliding_window >= tokens)
     if plain and native_runs(query, key, value):
         return _native_varlen(query, key, value, bounds, scaling, prefix_samples), None
-    prefixes = [-1] * (len(bounds) - 1) if prefix_samples is None else prefix_samples.tolist()
     output = query.new_empty(batch, tokens, heads, value.shape[-1])
-    for (start, end), prefix in zip(itertools.pairwise(bounds.tolist()), prefixes, strict=True):
-        # The bounds count along the batch laid end to end; no sample crosses from one row to the next.
-        row, first = divmod(start, tokens)
-        here = slice(first, first + end - start)
+    for row, here, before in _places(bounds, prefix_samples, tokens):
         q, k, v = query[row, :, here], key[row, :, here], value[row, :, here]
-        if prefix >= 0:
-            before = slice(*bounds[prefix : prefix + 2].tolist())
+        if before is not None:
             k, v = (torch.cat([whole[row, :, before], own], dim=1) for whole, own in ((key, k), (value, v)))
         sample = _sample_attention(q, k, v, dropout, scaling, sliding_window, softcap, s_aux)
         output[row, here] = sample.transpose(0, 1)
     return output, None
+
+
+def _check_prefixes(prefixes: Tensor | None, query: Tensor, chunked: bool) -> None:
+    learns = torch.is_grad_enabled() and query.requires_grad
+    if prefixes is not None and (chunked or learns or query.device.type != "cpu"):
+        raise ValueError(f"{ATTENTION} has prefixes on the CPU only, without gradients, and not for chunked attention")
+
+
+def _places(bounds: Tensor, prefixes: Tensor | None, tokens: int) -> Iterator[tuple[int, slice, slice | None]]:
+    """Of each sample the row of the batch, its tokens there, and those of its prefix.
+
+    The bounds count along the batch laid end to end; no sample crosses from one row to the next.
+    """
+    ends = bounds.tolist()
+    goes_on = [-1] * (len(ends) - 1) if prefixes is None else prefixes.tolist()
+    for (start, end), prefix in zip(itertools.pairwise(ends), goes_on, strict=True):
+        row, first = divmod(start, tokens)
+        before = slice(ends[prefix], ends[prefix + 1]) if prefix >= 0 else None
+        yield row, slice(first, first + end - start), before
 
 
 def _sample_bounds(query: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Tensor:

@@ -265,9 +265,7 @@ class IfdScorer:
         )
         return sums, cost
 
-    def _shared(
-        self, sequences: list[Sequence[int]], spans: Sequence[_Spans], lengths: np.ndarray
-    ) -> SharedPrefixes:
+    def _shared(self, sequences: list[Sequence[int]], spans: Sequence[_Spans], lengths: np.ndarray) -> SharedPrefixes:
         """The beginnings to compute once: up to where the first scored token is predicted, and where it is exact."""
         none, bits = SharedPrefixes.none(len(sequences)), self._greedy is not None
         if not self._shares.get(bits, True):
@@ -327,7 +325,7 @@ class IfdScorer:
         self,
         samples: list[Sequence[int]],
         spans: Sequence[_Spans],
-        beginnings: tuple[list[int], list[int]] | None,
+        beginnings: tuple[list[int], list[int]] | None = None,
     ) -> torch.Tensor:
         fed = samples if self._greedy is None else [sample[:-1] for sample in samples]
         goes_on: list[int] | None = None

@@ -10,7 +10,6 @@ from typing import Any
 from codeact.base.errors import InputError
 from codeact.data.forms import Turn
 
-
 ALTERNATE = "in this template user and assistant have to alternate, after one system turn at most"
 NO_SYSTEM = "the paper's scripts leave system turns out; take them out of the data, or choose another"
 
@@ -99,10 +98,15 @@ class ChatFormat:
         begins_with_bos = not bos or self.rounds == "all" or f"{self.opening}{self.user}".startswith(bos)
         opening = self.opening if begins_with_bos else bos + self.opening
         system = f"'' ~ {_jinja_fill(self.system, text)}"
-        parts = ["{%- set ns = namespace(system='', next='user') -%}", _jinja_write(json.dumps(opening)) if opening else ""]
+        parts = [
+            "{%- set ns = namespace(system='', next='user') -%}",
+            _jinja_write(json.dumps(opening)) if opening else "",
+        ]
         if self.default_system is not None:
             given = _jinja_write(json.dumps(_fill(self.system, self.default_system)))
-            parts.append(f"{{%- if not messages | selectattr('role', 'equalto', 'system') | list -%}}{given}{{%- endif -%}}")
+            parts.append(
+                f"{{%- if not messages | selectattr('role', 'equalto', 'system') | list -%}}{given}{{%- endif -%}}"
+            )
         parts.append("{%- for message in messages -%}")
         if self.system_in_user or self.rounds:
             lone = "" if self.rounds else " and not (message['role'] == 'system' and loop.first)"
@@ -112,7 +116,9 @@ class ChatFormat:
             )
         parts += [
             "{%- if message['role'] == 'assistant' -%}",
-            _jinja_write(f"{json.dumps(self.assistant + self.lead)} ~ ({text}) ~ {json.dumps(self.end + self.separator)}"),
+            _jinja_write(
+                f"{json.dumps(self.assistant + self.lead)} ~ ({text}) ~ {json.dumps(self.end + self.separator)}"
+            ),
             "{%- set ns.next = 'user' -%}{%- elif message['role'] == 'user' -%}",
             _jinja_write(_jinja_fill(user, f"ns.system ~ ({text})")),
             "{%- set ns.system = '' -%}{%- set ns.next = 'assistant' -%}{%- else -%}",

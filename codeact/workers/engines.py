@@ -304,7 +304,7 @@ class LocalPool:
 
     def start(self, index: int, begin: Begin) -> None:
         """Start a process: where no GPU is, forked from one that has loaded the libraries, which takes seconds."""
-        context = multiprocessing.get_context("spawn" if _may_have_gpu() else "forkserver")
+        context: Any = multiprocessing.get_context("spawn" if _may_have_gpu() else "forkserver")
         context.set_forkserver_preload([__name__, *begin.modules])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_local_worker, args=(begin, index, theirs))

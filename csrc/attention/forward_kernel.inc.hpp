@@ -59,8 +59,7 @@ void pack_keys(const AttentionPart& p, const AttentionScratch& scratch) {
   const auto count = static_cast<int>(all - whole < kColumns ? all - whole : kColumns);
   for (int i = 0; i < count; ++i) {
     const std::int64_t key = whole + i;
-    const unsigned char* row =
-        key < p.before ? row_at(p.prefix_keys, key, 0) : row_at(p.keys, key - p.before, 0);
+    const unsigned char* row = key < p.before ? row_at(p.prefix_keys, key, 0) : row_at(p.keys, key - p.before, 0);
     for (std::int64_t byte = 0; byte < bytes; ++byte) scratch.mixed[i * bytes + byte] = row[byte];
   }
   pack_panel(scratch.mixed, bytes, count, p.width, p.bfloat16, scratch.keys + whole * words);

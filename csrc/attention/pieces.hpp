@@ -16,7 +16,7 @@ struct AttentionPiece {
   std::int64_t first;  // token of the sample, in the pack
   std::int64_t begin;  // queries, in the sample
   std::int64_t end;
-  std::int64_t group;  // head of keys and values
+  std::int64_t group;       // head of keys and values
   std::int64_t prefix = 0;  // its first token, in the pack
   std::int64_t before = 0;  // its tokens
 

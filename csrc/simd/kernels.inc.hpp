@@ -79,10 +79,10 @@ struct AttentionPart {
 struct AttentionScratch {
   unsigned char* mixed;  // (panel_columns, width) elements: keys of a panel in which the prefix ends
   std::uint32_t* keys;   // (K / panel_columns, words, panel_columns)
-  float* values;        // (K, V)
-  std::uint32_t* tile;  // (words, tile_rows)
-  float* scores;        // (tile_rows, K)
-  float* output;        // (tile_rows, V)
+  float* values;         // (K, V)
+  std::uint32_t* tile;   // (words, tile_rows)
+  float* scores;         // (tile_rows, K)
+  float* output;         // (tile_rows, V)
 };
 
 // Gradients of a part. Those of the keys and values are of its own queries only: (R, D) and (R, V) float32, with R

@@ -111,7 +111,9 @@ class TestScores:
         monkeypatch.undo()
         assert isolation.shares_prefixes(model, ATTENTION, PassRule.of(model), LONGEST)
 
-    @pytest.mark.skipif(not _native.instruction_sets(), reason="this CPU has no instruction set of the compiled kernels")
+    @pytest.mark.skipif(
+        not _native.instruction_sets(), reason="this CPU has no instruction set of the compiled kernels"
+    )
     @pytest.mark.parametrize(("name", "bits"), [("llama", True), ("cohere", True), ("mistral sliding", False)])
     def test_where_no_bit_changes(self, name, bits, monkeypatch):
         model = make_model(name)

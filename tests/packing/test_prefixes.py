@@ -27,7 +27,7 @@ def common(heads, members):
 
 
 def best(heads, members, depth=0):
-    """What ``members``, which begin with the same ``depth`` tokens, save at most: all as one, or by their next token."""
+    """What ``members``, which begin with the same ``depth`` tokens, save: all as one, or by their next token."""
     whole = depth * (len(members) - 1)
     longer = [i for i in members if len(heads[i]) > depth]
     if not longer:

@@ -198,8 +198,8 @@ def test_boundaries_of_another_dtype_are_caught(make_scorer, mock, monkeypatch):
     """The kernels read int32; int64 numbers would be read as pairs of them."""
     real = PackedBatch.from_samples.__func__
 
-    def wide(cls, samples):
-        batch = real(cls, samples)
+    def wide(cls, samples, prefixes=None):
+        batch = real(cls, samples, prefixes)
         object.__setattr__(batch, "cu_seqlens", batch.cu_seqlens.long())
         return batch
 

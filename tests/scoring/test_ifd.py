@@ -137,7 +137,7 @@ class TestExact:
         for record, value in zip(records, table["ifd"].to_pylist(), strict=True):
             assert value == pytest.approx(exact_ifd(tiny_model, tokenizer, record, template, 256), rel=1e-4)
 
-    @pytest.mark.parametrize("tokens_per_pack", [200, 2048])
+    @pytest.mark.parametrize("tokens_per_pack", [300, 2048])
     def test_what_all_prompts_begin_with_is_computed_once_a_pack(self, tiny_model, tokenizer, records, tokens_per_pack):
         system = "You are a careful programmer. " * 12
         template = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
@@ -152,7 +152,7 @@ class TestExact:
         assert whole.shared_tokens == 0
         assert cost.sequences == whole.sequences == 2 * len(records)
         assert cost.packs <= whole.packs
-        assert cost.shared_tokens > (2 if tokens_per_pack == 200 else 10) * 60
+        assert cost.shared_tokens > (2 if tokens_per_pack == 300 else 10) * 60
 
     def test_with_bos(self, tiny_model, bos_tokenizer, records):
         table = score_ifd(tiny_model, bos_tokenizer, records, max_length=512)
@@ -163,9 +163,10 @@ class TestExact:
     def test_a_longer_sequence_has_a_pack_of_its_own(self, tiny_model, tokenizer):
         rows = [row(answer="def f(): return 1 " * n, number=n) for n in (1, 2, 3, 40)]
         scorer = IfdScorer(tiny_model, tokenizer, max_length=512, tokens_per_pack=64)
+        scorer._shares[False] = False
         packs = []
         real = scorer._pack_sums
-        scorer._pack_sums = lambda samples, starts: packs.append([len(s) for s in samples]) or real(samples, starts)
+        scorer._pack_sums = lambda samples, *more: packs.append([len(s) for s in samples]) or real(samples, *more)
         scorer.score(rows)
         assert sum(map(len, packs)) == 8
         assert all(len(pack) == 1 or sum(pack) <= 64 for pack in packs)
