@@ -158,7 +158,7 @@ def write_selected(path: Path) -> None:
 
 @by_name
 def test_the_page_runs(page, shell):
-    if page.name == "clean.md":
+    if page.name in ("clean.md", "coming-from.md"):
         pytest.importorskip("rensa", reason="rensa is in the extra clean")
     for block in blocks(page):
         if "not run" not in block.marks:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +25,7 @@ from codeact.evaluation.programs import read_rows
 from codeact.evaluation.server import Server, ServerGenerator
 from codeact.evaluation.settings import GenerationSettings
 from codeact.evaluation.stage import Generate
+from tests.helpers import forked
 
 Answer = Callable[[str, dict], tuple[int, object, dict]]
 
@@ -248,6 +255,47 @@ def test_names_and_mistakes_at_the_command_line(codeact, serving, human_eval_pat
     code, _, err = codeact(*asked)
     assert code == 2
     assert "secret" not in err
+
+
+@pytest.fixture(scope="module")
+def real_server(tiny_model_path) -> Iterator[str]:
+    """``transformers serve``, as far as it is here, with a model of ours."""
+    for module in ("transformers.cli.serve", "fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module, reason="transformers serve is not here (extra dev)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ("serve", str(tiny_model_path), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu")
+    code = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+    process = forked.Popen([sys.executable, "-c", code, *words, "--dtype", "float32"], stderr=forked.PIPE)
+    try:
+        for _ in range(1200):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                if answer.status == 200:
+                    break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_a_real_server(instruct, real_server, codeact, human_eval_path, tiny_model_path, tmp_path) -> None:
+    """What a base model goes on with is to the letter what it writes here; a chat is the server's to put together."""
+    asked = ("generate", "--dataset", "humaneval", "--data", human_eval_path, "--limit", 2, "--max-new-tokens", 24)
+    asked += ("--model", tiny_model_path, *([] if instruct else ["--no-instruct"]))
+    found = {}
+    for name, more in (("server", ("--server", real_server)), ("here", ("--dtype", "float32"))):
+        code, out, err = codeact(*asked, *more, "--output", tmp_path / f"{name}.jsonl")
+        assert code == 0, err
+        found[name] = {row["task_id"]: row for row in read_rows(tmp_path / f"{name}.jsonl")}
+    assert found["server"].keys() == found["here"].keys() == {"HumanEval/0", "HumanEval/1"}
+    assert all(row["tokens"] > 0 for row in found["server"].values())
+    if not instruct:
+        for task, row in found["server"].items():
+            assert row["solution"] == found["here"][task]["solution"]
 
 
 def test_a_run_asks_for_the_trained_model_by_its_name(serving, human_eval_path, tmp_path, monkeypatch) -> None:
