@@ -288,7 +288,7 @@ def test_a_real_server(instruct, real_server, codeact, human_eval_path, tiny_mod
     asked += ("--model", tiny_model_path, *([] if instruct else ["--no-instruct"]))
     found = {}
     for name, more in (("server", ("--server", real_server)), ("here", ("--dtype", "float32"))):
-        code, out, err = codeact(*asked, *more, "--output", tmp_path / f"{name}.jsonl")
+        code, _, err = codeact(*asked, *more, "--output", tmp_path / f"{name}.jsonl")
         assert code == 0, err
         found[name] = {row["task_id"]: row for row in read_rows(tmp_path / f"{name}.jsonl")}
     assert found["server"].keys() == found["here"].keys() == {"HumanEval/0", "HumanEval/1"}
