@@ -14,6 +14,8 @@ from pathlib import Path
 from subprocess import PIPE, TimeoutExpired
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -358,6 +360,29 @@ def test_manifest_says_what_was_done(uninterrupted, data_path, tiny_model_path):
     assert manifest["settings"]["model"]["fingerprint"].startswith("sha256:")
     assert manifest["versions"]["torch"]
     assert manifest["totals"]["rows"] == ROWS
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "duckdb"])
+def test_the_table_opens_where_people_look_at_tables(uninterrupted, library):
+    there = pytest.importorskip(library, reason=f"{library} is not installed (extra dev)")
+    path = uninterrupted / "scores.parquet"
+    table = pq.read_table(path)
+    if library == "duckdb":
+        found = there.sql(f"select * from '{path}'").arrow()
+        found = found if isinstance(found, pa.Table) else found.read_all()
+        hardest = there.sql(f"select id from '{path}' where status = 'ok' order by ifd desc limit 3").fetchall()
+        hardest = [name for (name,) in hardest]
+    elif library == "polars":
+        frame = there.read_parquet(path)
+        found = frame.to_arrow()
+        hardest = frame.filter(frame["status"] == "ok").sort("ifd", descending=True)["id"][:3].to_list()
+    else:
+        frame = there.read_parquet(path, dtype_backend="pyarrow")
+        found = pa.Table.from_pandas(frame, preserve_index=False)
+        hardest = frame[frame["status"] == "ok"].sort_values("ifd", ascending=False)["id"][:3].tolist()
+    assert found.to_pylist() == table.to_pylist()
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    assert hardest == ok.sort_by([("ifd", "descending")])["id"][:3].to_pylist()
 
 
 def test_paper_json(tiny_model_path, tiny_model, tokenizer, tmp_path):
