@@ -334,16 +334,32 @@ def prove_isolation(
     raise InputError(f"{type(model).__name__} cannot be packed with {attention}: {reason}{'; ' * bool(remedy)}{remedy}")
 
 
-def shares_prefixes(model: PreTrainedModel, attention: str, rule: PassRule, longest: int, bits: bool = False) -> bool:
-    """Whether samples that begin alike may have their beginning computed once, with the logits that they get alone.
+def may_share_prefixes(model: PreTrainedModel, attention: str, rule: PassRule, tokens: int, bits: bool = False) -> bool:
+    """Whether it can be at all that samples which begin alike have their beginning computed once.
 
-    Tried on the model, as isolation is: a short beginning, and one that reaches to every length that the configuration
-    names. Never where how a sample is computed follows from its length. ``bits``: only where no bit changes.
+    Not where how a sample is computed follows from its length. ``bits``: so that no bit changes, in passes of up to
+    ``tokens``: by the compiled attention alone, which has no softcap, no sinks and no window.
     """
     weight = model.get_input_embeddings().weight
     if attention != ATTENTION or weight.device.type != "cpu" or rule.switches or rule.shared is not None:
         return False
-    if bits and not native_runs(weight, weight, weight):
+    if not bits:
+        return True
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    others = getattr(config, "attn_logit_softcapping", None) or any(
+        "sinks" in name for name, _ in model.named_parameters()
+    )
+    return native_runs(weight, weight, weight) and not others and not (window and window < tokens)
+
+
+def shares_prefixes(model: PreTrainedModel, attention: str, rule: PassRule, longest: int, bits: bool = False) -> bool:
+    """Whether samples that begin alike may have their beginning computed once, with the logits that they get alone.
+
+    Tried on the model, as isolation is: a short beginning, and one that reaches to every length that the configuration
+    names and ``longest`` reaches. ``bits``: only where no bit changes.
+    """
+    if not may_share_prefixes(model, attention, rule, longest, bits):
         return False
     edges = sorted(edge for edge in _edge_samples(model, longest, rule) if edge > max(_SHORT))
     for before, layers in ((_SHORT[1], None), *((edge - _SHORT[0] // 2, few_layers(model)) for edge in edges)):

@@ -73,6 +73,8 @@ class PackedBatch:
         reach = lengths
         if prefixes is not None:
             whose = np.asarray(prefixes, dtype=np.int64)
+            if not np.all((whose == -1) | ((whose >= 0) & (whose < len(whose)) & (whose[whose] == -1))):
+                raise ValueError("prefixes must name, for each sample, one that has no prefix, or be -1")
             before = np.where(whose < 0, 0, lengths[whose])
             positions += np.repeat(before, lengths)
             reach = lengths + before
@@ -181,7 +183,7 @@ def varlen_attention(
 
     samples = _sample_bounds(query, cu_seq_lens_q, position_ids)
     bounds = _chunked(samples, module)
-    _check_prefixes(prefix_samples, query, chunked=bounds is not samples)
+    _check_prefixes(prefix_samples, (query, key, value), chunked=bounds is not samples)
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         # As autocast treats SDPA: rotary embeddings of a float32 model leave queries and keys in float32.
@@ -203,9 +205,9 @@ def varlen_attention(
     return output, None
 
 
-def _check_prefixes(prefixes: Tensor | None, query: Tensor, chunked: bool) -> None:
-    learns = torch.is_grad_enabled() and query.requires_grad
-    if prefixes is not None and (chunked or learns or query.device.type != "cpu"):
+def _check_prefixes(prefixes: Tensor | None, operands: tuple[Tensor, ...], chunked: bool) -> None:
+    learns = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    if prefixes is not None and (chunked or learns or operands[0].device.type != "cpu"):
         raise ValueError(f"{ATTENTION} has prefixes on the CPU only, without gradients, and not for chunked attention")
 
 

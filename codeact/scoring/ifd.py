@@ -27,6 +27,7 @@ from codeact.data.records import BadRow, Record, open_rows
 from codeact.models.isolation import (
     PassRule,
     computing,
+    may_share_prefixes,
     packing_attention,
     plain_attention,
     prove_isolation,
@@ -268,12 +269,17 @@ class IfdScorer:
     def _shared(self, sequences: list[Sequence[int]], spans: Sequence[_Spans], lengths: np.ndarray) -> SharedPrefixes:
         """The beginnings to compute once: up to where the first scored token is predicted, and where it is exact."""
         none, bits = SharedPrefixes.none(len(sequences)), self._greedy is not None
+        most = self.tokens_per_pack
+        if bits not in self._shares and not may_share_prefixes(self.model, self.attention, self.rule, most, bits):
+            self._shares[bits] = False
         if not self._shares.get(bits, True):
             return none
-        heads = [sequence[: own[0][0] - 1] for sequence, own in zip(sequences, spans, strict=True)]
-        shared = shared_prefixes(heads, lengths.tolist(), self.tokens_per_pack)
+        fits = (lengths <= most).tolist()
+        heads = [s[: own[0][0] - 1] if fit else () for s, own, fit in zip(sequences, spans, fits, strict=True)]
+        shared = shared_prefixes(heads, lengths.tolist(), most)
         if bits not in self._shares and shared.depth.any():
-            self._shares[bits] = shares_prefixes(self.model, self.attention, self.rule, self.max_length, bits)
+            longest = min(self.max_length, most)
+            self._shares[bits] = shares_prefixes(self.model, self.attention, self.rule, longest, bits)
         return shared if self._shares.get(bits) else none
 
     def _plan(self, lengths: np.ndarray, shared: SharedPrefixes) -> list[np.ndarray]:

@@ -296,7 +296,7 @@ def _turn_lines(totals: dict[str, Any]) -> Lines:
     scored, answers = totals["turns"].get("ok", 0), sum(totals["turns"].values())
     others = sorted((name, count) for name, count in totals["turns"].items() if name != "ok")
     told = f"{scored:,} of {answers:,} scored" + "".join(f", {count:,} {name}" for name, count in others)
-    tokens, apart = totals["tokens"], totals["apart_tokens"]
+    tokens, apart = totals["tokens"] + totals.get("shared_tokens", 0), totals["apart_tokens"]
     if apart <= tokens:
         return [("answers", told)]
     saved = (

@@ -11,6 +11,7 @@ from codeact.base.errors import InputError
 from codeact.data.forms import Turn
 
 ALTERNATE = "in this template user and assistant have to alternate, after one system turn at most"
+ROLES = "this template knows the roles system, user and assistant"
 NO_SYSTEM = "the paper's scripts leave system turns out; take them out of the data, or choose another"
 
 
@@ -94,39 +95,38 @@ class ChatFormat:
             bos: what the tokenizer puts before a text, if the format does not write it itself.
         """
         text = "message['content'] | trim" if self.strip else "message['content']"
-        user = f"{bos * (self.rounds == 'all')}{self.user}"
-        begins_with_bos = not bos or self.rounds == "all" or f"{self.opening}{self.user}".startswith(bos)
+        own = self.rounds == "all"  # every round has its BOS
+        begins_with_bos = not bos or own or f"{self.opening}{self.user}".startswith(bos)
         opening = self.opening if begins_with_bos else bos + self.opening
         system = f"'' ~ {_jinja_fill(self.system, text)}"
-        parts = [
-            "{%- set ns = namespace(system='', next='user') -%}",
-            _jinja_write(json.dumps(opening)) if opening else "",
-        ]
+        parts = ["{%- set ns = namespace(system='', next='user') -%}"]
+        if opening:
+            parts.append(_jinja_write(_quoted(opening)))
         if self.default_system is not None:
-            given = _jinja_write(json.dumps(_fill(self.system, self.default_system)))
-            parts.append(
-                f"{{%- if not messages | selectattr('role', 'equalto', 'system') | list -%}}{given}{{%- endif -%}}"
-            )
+            given = _jinja_write(_quoted(_fill(self.system, self.default_system)))
+            missing = "not messages | selectattr('role', 'equalto', 'system') | list"
+            parts.append(f"{{%- if {missing} -%}}{given}{{%- endif -%}}")
         parts.append("{%- for message in messages -%}")
+        if self.rounds:
+            parts.append(_jinja_refuse("message['role'] == 'system' and loop.first", NO_SYSTEM))
         if self.system_in_user or self.rounds:
-            lone = "" if self.rounds else " and not (message['role'] == 'system' and loop.first)"
-            parts.append(
-                f"{{%- if message['role'] != ns.next{lone} -%}}"
-                f"{{{{- raise_exception({json.dumps(NO_SYSTEM if self.rounds else ALTERNATE)}) -}}}}{{%- endif -%}}"
-            )
+            system_first = "message['role'] == 'system' and loop.first"
+            parts.append(_jinja_refuse(f"message['role'] != ns.next and not ({system_first})", ALTERNATE))
+        separator = _quoted(self.end if own else self.end + self.separator)
+        before = f"({_quoted(bos)} ~ ('' if loop.first else {_quoted(self.separator)})) ~ " if own else ""
         parts += [
             "{%- if message['role'] == 'assistant' -%}",
-            _jinja_write(
-                f"{json.dumps(self.assistant + self.lead)} ~ ({text}) ~ {json.dumps(self.end + self.separator)}"
-            ),
+            _jinja_write(f"{_quoted(self.assistant + self.lead)} ~ ({text}) ~ {separator}"),
             "{%- set ns.next = 'user' -%}{%- elif message['role'] == 'user' -%}",
-            _jinja_write(_jinja_fill(user, f"ns.system ~ ({text})")),
-            "{%- set ns.system = '' -%}{%- set ns.next = 'assistant' -%}{%- else -%}",
+            _jinja_write(before + _jinja_fill(self.user, f"ns.system ~ ({text})")),
+            "{%- set ns.system = '' -%}{%- set ns.next = 'assistant' -%}{%- elif message['role'] == 'system' -%}",
             f"{{%- set ns.system = {system} -%}}" if self.system_in_user else _jinja_write(system),
-            "{%- endif -%}{%- endfor -%}",
+            "{%- endif -%}",
+            _jinja_refuse("message['role'] not in ['system', 'user', 'assistant']", ROLES),
+            "{%- endfor -%}",
         ]
         if self.assistant:
-            parts.append(f"{{%- if add_generation_prompt -%}}{_jinja_write(json.dumps(self.assistant))}{{%- endif -%}}")
+            parts.append(f"{{%- if add_generation_prompt -%}}{_jinja_write(_quoted(self.assistant))}{{%- endif -%}}")
         return "".join(parts)
 
     def encode_rounds(self, tokenizer: Any, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
@@ -278,14 +278,23 @@ def _fill(form: str, text: str) -> str:
     return form.replace("{text}", text, 1)
 
 
+def _quoted(text: str) -> str:
+    """A literal for any engine of Jinja: those in C++ and JavaScript know few escapes, and none of a code point."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _jinja_fill(form: str, text: str) -> str:
     """An expression for a form around the text that another expression gives."""
     before, _, after = form.partition("{text}")
-    return f"{json.dumps(before)} ~ ({text}) ~ {json.dumps(after)}"
+    return f"{_quoted(before)} ~ ({text}) ~ {_quoted(after)}"
 
 
 def _jinja_write(expression: str) -> str:
     return "{{- " + expression + " -}}"
+
+
+def _jinja_refuse(condition: str, reason: str) -> str:
+    return f"{{%- if {condition} -%}}{{{{- raise_exception({_quoted(reason)}) -}}}}{{%- endif -%}}"
 
 
 def _check_alternation(turns: Sequence[Turn]) -> None:

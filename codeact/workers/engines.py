@@ -304,11 +304,8 @@ class LocalPool:
 
     def start(self, index: int, begin: Begin) -> None:
         """Start a process: where no GPU is, forked from one that has loaded the libraries, which takes seconds."""
-        context: Any = multiprocessing.get_context("spawn" if _may_have_gpu() else "forkserver")
-        context.set_forkserver_preload([__name__, *begin.modules])
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_local_worker, args=(begin, index, theirs))
-        process.start()
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = _process(begin, index, theirs)
         theirs.close()
         self._started[index] = process, ours
 
@@ -326,7 +323,7 @@ class LocalPool:
             elif code:
                 error = InputError(f"a worker ended with exit code {code}; see above")
                 with suppress(EOFError):
-                    error = InputError(said.recv())
+                    error = InputError(said.recv()) if said.poll() else error
             said.close()
             del self._started[index]
             found.append((index, error))
@@ -340,9 +337,29 @@ class LocalPool:
             process.join()
 
 
+_forked_with: dict[str, str] = {}  # the environment of the process from which workers are forked
+
+
+def _process(begin: Begin, index: int, said: Connection) -> BaseProcess:
+    """A worker that is started: forked from a process that has loaded the libraries, or else by itself."""
+    work: dict[str, Any] = {"target": _local_worker, "args": (begin, index, said)}
+    if not _may_have_gpu() and (not _forked_with or _forked_with == dict(os.environ)):
+        forking: Any = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload([__name__, *begin.modules])
+        _forked_with.update(os.environ)
+        with suppress(OSError, EOFError):  # a name of a socket that is too long, a library that fails as it is loaded
+            process: BaseProcess = forking.Process(**work)
+            process.start()
+            return process
+    process = multiprocessing.get_context("spawn").Process(**work)
+    process.start()
+    return process
+
+
 def _may_have_gpu() -> bool:
     """Whether a forked process might miss one: CUDA that a library has looked for before a fork is lost after it."""
-    return sys.platform != "linux" or Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia*"))
+    there = (Path("/dev/kfd"), Path("/dev/dxg"), *Path("/dev").glob("nvidia*"))
+    return sys.platform != "linux" or any(path.exists() for path in there)
 
 
 def _local_worker(begin: Begin, index: int, said: Connection) -> None:

@@ -202,7 +202,7 @@ def test_tokens_of_conversations_are_those_that_scoring_takes(local, tmp_path, t
     facts = data_facts(settings, None, "", 256)
     scorer = IfdScorer(tiny_model, tokenizer, max_length=256, turns=turns)
     _, cost = scorer.score(list(settings.data.open()))
-    assert facts.conditional.total + facts.unconditional.total == pytest.approx(cost.tokens)
+    assert facts.conditional.total + facts.unconditional.total == pytest.approx(cost.tokens + cost.shared_tokens)
     assert max(facts.conditional.values) == 256
 
 

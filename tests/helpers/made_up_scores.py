@@ -57,7 +57,14 @@ class Scorer:
         }
         fields = [pa.array(columns.get(field.name, [1] * count), field.type) for field in SCHEMA]
         progress(1.0, 10 * count)
-        cost = {"sequences": 0, "tokens": 10 * count, "packs": 1, "capacity_tokens": 1, "apart_tokens": 0}
+        cost = {
+            "sequences": 0,
+            "tokens": 10 * count,
+            "packs": 1,
+            "capacity_tokens": 1,
+            "apart_tokens": 0,
+            "shared_tokens": 0,
+        }
         return pa.table(fields, schema=SCHEMA), SimpleNamespace(**cost)
 
     def befall(self, fault: Path) -> None:

@@ -410,7 +410,7 @@ class TestFolder:
         lines = dict(score_lines(totals, tmp_path / "s"))
         assert lines["answers"].startswith(f"{totals['turns']['ok']} of {turns.num_rows} scored, ")
         assert "1 context" in lines["answers"]
-        saved = totals["apart_tokens"] - totals["tokens"]
+        saved = totals["apart_tokens"] - totals["tokens"] - totals["shared_tokens"]
         assert lines["saved"].startswith(f"{saved:,} of the {totals['apart_tokens']:,} tokens that turn by turn")
         # the loss of every token: of a row those of all its answers
         tokens = table["scored_tokens"].to_numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -119,3 +120,22 @@ def test_failures_in_a_row_are_not_the_shards(folder):
     with pytest.raises(InputError, match=r"3 shards in a row failed, .*shard 2 .*see .*claims"), Worker(folder) as one:
         work(job, one, lambda rows, tokens: None)
     assert "Traceback" in next((folder / "claims").iterdir()).read_text()
+
+
+def note_environment(folder: Path, place, first) -> Job:
+    (folder / "seen").write_text(os.environ.get("CODEACT_TEST_SAYS", ""))
+    raise InputError("noted")
+
+
+def test_a_worker_has_the_environment_of_its_start(tmp_path, monkeypatch):
+    """Also one that is forked from a process which was started earlier."""
+    pool = LocalPool()
+    for said in ("one", "two"):
+        monkeypatch.setenv("CODEACT_TEST_SAYS", said)
+        pool.start(0, Begin(folder=tmp_path, prepare=partial(note_environment, tmp_path)))
+        ended = []
+        while not ended:
+            ended = pool.ended(0.1)
+        ((_, error),) = ended
+        assert str(error) == "noted"
+        assert (tmp_path / "seen").read_text() == said
