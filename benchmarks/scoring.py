@@ -109,13 +109,17 @@ def matmul_peak(model: Any, dtype: torch.dtype) -> float:
     return best
 
 
-def flops(model: Any, items: Sequence[Any]) -> float:
-    """Multiply-adds, counted as two, that no scorer of these sequences can avoid."""
+def multiply_adds(model: Any, tokens: int, scored: int) -> float:
+    """Of the linear layers on so many tokens and of the LM head on those that are scored, counted as two."""
     linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, torch.nn.Linear))
-    head = model.get_output_embeddings().weight.numel()
-    tokens = sum(len(item.conditional) + len(item.unconditional) for item in items)
+    return 2.0 * (linear * tokens + model.get_output_embeddings().weight.numel() * scored)
+
+
+def flops(model: Any, items: Sequence[Any], beginning: int = 0) -> float:
+    """Multiply-adds that no scorer of these sequences can avoid; so many tokens before every question once."""
+    tokens = sum(len(item.conditional) + len(item.unconditional) for item in items) - beginning * (len(items) - 1)
     scored = sum(2 * (len(item.unconditional) - item.unconditional_start) for item in items)
-    return 2.0 * (linear * tokens + head * scored)
+    return multiply_adds(model, tokens, scored)
 
 
 @contextmanager
@@ -176,7 +180,7 @@ def measure(rows: list[Record], dtype: torch.dtype, beginning: str = "") -> tupl
                 arms[name](chunk)
                 seconds[name].append(time.perf_counter() - begin)
     peak = max(peak, matmul_peak(plain, dtype))
-    floors = [flops(plain, chunk) / peak for chunk in items]
+    floors = [flops(plain, chunk, len(tokenizer(beginning)["input_ids"])) / peak for chunk in items]
     name_of_dtype = str(dtype).removeprefix("torch.")
     # A process an arm takes its time: memory is measured in the dtype that codeact takes by itself.
     usual = dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32) and len(rows) > 4 * CHUNKS and not beginning

@@ -42,21 +42,9 @@ def pytest_configure() -> None:
 
 # Files of half a minute and more: they come first, so that no worker is left with one of them at the end.
 SLOW = (
-    *(
-        "sharding",
-        "flow",
-        "docs",
-        "folder",
-        "signals",
-        "notebooks",
-        "containers",
-        "ray",
-        "benchmarks",
-        "ifd",
-        "attacks",
-    ),
-    *("lab", "compile_report", "isolation", "train", "linear_nll", "package", "results", "lm_eval"),
-)
+    "sharding flow docs folder signals notebooks containers ray benchmarks ifd attacks lab compile_report isolation "
+    "train linear_nll package results lm_eval"
+).split()
 
 
 _frozen = {"modules": 0}
